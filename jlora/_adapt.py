@@ -1,0 +1,289 @@
+"""Trees of parameters with adapters: attach, detach, bind, merge, unmerge."""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from jlora._arrays import Adapted, FullArray, Geometry, LoraArray, check, delta, is_adapted
+from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+from jlora._spec import LoraSpec, check_layout, resolve
+
+_DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
+
+
+def attach(
+    params: PyTree,
+    rules: Mapping[str, Any],
+    *,
+    key: PRNGKeyArray,
+    layouts: Mapping[str, str] | None = None,
+) -> PyTree:
+    """Put a `LoraArray` where a rule asks for one: `W` becomes `W + s · A B`, and `A B = 0` at first.
+
+    The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
+
+    Args:
+        params: any pytree of arrays; it is not changed.
+        rules: ordered mapping from a regular expression, matched whole against the "/"-joined path
+            of a leaf, to a `LoraSpec`, `"full"` (train it whole) or `None` (leave it). The first
+            match wins.
+        key: a PRNG key for A (and B).
+        layouts: path to layout, as `jlora.layouts(fn, params, ...)` gives; a spec's own comes
+            first. Without either, 2-D weights are "io" and 4-D ones "iiio".
+
+    Returns:
+        A tree of the same shape, with nodes for leaves.
+
+    Raises:
+        ValueError: a rule that decides nothing, a rank above min(in, out), a layout that does not
+            fit, a weight whose layout is not known, a vector, a leaf that is already adapted.
+        TypeError: an integer leaf.
+        KeyError: a path in `layouts` that no leaf has.
+
+    Example:
+        >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+        >>> params = attach(params, {r".*/kernel": LoraSpec(rank=2)}, key=jax.random.key(0))
+        >>> params["dense"]["kernel"].lora_a.shape, params["dense"]["kernel"].lora_b.shape
+        ((4, 2), (2, 6))
+
+    Reference: Hu et al. 2021, arXiv:2106.09685, section 4. PEFT's `get_peft_model`.
+    """
+    layouts = layouts or {}
+    leaves = leaves_with_paths(params, is_adapted)
+    paths = [path for path, _ in leaves]
+    for path in layouts:
+        if path not in set(paths):
+            raise KeyError(
+                f'`jlora.attach(layouts=...)`: no parameter "{path}". {near_misses(path, paths)}'
+            )
+    chosen = resolve(rules, paths, "jlora.attach(rules=...)")
+    plan = {
+        path: _plan(path, leaf, chosen[path], layouts.get(path))
+        for path, leaf in leaves
+        if chosen.get(path) is not None
+    }
+
+    def replace(key_path: Any, leaf: Any) -> Any:
+        path = path_str(key_path)
+        if path not in plan:
+            return leaf
+        if plan[path] is None:
+            # A real copy: under donation one buffer must not be given away twice.
+            return FullArray(leaf, jnp.array(leaf, copy=True))
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        spec, layout = plan[path]
+        lora_a, lora_b = _factors(leaf_key, leaf, spec, layout)
+        stack = Geometry.of(leaf.shape, layout).stack
+        return LoraArray(leaf, lora_a, lora_b, jnp.full(stack, spec.s, jnp.float32), layout)
+
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
+
+
+def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec, str] | None:
+    """Check one leaf against its rule; return its spec and layout, or None for "full"."""
+    call = "jlora.attach"
+    if is_adapted(leaf):
+        raise ValueError(
+            f"`{call}`: {describe(path, leaf)} is already adapted. Start from the plain weights, "
+            "`base, adapter = jlora.detach(params)`, or give its path the rule None."
+        )
+    if rule == "full":
+        return None
+    if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}`: {describe(path, leaf)} is not a floating-point array, so it has no "
+            "low-rank update. Narrow the rule, or give this path the rule None."
+        )
+    if leaf.ndim < 2:
+        raise ValueError(
+            f"`{call}`: {describe(path, leaf)} has no input and output side, so it has no low-rank "
+            'update. Train it whole with the rule "full", or narrow the rule: r".*/kernel".'
+        )
+    layout = rule.layout or known or _DEFAULT_LAYOUTS.get(leaf.ndim)
+    if layout is None:
+        raise ValueError(
+            f"`{call}`: which axes of {describe(path, leaf)} are input and which output? Give "
+            "`layouts=jlora.layouts(fn, params, x)`, which reads it from the model, or "
+            '`LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
+        )
+    check_layout(layout, f"{call}: layout {layout!r} of {path!r}")
+    if len(layout) > leaf.ndim:
+        raise ValueError(
+            f"`{call}`: the layout {layout!r} has {len(layout)} letters, but "
+            f"{describe(path, leaf)} has {leaf.ndim} dimensions. One letter per dimension."
+        )
+    geometry = Geometry.of(leaf.shape, layout)
+    most = min(geometry.fan_in, geometry.fan_out)
+    if rule.rank > most:
+        raise ValueError(
+            f"`{call}`: rank {rule.rank} is above min(in, out) = min({geometry.fan_in}, "
+            f"{geometry.fan_out}) of {describe(path, leaf)} with layout {layout!r}: such an update "
+            f'is full. Use `LoraSpec(rank={most})` or less here, or the rule "full".'
+        )
+    return rule, layout
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tuple[Any, Any]:
+    """Call the initializer on `(in, out)` matrices, one per stack element; arrange what it makes."""
+    geometry = Geometry.of(weight.shape, layout)
+    init = functools.partial(spec.init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
+    matrices, keys = geometry.to_matrix(weight), key
+    if geometry.stack:
+        keys = jax.random.split(key, geometry.stack)
+    for _ in geometry.stack:
+        init = jax.vmap(init)
+    a, b = init(keys, matrices)
+    return (
+        a.reshape(*geometry.stack, *geometry.in_dims, spec.rank),
+        b.reshape(*geometry.stack, spec.rank, *geometry.out_dims),
+    )
+
+
+def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
+    return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: x is None or is_adapted(x))
+
+
+def detach(params: PyTree) -> tuple[PyTree, PyTree]:
+    """Split adapted parameters into the base weights, bit for bit, and the adapter.
+
+    Args:
+        params: a tree with `LoraArray` and `FullArray` nodes.
+
+    Returns:
+        `base`, plain parameters that any model takes, and `adapter`, what one task owns: the same
+        nodes with `base` taken out, and `None` where nothing is adapted.
+
+    Example:
+        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> base, adapter = detach(params)
+        >>> base["w"].shape, adapter["w"].base is None
+        ((4, 6), True)
+    """
+    base = _map(lambda x: x.base if is_adapted(x) else x, params)
+    adapter = _map(lambda x: _without_base(x) if is_adapted(x) else None, params)
+    return base, adapter
+
+
+def _without_base(node: Adapted) -> Adapted:
+    if isinstance(node, FullArray):
+        return FullArray(None, node.value)
+    return LoraArray(None, node.lora_a, node.lora_b, node.scaling, node.layout)
+
+
+def bind(base: PyTree, adapter: PyTree) -> PyTree:
+    """Put an adapter on base weights: the inverse of `detach`.
+
+    Args:
+        base: plain parameters.
+        adapter: a tree of the same structure, of nodes without base and `None`.
+
+    Returns:
+        The adapted parameters; the arrays are the very same ones.
+
+    Raises:
+        ValueError: the trees have other paths.
+
+    Example:
+        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> bind(*detach(params))["w"].lora_a is params["w"].lora_a
+        True
+    """
+    _same_paths(base, adapter, "jlora.bind(base, adapter)")
+
+    def put(weight: Any, node: Any) -> Any:
+        if isinstance(node, FullArray):
+            return FullArray(weight, node.value)
+        if isinstance(node, LoraArray):
+            return LoraArray(weight, node.lora_a, node.lora_b, node.scaling, node.layout)
+        return weight
+
+    return _map(put, base, adapter)
+
+
+def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
+    def paths(tree: PyTree) -> set[str]:
+        return {p for p, _ in leaves_with_paths(tree, lambda x: x is None or is_adapted(x))}
+
+    odd = sorted(paths(one) ^ paths(other))
+    if odd:
+        where = "first" if odd[0] in paths(one) else "second"
+        raise ValueError(
+            f"`{call}`: the trees differ in {len(odd)} places; "
+            f'"{odd[0]}" is in the {where} only. Both must come from one model: '
+            "compare `jax.tree.structure` of the two."
+        )
+
+
+def merge(params: PyTree) -> PyTree:
+    """Build the plain weights, `W + s · A B`, summed in float32 and rounded once to W's dtype.
+
+    Args:
+        params: a tree with `LoraArray` and `FullArray` nodes.
+
+    Returns:
+        Plain parameters: any model takes them, and inference costs what the base model's costs.
+
+    Raises:
+        ValueError: a node whose parts do not fit, or are taken out.
+
+    Example:
+        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> bool((merge(params)["w"] == params["w"].base).all())
+        True
+
+    Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
+    under `safe_merge` rounds the delta and the sum separately.
+    """
+    return _add_delta(params, +1.0, "jlora.merge")
+
+
+def unmerge(merged: PyTree, params: PyTree) -> PyTree:
+    """Take an adapter out of merged weights again: the base is `W' - s · A B`, in float32.
+
+    Rounding makes it close to the original base, not equal; `detach(params)` has it bit for bit.
+
+    Args:
+        merged: plain parameters that `merge` made, perhaps changed since.
+        params: the adapted parameters (or the adapter alone) to take out.
+
+    Returns:
+        Adapted parameters whose `merge` is `merged`.
+
+    Raises:
+        ValueError: the trees have other paths.
+
+    Example:
+        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> bool((unmerge(merge(params), params)["w"].base == params["w"].base).all())
+        True
+
+    Reference: PEFT's `unmerge_adapter`.
+    """
+    _same_paths(merged, params, "jlora.unmerge(merged, params)")
+    adapter = _map(lambda x: _without_base(x) if is_adapted(x) else None, params)
+    bound = bind(merged, adapter)
+    base = _add_delta(bound, -1.0, "jlora.unmerge")
+    base = _map(lambda w, x: x.base if isinstance(x, FullArray) else w, base, params)
+    return bind(base, adapter)
+
+
+def _add_delta(params: PyTree, sign: float, call: str) -> PyTree:
+    for path, node in leaves_with_paths(params, is_adapted):
+        if isinstance(node, LoraArray):
+            check(path, node, call)
+
+    def summed(node: Any) -> Any:
+        if isinstance(node, FullArray):
+            return node.value
+        if not isinstance(node, LoraArray):
+            return node
+        update = delta(node, node.shape)
+        return (node.base.astype(update.dtype) + sign * update).astype(node.dtype)
+
+    return _map(summed, params)

@@ -1,0 +1,190 @@
+"""The data model: `LoraArray` and `FullArray`, pytree nodes that stand where a weight stood.
+
+They hold arrays and say which axis is which. They know neither rules nor the transform.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jlora._paths import describe
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("base", "lora_a", "lora_b", "scaling"),
+    meta_fields=("layout",),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraArray:
+    """A frozen weight and its low-rank update, `W + s · A B`, never summed.
+
+    Attributes:
+        base: the frozen weight, `(*stack, *dims)`; `None` in a detached adapter.
+        lora_a: input side, `(*stack, *in_dims, rank)`. PEFT's `lora_A.weight`, transposed.
+        lora_b: output side, `(*stack, rank, *out_dims)`. PEFT's `lora_B.weight`, transposed.
+        scaling: `s`, a scalar or `(*stack)`; a leaf, so another alpha never recompiles.
+        layout: one letter per non-stack dimension of `base`, `i` (input) or `o` (output).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> w = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.zeros((2, 4)), 2.0, "io")
+        >>> w.shape, w.rank
+        ((3, 4), 2)
+
+    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    """
+
+    base: Any
+    lora_a: Any
+    lora_b: Any
+    scaling: Any
+    layout: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base weight's shape."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The base weight's dtype."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The base weight's number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def rank(self) -> int:
+        """The rank r of the update."""
+        return self.lora_a.shape[-1]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class FullArray:
+    """A parameter that is trained whole, keeping its original.
+
+    Attributes:
+        base: the original, frozen; `None` in a detached adapter.
+        value: what trains and what the model sees, of the base's shape and dtype.
+
+    Reference: PEFT's `modules_to_save` and `bias`.
+    """
+
+    base: Any
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The parameter's dtype."""
+        return self.value.dtype
+
+
+Adapted = LoraArray | FullArray
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether `x` is a node of jlora's (for `is_leaf=`)."""
+    return isinstance(x, Adapted)
+
+
+def accumulator(dtype: Any) -> Any:
+    """Return the dtype to sum in: float32, or the dtype itself where it is wider."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How a layout divides a shape: `(*stack, *dims)` into stack, input and output dimensions."""
+
+    stack: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    out_dims: tuple[int, ...]
+    layout: str
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], layout: str) -> "Geometry":
+        """Divide `shape`; its leading dimensions beyond the layout's length are stack."""
+        split = len(shape) - len(layout)
+        by_letter = {
+            c: tuple(n for n, k in zip(shape[split:], layout, strict=True) if k == c) for c in "io"
+        }
+        return cls(shape[:split], by_letter["i"], by_letter["o"], layout)
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs of one stack element."""
+        return math.prod(self.in_dims)
+
+    @property
+    def fan_out(self) -> int:
+        """The number of outputs of one stack element."""
+        return math.prod(self.out_dims)
+
+    @property
+    def _sorted_axes(self) -> tuple[int, ...]:
+        split = len(self.stack)
+        order = sorted(range(len(self.layout)), key=lambda k: self.layout[k])  # i before o, stable
+        return (*range(split), *(split + k for k in order))
+
+    def to_matrix(self, weight: Array) -> Array:
+        """Arrange a weight as `(*stack, in, out)`."""
+        return jnp.transpose(weight, self._sorted_axes).reshape(
+            *self.stack, self.fan_in, self.fan_out
+        )
+
+    def from_matrix(self, matrix: Array) -> Array:
+        """Undo `to_matrix`."""
+        weight = matrix.reshape(*self.stack, *self.in_dims, *self.out_dims)
+        axes = self._sorted_axes
+        return jnp.transpose(weight, sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def delta(node: LoraArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Return `s · A B` in float32 (or wider), in a base weight's `shape`."""
+    geometry = Geometry.of(shape, node.layout)
+    a = node.lora_a.reshape(*geometry.stack, geometry.fan_in, node.rank)
+    b = node.lora_b.reshape(*geometry.stack, node.rank, geometry.fan_out)
+    wide = accumulator(node.lora_a.dtype)
+    ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    s = jnp.asarray(node.scaling, wide)
+    return geometry.from_matrix(ab * s.reshape(*s.shape, *(1,) * (ab.ndim - s.ndim)))
+
+
+def check(path: str, node: LoraArray, call: str) -> None:
+    """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed."""
+    if node.base is None or node.lora_a is None or node.lora_b is None or node.scaling is None:
+        raise ValueError(
+            f'`{call}`: "{path}" is a part of a LoraArray (its base or its factors are taken out). '
+            "Put it together first: `jlora.bind(base, adapter)` or "
+            "`jlora.combine(trainable, frozen)`."
+        )
+    geometry = Geometry.of(node.shape, node.layout)
+    r = node.rank
+    a, b = (*geometry.stack, *geometry.in_dims, r), (*geometry.stack, r, *geometry.out_dims)
+    if node.lora_a.shape != a or node.lora_b.shape != b:
+        raise ValueError(
+            f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs lora_a {a} "
+            f"and lora_b {b}; got {node.lora_a.shape} and {node.lora_b.shape}. "
+            "The adapter belongs to another model, or was stacked along another axis than its base."
+        )
+    if jnp.shape(node.scaling) not in ((), geometry.stack):
+        raise ValueError(
+            f"`{call}`: {describe(path, node.base)} needs a scaling of shape () or "
+            f"{geometry.stack}; got {jnp.shape(node.scaling)}."
+        )

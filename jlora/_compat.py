@@ -1,0 +1,61 @@
+"""Every fact that differs between JAX releases, and the seams where jlora touches JAX's tracing.
+
+Jaxpr parameters are not a stable interface (in 2026 `scan` replaced `num_consts`/`num_carry` by
+`ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`), so nothing else in jlora reads them by name.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn
+
+
+class Body(NamedTuple):
+    """A jaxpr with its constants beside it, whichever class JAX wraps it in."""
+
+    eqns: Sequence[JaxprEqn]
+    constvars: Sequence[Any]
+    consts: Sequence[Any]
+    invars: Sequence[Any]
+    outvars: Sequence[Any]
+
+
+def body(jaxpr: Any) -> Body:
+    """Open a `Jaxpr` or `ClosedJaxpr`; before JAX 0.11 the second wraps the first."""
+    consts = getattr(jaxpr, "consts", ())
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return Body(inner.eqns, inner.constvars, consts, inner.invars, inner.outvars)
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many of a scan's operands are constants and how many are carries."""
+    if "ft_in" in params:  # JAX 0.11 and later
+        consts, carry, _ = params["ft_in"]
+        return len(tuple(consts)), len(tuple(carry))
+    return params["num_consts"], params["num_carry"]
+
+
+def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
+    """Apply an equation's own primitive, its rules and parameters untouched, to `operands`."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)  # a pair before 0.10
+    out = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def scope(eqn: JaxprEqn) -> Iterator[None]:
+    """Restore an equation's named scopes, mesh and source line, for profiles and tracebacks."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=names),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """Return the user's `file:line (function)` that made an equation."""
+    return source_info_util.summarize(eqn.source_info)

@@ -1,0 +1,131 @@
+"""What to adapt and how: `LoraSpec`, and rules from regular expressions to specs."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jlora import initializers
+from jlora._paths import near_misses
+
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+    """Say how one group of weights is adapted: `W + s · A B`, `s = α/r` (or `α/√r`).
+
+    Args:
+        rank: r, at least 1 and at most min(in, out) of every weight it is given to. PEFT's `r`.
+        alpha: α. PEFT's `lora_alpha`.
+        scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
+        init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`.
+        layout: which axes are input (`i`) and which output (`o`), e.g. "io"; else `attach` finds it.
+        dtype: of A and B, a floating type; float32 also over a bfloat16 base.
+
+    Raises:
+        ValueError: rank below 1, alpha not finite, unknown scaling, a layout of other letters.
+        TypeError: rank not an integer, init not callable, dtype not floating.
+
+    Example:
+        >>> LoraSpec(rank=8, alpha=16).s
+        2.0
+        >>> LoraSpec(rank=16, alpha=16, scaling="rslora").s
+        4.0
+
+    References: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732.
+    """
+
+    rank: int = 8
+    alpha: float | int = 16
+    scaling: Literal["lora", "rslora"] = "lora"
+    init: initializers.Initializer = initializers.kaiming
+    layout: str | None = None
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool):
+            raise TypeError(f"`LoraSpec(rank={self.rank!r})`: the rank must be an integer.")
+        if self.rank < 1:
+            raise ValueError(
+                f"`LoraSpec(rank={self.rank})`: the rank must be at least 1. "
+                "To leave a weight alone give its rule None."
+            )
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"`LoraSpec(alpha={self.alpha})`: alpha must be finite.")
+        if self.scaling not in ("lora", "rslora"):
+            raise ValueError(
+                f'`LoraSpec(scaling={self.scaling!r})`: give "lora" (alpha/rank) '
+                'or "rslora" (alpha/sqrt(rank)).'
+            )
+        if not callable(self.init):
+            raise TypeError(
+                f"`LoraSpec(init={self.init!r})`: give a function, e.g. "
+                "`init=jlora.initializers.kaiming`."
+            )
+        if self.layout is not None:
+            check_layout(self.layout, f"LoraSpec(layout={self.layout!r})")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(
+                f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "
+                "dtype must be floating; leave it out for float32."
+            )
+
+    @property
+    def s(self) -> float:
+        """The scaling s: α/r, or α/√r for rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+def check_layout(layout: str, call: str) -> None:
+    """Refuse a layout that has other letters than i and o, or lacks one of them."""
+    if set(layout) != {"i", "o"}:
+        raise ValueError(
+            f'`{call}`: a layout has one letter per dimension, "i" for input and "o" for output, '
+            'and at least one of each: "io" for a Dense kernel, "iiio" for an HWIO convolution, '
+            '"ioo" for an attention query. Stack dimensions lead and have no letter.'
+        )
+
+
+def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[str, Any]:
+    """Return the first matching rule's value per path; every rule must decide at least one."""
+    compiled = {key: _compile(key, call) for key in rules}
+    for key, value in rules.items():
+        if not (value is None or value == "full" or isinstance(value, LoraSpec)):
+            raise TypeError(
+                f'`{call}`: the rule "{key}" has the value {value!r}; give a `jlora.LoraSpec`, '
+                '"full" (train the parameter whole) or None (leave it).'
+            )
+    chosen: dict[str, Any] = {}
+    decided: set[str] = set()
+    for path in paths:
+        key = next((k for k, pattern in compiled.items() if pattern.fullmatch(path)), None)
+        if key is not None:
+            chosen[path] = rules[key]
+            decided.add(key)
+    for key, pattern in compiled.items():
+        if key in decided:
+            continue
+        if any(pattern.fullmatch(path) for path in paths):
+            raise ValueError(
+                f'`{call}`: the rule "{key}" never applies: an earlier rule takes every parameter '
+                "that it matches, and the first match wins. Move it up, or take it out."
+            )
+        raise ValueError(
+            f'`{call}`: the rule "{key}" matches no parameter. Rules are regular expressions that '
+            f'match a whole path, e.g. r".*/kernel". {near_misses(key, paths)}'
+        )
+    return chosen
+
+
+def _compile(key: str, call: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key)
+    except re.error as error:
+        raise ValueError(
+            f'`{call}`: the rule "{key}" is not a regular expression: {error}. '
+            'To match a name that has such characters use `re.escape`; for a glob\'s "*" write ".*".'
+        ) from None

@@ -1,0 +1,83 @@
+"""`layouts(fn, params, ...)`: which axes of each parameter are contracted, read from the program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from jlora._arrays import is_adapted
+from jlora._paths import path_str
+from jlora.transform._lora import Traced
+from jlora.transform._view import View
+from jlora.transform._walk import Settings, Use, Walk
+
+
+def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """Read from a function which axes of each parameter are input and which output.
+
+    `fn(params, *args, **kwargs)` is traced, not run. An axis that is summed over (or looked up, or
+    slides over an image) is input, `i`; one that the result keeps is output, `o`; leading axes that
+    are scanned, mapped or indexed are stack and have no letter. The first use of a parameter
+    decides: a tied embedding is looked up first.
+
+    Args:
+        fn: a function of a pytree of parameters, such as a Flax `module.apply`.
+        params: the parameters, plain or adapted; arrays or `jax.ShapeDtypeStruct`.
+        *args: its other arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        Path to layout, for each parameter of two or more dimensions that is multiplied, looked up
+        or convolved: what `jlora.attach(layouts=...)` takes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"q": jnp.ones((8, 2, 4)), "out": jnp.ones((2, 4, 8)), "b": jnp.ones(8)}
+        >>> def attend(p, x):
+        ...     return jnp.einsum("bhd,hdm->bm", jnp.einsum("bm,mhd->bhd", x, p["q"]), p["out"])
+        >>> layouts(attend, params, jnp.ones((3, 8)))
+        {'out': 'iio', 'q': 'ioo'}
+    """
+    found: dict[str, list[Use]] = {}
+    settings = Settings(observe=lambda eqn, use: found.setdefault(use.name, []).append(use))
+    params = jax.tree.map(
+        lambda x: getattr(x, "base", getattr(x, "value", x)) if is_adapted(x) else x,
+        params,
+        is_leaf=is_adapted,
+    )
+    pairs, tree = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs))
+    own = [path[0].idx == 0 and len(path) > 1 and getattr(path[1], "idx", None) == 0
+           for path, _ in pairs]
+    ndims = {}
+
+    def probe(*arrays: Any) -> None:
+        leaves = [x for _, x in pairs]
+        for k, x in zip(dynamic, arrays, strict=True):
+            leaves[k] = x
+        traced = Traced(fn, tree, leaves)
+        values = []
+        for k in traced.dynamic:
+            name = path_str(pairs[k][0][2:])
+            if own[k] and leaves[k].ndim >= 2:
+                ndims[name] = leaves[k].ndim
+                values.append(View.probe(leaves[k], name))
+            else:
+                values.append(leaves[k])
+        Walk(settings).evaluate(traced.jaxpr, values)
+
+    dynamic = [k for k, (_, x) in enumerate(pairs) if hasattr(x, "shape") and hasattr(x, "dtype")]
+    jax.eval_shape(probe, *(pairs[k][1] for k in dynamic))
+    spelled = {name: _spell(uses[0], ndims[name]) for name, uses in found.items()}
+    return {name: spelled[name] for name in sorted(spelled) if "i" in spelled[name]}
+
+
+def _spell(use: Use, ndim: int) -> str:
+    """Write one use as a layout: leading axes that nothing contracts or keeps are stack."""
+    letters = [chr(ord("A") + k) for k in range(ndim)]
+    sides = ["i" if c in use.contracted else "o" if c in use.free else "" for c in letters]
+    stack = next((n for n, side in enumerate(sides) if side), ndim)
+    if "o" not in sides and 0 < stack < ndim:
+        stack -= 1  # rows that are scanned one by one: the results, stacked, are the output
+        sides[stack] = "o"
+    return "".join(side or "i" for side in sides[stack:])

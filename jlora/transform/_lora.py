@@ -1,0 +1,139 @@
+"""`lora(fn)`: trace the function on the base weights' shapes, then walk it with the real values."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from jlora._arrays import FullArray, LoraArray, check, is_adapted
+from jlora._paths import path_str
+from jlora.transform._view import View
+from jlora.transform._walk import Fallback, Settings, Walk
+
+_FALLBACKS = ("warn", "error", "materialize")
+
+
+def lora(
+    fn: Callable[..., Any],
+    *,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    fallback: Fallback = "warn",
+    dtype: DTypeLike | None = None,
+) -> Callable[..., Any]:
+    """Let a function take adapted parameters: every `x W` becomes `x W + s · (x A) B`.
+
+    `lora(fn)(params, x) == fn(jlora.merge(params), x)`, and `W + s · A B` is never built. The
+    function is traced, as by `jax.jit`; it may be any JAX function of pytrees, and the result
+    composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`.
+
+    Args:
+        fn: a function of pytrees, such as a Flax `module.apply`. Arrays among its arguments are
+            traced; other leaves (bools, ints, floats, strings, callables) stay what they are.
+        dropout: the rate at which elements of the adapter's input are dropped while training. An
+            embedding lookup has no input to drop. PEFT's `lora_dropout`.
+        key: a PRNG key for dropout; each use of a weight, at each step of a loop, draws its own.
+        fallback: what happens where an operation needs a weight whole: "warn" (it is built, and
+            the warning says where and what it costs), "error", or "materialize" (silently).
+        dtype: of the narrow products; `None` is the activation's own, as in Flax layers, with
+            float32 accumulation. PEFT computes them in float32 over a bfloat16 base.
+
+    Returns:
+        A function of the same arguments, any of whose array leaves may be a `LoraArray` or a
+        `FullArray`. A node that `fn` hands back untouched comes back as that node.
+
+    Raises:
+        ValueError: a rate outside [0, 1), dropout without a key, an unknown fallback; when called,
+            a node whose parts do not fit or, under `fallback="error"`, a weight needed whole.
+
+    Example:
+        >>> from jlora import LoraSpec, attach
+        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> jax.jit(lora(lambda p, x: x @ p["w"]))(params, jnp.ones((3, 4))).shape
+        (3, 6)
+
+    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"`jlora.lora(dropout={dropout})`: the rate must be in [0, 1).")
+    if dropout and key is None:
+        raise ValueError(
+            f"`jlora.lora(dropout={dropout})` needs a key: `jlora.lora(fn, dropout={dropout}, "
+            "key=step_key)`, another one each step. To evaluate leave the dropout out."
+        )
+    if fallback not in _FALLBACKS:
+        raise ValueError(
+            f"`jlora.lora(fallback={fallback!r})`: give one of "
+            + ", ".join(f'"{f}"' for f in _FALLBACKS)
+            + "."
+        )
+    settings = Settings(fallback, dropout, dtype)
+
+    @functools.wraps(fn)
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        return call(fn, settings, key if dropout else None, args, kwargs)
+
+    return adapted
+
+
+def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs: Any) -> Any:
+    """Call `fn` with adapted arguments."""
+    pairs, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+    leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
+    names = [argument_path(p) for p, _ in pairs]
+    if not any(isinstance(x, LoraArray) for x in leaves):
+        args, kwargs = tree.unflatten(leaves)
+        return fn(*args, **kwargs)
+    for name, x in zip(names, leaves, strict=True):
+        if isinstance(x, LoraArray):
+            check(name, x, "jlora.lora")
+    traced = Traced(fn, tree, [x.base if isinstance(x, LoraArray) else x for x in leaves])
+    values = [
+        View.of(leaves[k], names[k]) if isinstance(leaves[k], LoraArray) else leaves[k]
+        for k in traced.dynamic
+    ]
+    untouched = {id(v): leaves[k] for v, k in zip(values, traced.dynamic, strict=True)
+                 if isinstance(v, View)}
+    walk = Walk(settings, key)
+    outs = walk.evaluate(traced.jaxpr, values)
+    return traced.result(
+        [(untouched.get(id(x)) or x.dense()) if isinstance(x, View) else x for x in outs]
+    )
+
+
+def argument_path(path: Any) -> str:
+    """Name a leaf by its path inside its own argument."""
+    return path_str(path[2:])
+
+
+class Traced:
+    """A function traced on the arrays among its leaves; what is not an array stays Python."""
+
+    def __init__(self, fn: Callable[..., Any], tree: Any, leaves: list[Any]) -> None:
+        arrays = (jax.Array, np.ndarray, np.generic)
+        self.dynamic = [k for k, x in enumerate(leaves) if isinstance(x, arrays)]
+        self._out: tuple[Any, list[Any]] = (None, [])
+
+        def flat(*values: Any) -> list[Any]:
+            filled = list(leaves)
+            for k, value in zip(self.dynamic, values, strict=True):
+                filled[k] = value
+            args, kwargs = tree.unflatten(filled)
+            outs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+            is_array = [isinstance(x, arrays) for x in outs]
+            static = [None if a else x for x, a in zip(outs, is_array, strict=True)]
+            self._out = (out_tree, list(zip(is_array, static, strict=True)))
+            return [x for x, a in zip(outs, is_array, strict=True) if a]
+
+        self.jaxpr = jax.make_jaxpr(flat)(*(leaves[k] for k in self.dynamic))
+
+    def result(self, outs: list[Any]) -> Any:
+        """Put traced outputs and Python ones together as `fn` returned them."""
+        tree, plan = self._out
+        values = iter(outs)
+        return tree.unflatten([next(values) if is_array else x for is_array, x in plan])

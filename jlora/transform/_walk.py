@@ -1,0 +1,187 @@
+"""The walker: evaluate a jaxpr with views among its values. Knows the registry, not the rules."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+from jax.extend.core import Literal as JaxprLiteral
+
+from jlora import _compat
+from jlora._paths import describe
+from jlora.transform._registry import RULES
+from jlora.transform._view import View
+
+Fallback = Literal["warn", "error", "materialize"]
+
+
+class Use(NamedTuple):
+    """One place where the program multiplies, looks up or otherwise reads a parameter."""
+
+    name: str
+    primitive: str
+    line: str
+    factored: bool
+    why: str
+    flops: int
+    contracted: str = ""  # of a probe: the letters of the axes that are summed over or indexed
+    free: str = ""  # of a probe: the letters of the axes that the result keeps
+
+
+@dataclasses.dataclass(eq=False)
+class Settings:
+    """What one `lora(fn)` holds for all its walks."""
+
+    fallback: Fallback = "warn"
+    dropout: float = 0.0
+    dtype: Any = None
+    observe: Callable[[JaxprEqn, Use], None] | None = None
+    told: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    # Walked inner functions, by the jaxpr they came from: layers that share one are traced once,
+    # and an eager call of a jitted function finds its compiled self again.
+    compiled: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class Walk:
+    """One level of one trace: the settings, and the dropout key from which each site draws its own."""
+
+    settings: Settings
+    key: Any = None
+    where: str = ""  # the enclosing call's line, for equations that JAX's own code made
+    sites: int = 0
+
+    def next_key(self) -> Any:
+        """Return a key that no other site of this level has; None without dropout."""
+        if self.key is None:
+            return None
+        self.sites += 1
+        return jax.random.fold_in(self.key, self.sites)
+
+    def inside(self, eqn: JaxprEqn, key: Any) -> "Walk":
+        """Return a walk of `eqn`'s inner body, whose sites draw from `key`."""
+        return Walk(self.settings, key, self.line(eqn))
+
+    def line(self, eqn: JaxprEqn) -> str:
+        """Return the user's line that made an equation, or that called what made it."""
+        return _compat.source_line(eqn) or self.where
+
+    def drop(self, x: Any) -> Any:
+        """Apply dropout to an adapter's input."""
+        if self.key is None:
+            return x
+        keep = 1.0 - self.settings.dropout
+        mask = jax.random.bernoulli(self.next_key(), keep, x.shape)
+        return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+    def narrow_dtype(self, x_dtype: Any, out_dtype: Any) -> Any:
+        """Return the dtype of the narrow products: the activation's, unless an option says other."""
+        if self.settings.dtype is not None:
+            return self.settings.dtype
+        return x_dtype if jnp.issubdtype(x_dtype, jnp.inexact) else out_dtype
+
+    def used(
+        self, eqn: JaxprEqn, view: View, flops: int, contracted: Sequence[int], free: Sequence[int]
+    ) -> None:
+        """Tell the observer of a factored use."""
+        if self.settings.observe is None:
+            return
+        letters = ["".join(view.roles[k] for k in group) for group in (contracted, free)]
+        name, primitive = str(view.name), eqn.primitive.name
+        use = Use(name, primitive, self.line(eqn), True, "", flops, *letters)
+        self.settings.observe(eqn, use)
+
+    def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        """Run a jaxpr on arrays and views."""
+        body = _compat.body(jaxpr)
+        env: dict[Any, Any] = {}
+        env.update(zip(body.constvars, body.consts, strict=True))
+        env.update(zip(body.invars, args, strict=True))
+        last = _last_uses(body)
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
+
+        for n, eqn in enumerate(body.eqns):
+            operands = [read(v) for v in eqn.invars]
+            with _compat.scope(eqn):
+                outs = self.apply(eqn, operands)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for dead in last[n]:
+                env.pop(dead, None)
+        return [read(v) for v in body.outvars]
+
+    def apply(self, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        """Apply one equation: its own primitive without views, else its rule, else the fallback."""
+        if not any(isinstance(x, View) for x in operands):
+            return _compat.bind(eqn, *operands)
+        rule = RULES.get(eqn.primitive.name)
+        outs = rule(self, eqn, *operands) if rule else NotImplemented
+        if outs is NotImplemented:
+            dense = [self.materialize(eqn, x) if isinstance(x, View) else x for x in operands]
+            outs = _compat.bind(eqn, *dense)
+        return outs
+
+    def bind(self, eqn: JaxprEqn, *operands: Any) -> list[Any]:
+        """Apply an equation's own primitive to the bases of its operands."""
+        return _compat.bind(eqn, *(x.base if isinstance(x, View) else x for x in operands))
+
+    def materialize(self, eqn: JaxprEqn, view: View) -> Any:
+        """Build a view's weight because `eqn` needs it whole, and say so as the fallback asks."""
+        # A view that has lost one side (a row that was sliced out) is an activation, not a weight.
+        if view.having("i") and view.having("o"):
+            self._report(eqn, view)
+        elif view.factors:
+            cost = 2 * math.prod(view.shape) * view.factors[0].shape[-1]
+            self.used(eqn, view, cost, (), ())
+        return view.dense()
+
+    def _report(self, eqn: JaxprEqn, view: View) -> None:
+        line, primitive = self.line(eqn), eqn.primitive.name
+        why = "no factored form" if primitive in RULES else "no rule for this primitive"
+        cost = 2 * math.prod(view.shape) * view.factors[0].shape[-1]
+        if self.settings.observe is not None:
+            self.settings.observe(eqn, Use(str(view.name), primitive, line, False, why, cost))
+            return
+        if self.settings.fallback == "materialize" or (primitive, line) in self.settings.told:
+            return
+        size = math.prod(view.shape) * view.base.dtype.itemsize
+        message = (
+            f"`jlora.lora`: {describe(str(view.name), view.base)} is used whole by the primitive "
+            f'"{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} bytes, '
+            f"{cost:,} FLOPs a call. "
+            "Ways out: write that line as a product with the weight; give the parameter the rule "
+            'None (or "full"); or accept it with `jlora.lora(fn, fallback="materialize")`.'
+        )
+        if self.settings.fallback == "error":
+            raise ValueError(message)
+        self.settings.told.add((primitive, line))
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+    def jitted(self, eqn: JaxprEqn, wrap: Callable[[Any], Any]) -> Any:
+        """Return `wrap(eqn's walked body)`, the same each time, as `(key, *operands) -> outs`."""
+        jaxpr = eqn.params["jaxpr"]
+
+        def walked(key: Any, *operands: Any) -> list[Any]:
+            return self.inside(eqn, key).evaluate(jaxpr, operands)
+
+        if self.settings.observe is not None:  # an observer wants every use, not every trace
+            return walked
+        if id(jaxpr) not in self.settings.compiled:
+            self.settings.compiled[id(jaxpr)] = (jaxpr, wrap(walked))
+        return self.settings.compiled[id(jaxpr)][1]
+
+
+def _last_uses(body: _compat.Body) -> list[list[Any]]:
+    """Return, per equation, the variables that nothing after it reads."""
+    seen = {v for v in body.outvars if not isinstance(v, JaxprLiteral)}
+    dead: list[list[Any]] = []
+    for eqn in reversed(body.eqns):
+        mine = [v for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, JaxprLiteral)]
+        dead.append([v for v in mine if v not in seen])
+        seen.update(mine)
+    return dead[::-1]

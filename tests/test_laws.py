@@ -1,0 +1,239 @@
+"""DESIGN's laws over the table of cases: `lora(f)(p, x) == f(merge(p), x)`, and what follows."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case
+
+import jlora
+
+every = pytest.mark.parametrize("case", CASES, ids=repr)
+FACTORED = [c for c in CASES if not c.materialized]
+
+
+def adapted(case: Case, init=jlora.initializers.kaiming, random: bool = True):
+    """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
+    layouts = jlora.layouts(case.fn, case.params, *case.args)
+    spec = jlora.LoraSpec(rank=2, alpha=3, init=init)
+    params = jlora.attach(
+        case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts
+    )
+    if not random:
+        return params
+    trainable, frozen = jlora.partition(params)
+    leaves, tree = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(8), len(leaves))
+    leaves = [
+        jax.random.normal(k, x.shape, x.dtype) * 0.3 for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jlora.combine(tree.unflatten(leaves), frozen)
+
+
+def transform(case: Case):
+    return jlora.lora(case.fn, fallback="materialize" if case.materialized else "error")
+
+
+def close(got, want, scale: float = 1.0):
+    """Compare within rounding: 1e-5 of the largest value in float32, four steps in bfloat16."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, x in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.dtype == x.dtype and g.shape == x.shape
+        tol = 4 * 2.0**-8 if x.dtype == jnp.bfloat16 else 1e-5
+        g, x = np.asarray(g, np.float64), np.asarray(x, np.float64)
+        assert np.max(np.abs(g - x), initial=0) <= scale * tol * max(1.0, np.abs(x).max(initial=0))
+
+
+def coarse(case: Case) -> float:
+    """A program that computes in bfloat16 compares in its rounding, whatever its parameters are."""
+    return 2000.0 if case.name in ("cast", "linen_bf16_compute", "bfloat16") else 1.0
+
+
+def loss_of(case: Case, fn):
+    """Weigh every output by fixed random numbers, so that no gradient cancels."""
+
+    def loss(params, *args):
+        outs = [x for x in jax.tree.leaves(fn(params, *args)) if hasattr(x, "dtype")]
+        total = jnp.zeros(())
+        for k, x in enumerate(outs):
+            weight = jax.random.normal(jax.random.key(k), x.shape)
+            total += (x.astype(jnp.float32) * weight).sum()
+        return total
+
+    return loss
+
+
+@every
+def test_identity_at_init(case):
+    params = adapted(case, random=False)
+    close(transform(case)(params, *case.args), case.fn(case.params, *case.args))
+
+
+@every
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_transform_is_merge(case, mode):
+    params = adapted(case)
+    fn = transform(case) if mode == "eager" else jax.jit(transform(case))
+    want = case.fn(jlora.merge(params), *case.args)
+    base = case.fn(case.params, *case.args)
+    differs = [
+        bool(jnp.any(a != b))
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(base), strict=True)
+    ]
+    assert any(differs), "the adapter does nothing here, so the comparison shows nothing"
+    close(fn(params, *case.args), want)
+
+
+@every
+def test_gradient_is_the_gradient_through_merge(case):
+    trainable, frozen = jlora.partition(adapted(case))
+
+    def by(fn):
+        return jax.jit(jax.grad(lambda t: loss_of(case, fn)(jlora.combine(t, frozen), *case.args)))
+
+    got = by(transform(case))(trainable)
+    want = by(lambda p, *a: case.fn(jlora.merge(p), *a))(trainable)
+    close(got, want, scale=coarse(case))
+
+
+@pytest.mark.parametrize("case", FACTORED, ids=repr)
+def test_no_array_of_deltas_shape(case):
+    """Only casts, rearrangements of the base itself and the program's own results may have it."""
+    params = adapted(case)
+    shapes = {x.shape for x in jax.tree.leaves(params, is_leaf=jlora_node) if jlora_node(x)}
+    mine = [e for e in equations(jax.make_jaxpr(transform(case))(params, *case.args).jaxpr)]
+    own = [e for e in equations(jax.make_jaxpr(case.fn)(case.params, *case.args).jaxpr)]
+
+    def count(eqns):
+        made = {}
+        for e in eqns:
+            for v in e.outvars:
+                if getattr(v.aval, "shape", None) in shapes and e.primitive.name in DENSE:
+                    made[e.primitive.name] = made.get(e.primitive.name, 0) + 1
+        return made
+
+    # An activation may have a weight's shape (scan_rows, two_of_one_shape): the base has it too,
+    # and each of its products is followed by the addition of one narrow product.
+    allowed = count(own)
+    products = allowed.get("dot_general", 0) + allowed.get("conv_general_dilated", 0)
+    got = count(mine)
+    assert got.get("dot_general", 0) <= 2 * products
+    assert got.get("add", 0) <= allowed.get("add", 0) + products
+    assert got.get("mul", 0) <= allowed.get("mul", 0)
+
+
+DENSE = ("dot_general", "add", "mul", "sub", "conv_general_dilated")
+
+
+def jlora_node(x):
+    return isinstance(x, jlora.LoraArray)
+
+
+def equations(jaxpr):
+    """Every equation, those of inner jaxprs too."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from equations(inner)
+
+
+@every
+def test_explain_says_how_many_are_materialized(case):
+    params = adapted(case)
+    report = jlora.explain(case.fn, params, *case.args)
+    assert report.materialized == case.materialized, str(report)
+    assert not report.unused
+    assert all("cases.py" in use.line or "flax" in use.line for use in report.uses), str(report)
+
+
+@pytest.mark.parametrize("case", FACTORED, ids=repr)
+def test_layouts_cover_every_adapted_weight(case):
+    layouts = jlora.layouts(case.fn, case.params, *case.args)
+    for path, node in nodes(adapted(case)):
+        assert node.layout == layouts[path]
+
+
+def nodes(params):
+    from jlora._paths import leaves_with_paths
+
+    return [(p, x) for p, x in leaves_with_paths(params, jlora_node) if jlora_node(x)]
+
+
+@every
+def test_vmap_over_adapters_is_a_loop_over_adapters(case):
+    """One base, two adapters stacked: `vmap` with the base closed over."""
+    base, one = jlora.detach(adapted(case))
+    other = jax.tree.map(lambda x: x * 0.5, one)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other)
+    fn = transform(case)
+    got = jax.vmap(lambda a: fn(jlora.bind(base, a), *case.args))(both)
+    want = [fn(jlora.bind(base, a), *case.args) for a in (one, other)]
+    close(got, jax.tree.map(lambda a, b: jnp.stack([a, b]), *want), scale=4.0)
+
+
+@every
+def test_remat_outside(case):
+    params = adapted(case)
+    fn = transform(case)
+    got = jax.grad(lambda p: loss_of(case, jax.checkpoint(fn))(p, *case.args), allow_int=True)(
+        params
+    )
+    want = jax.grad(lambda p: loss_of(case, fn)(p, *case.args), allow_int=True)(params)
+    close(jlora.partition(got)[0], jlora.partition(want)[0], scale=coarse(case))
+
+
+FORWARD = [c for c in CASES if c.name not in ("activations_with_rules", "custom_vjp_weight")]
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=repr)
+def test_forward_mode(case):
+    trainable, frozen = jlora.partition(adapted(case))
+    tangent = jax.tree.map(lambda x: jnp.cos(x), trainable)
+
+    def by(fn):
+        return jax.jvp(
+            lambda t: loss_of(case, fn)(jlora.combine(t, frozen), *case.args),
+            (trainable,),
+            (tangent,),
+        )[1]
+
+    got, want = by(transform(case)), by(lambda p, *a: case.fn(jlora.merge(p), *a))
+    close(got, want, scale=10 * coarse(case))
+
+
+@every
+def test_another_adapter_or_alpha_never_retraces(case):
+    params = adapted(case)
+    traces = []
+
+    def counted(p, *args):
+        traces.append(1)
+        return transform(case)(p, *args)
+
+    step = jax.jit(counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(params, *case.args)
+        trainable, frozen = jlora.partition(params)
+        step(jlora.combine(jax.tree.map(lambda x: x + 1, trainable), frozen), *case.args)
+        doubled = jax.tree.map(
+            lambda n: jlora.LoraArray(n.base, n.lora_a, n.lora_b, n.scaling * 2, n.layout)
+            if jlora_node(n) else n, params, is_leaf=jlora_node)
+        step(doubled, *case.args)
+    assert len(traces) == 1
+
+
+def test_scan_stacked_is_unrolled():
+    stacked = next(c for c in CASES if c.name == "scan_stacked")
+    params = adapted(stacked)
+    x, sums = stacked.args[0], []
+    for n in range(3):
+        layer = jax.tree.map(lambda leaf, n=n: leaf[n], params)
+        sums.append(x.sum())
+        x = jlora.lora(lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]))(layer, x)
+    close(transform(stacked)(params, *stacked.args), (x, jnp.stack(sums)))
