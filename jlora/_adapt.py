@@ -23,7 +23,7 @@ def attach(
     key: PRNGKeyArray,
     layouts: Mapping[str, str] | None = None,
 ) -> PyTree:
-    """Put a `LoraArray` where a rule asks for one: `W` becomes `W + s · A B`, and `A B = 0` at first.
+    """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
 
     The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
 
@@ -72,11 +72,12 @@ def attach(
         path = path_str(key_path)
         if path not in plan:
             return leaf
-        if plan[path] is None:
+        planned = plan[path]
+        if planned is None:
             # A real copy: under donation one buffer must not be given away twice.
             return FullArray(leaf, jnp.array(leaf, copy=True))
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        spec, layout = plan[path]
+        spec, layout = planned
         lora_a, lora_b = _factors(leaf_key, leaf, spec, layout)
         stack = Geometry.of(leaf.shape, layout).stack
         return LoraArray(leaf, lora_a, lora_b, jnp.full(stack, spec.s, jnp.float32), layout)
@@ -130,7 +131,7 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tuple[Any, Any]:
-    """Call the initializer on `(in, out)` matrices, one per stack element; arrange what it makes."""
+    """Call the initializer on `(in, out)` matrices, one per stack element, and arrange."""
     geometry = Geometry.of(weight.shape, layout)
     init = functools.partial(spec.init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
     matrices, keys = geometry.to_matrix(weight), key

@@ -67,9 +67,7 @@ class LoraArray:
         return self.lora_a.shape[-1]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
 class FullArray:
     """A parameter that is trained whole, keeping its original.

@@ -32,8 +32,8 @@ def body(jaxpr: Any) -> Body:
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
     """Return how many of a scan's operands are constants and how many are carries."""
     if "ft_in" in params:  # JAX 0.11 and later
-        consts, carry, _ = params["ft_in"]
-        return len(tuple(consts)), len(tuple(carry))
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]
 
 

@@ -12,7 +12,7 @@ from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 
 def path_str(path: KeyPath) -> str:
-    """Join a key path with "/"; a box's payload (`nnx.Param.value`, `nn.Partitioned.value`) is its box."""
+    """Join a key path with "/"; the `value` of a box (`nnx.Param`, `nn.Partitioned`) is the box."""
     if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return keystr(path, simple=True, separator="/")

@@ -36,9 +36,7 @@ def summary(params: PyTree) -> str:
     trained = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
     total = trained + sum(math.prod(jax.numpy.shape(x)) for x in jax.tree.leaves(bases))
     percent = 100 * trained / total if total else 0.0
-    return (
-        f"trainable params: {trained:,} || all params: {total:,} || trainable%: {percent:.4f}"
-    )
+    return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {percent:.4f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +75,11 @@ class Explanation:
         ]
         factored = len(self.uses) - self.materialized
         return "\n".join(
-            [*lines, f"factored: {factored}, materialized: {self.materialized}, "
-             f"unused: {len(self.unused)}"]
+            [
+                *lines,
+                f"factored: {factored}, materialized: {self.materialized}, "
+                f"unused: {len(self.unused)}",
+            ]
         )
 
 

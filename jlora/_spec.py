@@ -13,7 +13,6 @@ from jlora import initializers
 from jlora._paths import near_misses
 
 
-
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
     """Say how one group of weights is adapted: `W + s · A B`, `s = α/r` (or `α/√r`).
@@ -23,7 +22,7 @@ class LoraSpec:
         alpha: α. PEFT's `lora_alpha`.
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`.
-        layout: which axes are input (`i`) and which output (`o`), e.g. "io"; else `attach` finds it.
+        layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
         dtype: of A and B, a floating type; float32 also over a bfloat16 base.
 
     Raises:
@@ -127,5 +126,5 @@ def _compile(key: str, call: str) -> re.Pattern[str]:
     except re.error as error:
         raise ValueError(
             f'`{call}`: the rule "{key}" is not a regular expression: {error}. '
-            'To match a name that has such characters use `re.escape`; for a glob\'s "*" write ".*".'
+            'To match such characters themselves use `re.escape`; for a glob\'s "*" write ".*".'
         ) from None

@@ -305,7 +305,11 @@ def conv(name: str, kernel: tuple[int, ...], x: tuple[int, ...], **kw: Any) -> N
 
     def run(p, x):
         return lax.conv_general_dilated(
-            x, p["w"], strides, kw.get("padding", "SAME"), dimension_numbers=dn,
+            x,
+            p["w"],
+            strides,
+            kw.get("padding", "SAME"),
+            dimension_numbers=dn,
             **{k: v for k, v in kw.items() if k != "padding"},
         )
 

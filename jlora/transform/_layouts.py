@@ -1,4 +1,4 @@
-"""`layouts(fn, params, ...)`: which axes of each parameter are contracted, read from the program."""
+"""`layouts(fn, params, ...)`: which axes of each parameter the program contracts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +47,10 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         is_leaf=is_adapted,
     )
     pairs, tree = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs))
-    own = [path[0].idx == 0 and len(path) > 1 and getattr(path[1], "idx", None) == 0
-           for path, _ in pairs]
+    own = [
+        path[0].idx == 0 and len(path) > 1 and getattr(path[1], "idx", None) == 0
+        for path, _ in pairs
+    ]
     ndims = {}
 
     def probe(*arrays: Any) -> None:

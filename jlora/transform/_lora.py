@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
@@ -52,6 +51,7 @@ def lora(
             a node whose parts do not fit or, under `fallback="error"`, a weight needed whole.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jlora import LoraSpec, attach
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
         >>> jax.jit(lora(lambda p, x: x @ p["w"]))(params, jnp.ones((3, 4))).shape
@@ -97,8 +97,9 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
         View.of(leaves[k], names[k]) if isinstance(leaves[k], LoraArray) else leaves[k]
         for k in traced.dynamic
     ]
-    untouched = {id(v): leaves[k] for v, k in zip(values, traced.dynamic, strict=True)
-                 if isinstance(v, View)}
+    untouched = {
+        id(v): leaves[k] for v, k in zip(values, traced.dynamic, strict=True) if isinstance(v, View)
+    }
     walk = Walk(settings, key)
     outs = walk.evaluate(traced.jaxpr, values)
     return traced.result(

@@ -25,7 +25,7 @@ SIDES = ("si", "so")
 
 
 class Name(str):
-    """A parameter's path, equal to any other: layers that share a traced function keep sharing it."""
+    """A parameter's path, equal to any other: layers go on sharing one traced function."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Name)
@@ -48,7 +48,7 @@ class View:
 
     @classmethod
     def of(cls, node: LoraArray, name: str) -> "View":
-        """See a whole `LoraArray`; the scaling goes into B, the smallest thing that it can scale."""
+        """See a whole `LoraArray`; the scaling goes into B, once per weight and not per use."""
         stack = len(Geometry.of(node.shape, node.layout).stack)
         b = jnp.moveaxis(node.lora_b, stack, -1)
         s = jnp.asarray(node.scaling, b.dtype)
@@ -75,8 +75,11 @@ class View:
 
     def having(self, role: str) -> list[int]:
         """Return the axes of one role that are longer than 1."""
-        return [k for k, (r, n) in enumerate(zip(self.roles, self.shape, strict=True))
-                if r == role and n > 1]
+        return [
+            k
+            for k, (r, n) in enumerate(zip(self.roles, self.shape, strict=True))
+            if r == role and n > 1
+        ]
 
     def moved(
         self, base: Any, roles: Sequence[str], move: Callable[[Any, list[int]], Any]
@@ -122,12 +125,17 @@ def contract(
         rest = first + len(x_free)
         x = x.reshape(*x.shape[:first], -1, *x.shape[rest:])
         x_labels[first:rest] = ["tokens"]
-    dims = [
-        ([x_labels.index(k) for k in group], [list(y_labels).index(k) for k in group])
-        for group in (summed, batch)
-    ]
+    y_labels = list(y_labels)
+
+    def at(group: list[Any]) -> tuple[list[int], list[int]]:
+        return [x_labels.index(k) for k in group], [y_labels.index(k) for k in group]
+
     out = lax.dot_general(
-        x, y, tuple(dims), precision=precision, preferred_element_type=accumulator(x.dtype)
+        x,
+        y,
+        (at(summed), at(batch)),
+        precision=precision,
+        preferred_element_type=accumulator(x.dtype),
     )
     made = batch + x_free + y_free
     out = out.reshape([sizes[k] for k in made])

@@ -48,7 +48,7 @@ class Settings:
 
 @dataclasses.dataclass(eq=False)
 class Walk:
-    """One level of one trace: the settings, and the dropout key from which each site draws its own."""
+    """One level of one trace: the settings, and the key from which each site draws its own."""
 
     settings: Settings
     key: Any = None
@@ -79,7 +79,7 @@ class Walk:
         return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
     def narrow_dtype(self, x_dtype: Any, out_dtype: Any) -> Any:
-        """Return the dtype of the narrow products: the activation's, unless an option says other."""
+        """Return the dtype of the narrow products: the option's, else the activation's."""
         if self.settings.dtype is not None:
             return self.settings.dtype
         return x_dtype if jnp.issubdtype(x_dtype, jnp.inexact) else out_dtype

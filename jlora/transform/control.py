@@ -44,9 +44,7 @@ def _peel(view: View) -> tuple[Any, Callable[[Any], View]]:
 
     def rebuild(piece: Any) -> View:
         base, sliced = piece[0], iter(piece[1])
-        factors = tuple(
-            next(sliced) if h else f for f, h in zip(view.factors, has, strict=True)
-        )
+        factors = tuple(next(sliced) if h else f for f, h in zip(view.factors, has, strict=True))
         return View(base, factors, view.roles[1:], view.name)
 
     return (view.base, scanned), rebuild
@@ -56,11 +54,14 @@ class _Carry:
     """A loop's carry: views that the body hands on unchanged are constants; others are summed."""
 
     def __init__(
-        self, walk: Walk, eqn: JaxprEqn, init: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any]
+        self,
+        walk: Walk,
+        eqn: JaxprEqn,
+        init: Sequence[Any],
+        ins: Sequence[Any],
+        outs: Sequence[Any],
     ) -> None:
-        self.fixed = {
-            k: x for k, x in enumerate(init) if isinstance(x, View) and ins[k] is outs[k]
-        }
+        self.fixed = {k: x for k, x in enumerate(init) if isinstance(x, View) and ins[k] is outs[k]}
         self.size = len(init)
         self.init = [
             walk.materialize(eqn, x) if isinstance(x, View) else x

@@ -191,7 +191,9 @@ def _narrow_conv(walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any) -> An
         return NotImplemented
     dtype = walk.narrow_dtype(x.dtype, base.dtype)
     x = walk.drop(x.astype(dtype))
-    replaced = out_axis if window == side[in_axis] else in_axis  # where the rank stands in the window
+    # Where the rank stands in the narrow kernel: for the outputs, or (input channels narrowed first,
+    # as in a transposed kernel) for the inputs.
+    replaced = out_axis if window == side[in_axis] else in_axis
     kernel = _with_rank_at(view, window, replaced).astype(dtype)
     other = view.factors[1 - window].astype(dtype)
     other = other.reshape(-1, other.shape[-1])  # (channels, rank): spatial axes of size 1 fall away
@@ -243,7 +245,7 @@ def _convolve(eqn: JaxprEqn, x: Any, kernel: Any, groups: int) -> Any:
 
 @rule("ragged_dot_general")
 def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Any:
-    p, dn = eqn.params, eqn.params["ragged_dot_dimension_numbers"]
+    dn = eqn.params["ragged_dot_dimension_numbers"]
     if not isinstance(view, View) or isinstance(x, View):
         return NotImplemented
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
@@ -262,15 +264,32 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
         dtype = walk.narrow_dtype(x.dtype, base.dtype)
         axes = view.axes(first)
         numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
-        z = _ragged(eqn, walk.drop(x.astype(dtype)), view.factors[first].astype(dtype), group_sizes,
-                    numbers, ragged, _at(axes, groups))
+        z = _ragged(
+            eqn,
+            walk.drop(x.astype(dtype)),
+            view.factors[first].astype(dtype),
+            group_sizes,
+            numbers,
+            ragged,
+            _at(axes, groups),
+        )
         x_free = [k for k in range(x.ndim) if k not in (*x_sum, *x_batch)]
         row = len(x_batch) + x_free.index(ragged[0])
         axes = view.axes(1 - first)
         batch = list(range(len(x_batch)))
         numbers = (([z.ndim - 1], [len(axes)]), (batch, _at(axes, w_batch)))
-        out = _plus(base, _ragged(eqn, z.astype(dtype), view.factors[1 - first].astype(dtype),
-                                  group_sizes, numbers, [row], _at(axes, groups)))
+        out = _plus(
+            base,
+            _ragged(
+                eqn,
+                z.astype(dtype),
+                view.factors[1 - first].astype(dtype),
+                group_sizes,
+                numbers,
+                [row],
+                _at(axes, groups),
+            ),
+        )
         rank = view.factors[0].shape[-1]
         cost = 2 * rank * (x.size + base.size)
     walk.used(eqn, view, cost, w_sum, free)

@@ -95,7 +95,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         before, after, m, n = [], [], 1, 1
-        while not before and not after or m != n:
+        while (not before and not after) or m != n:
             if i < len(old) and (m <= n or j >= len(new)):
                 m, before, i = m * old[i], [*before, i], i + 1
             else:

@@ -1,0 +1,185 @@
+"""Adapters on disk, through Orbax: what one task owns, a few MB, without the base weights.
+
+A checkpoint describes itself: beside the arrays it keeps each leaf's path, kind and layout, so it
+restores into plain base weights. It is written beside its place and renamed.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from jlora._adapt import bind, detach
+from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
+from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+
+_INDEX = "jlora.json"
+_ARRAYS = "arrays"
+
+
+def save(directory: str | os.PathLike[str], params: PyTree) -> None:
+    """Save the adapter of `params`, and nothing of its base weights.
+
+    Args:
+        directory: where; a checkpoint that is there already is replaced, at the end, in one step.
+        params: adapted parameters, or an adapter from `jlora.detach`.
+
+    Raises:
+        ValueError: nothing is adapted, or `directory` holds something else than a checkpoint.
+
+    Example:
+        >>> import jax.numpy as jnp, tempfile
+        >>> from jlora import LoraSpec, attach
+        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder + "/adapter", params)
+        ...     restored = restore(folder + "/adapter", {"w": jnp.ones((4, 6))})
+        >>> bool((restored["w"].lora_a == params["w"].lora_a).all())
+        True
+
+    Reference: PEFT's `save_pretrained`; its file format is `jlora.peft`'s.
+    """
+    target = Path(directory).absolute()
+    nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if is_adapted(x)}
+    if not nodes:
+        raise ValueError(
+            f"`jlora.checkpoint.save({str(directory)!r}, params)`: nothing in `params` is adapted. "
+            "Give what `jlora.attach` returned, not the merged or the base weights."
+        )
+    if target.exists() and not (target / _INDEX).is_file() and any(target.iterdir()):
+        raise ValueError(
+            f"`jlora.checkpoint.save({str(directory)!r}, params)`: the folder holds other files, "
+            "which saving would replace. Give a folder of its own."
+        )
+    arrays, index = {}, {}
+    for n, (path, node) in enumerate(sorted(nodes.items())):
+        if isinstance(node, LoraArray):
+            index[path] = {"kind": "lora", "layout": node.layout, "leaf": str(n)}
+            arrays[str(n)] = {
+                "lora_a": node.lora_a,
+                "lora_b": node.lora_b,
+                "scaling": jax.numpy.asarray(node.scaling),
+            }
+        else:
+            index[path] = {"kind": "full", "leaf": str(n)}
+            arrays[str(n)] = {"value": node.value}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(beside / _ARRAYS, arrays)
+        (beside / _INDEX).write_text(json.dumps({"version": 1, "leaves": index}, indent=2))
+        _replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(beside: Path, target: Path) -> None:
+    """Put `beside` in the place of `target`; the old one is whole until the new one stands."""
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        target.rename(old / "old")
+        beside.rename(target)
+        shutil.rmtree(old)
+    else:
+        beside.rename(target)
+
+
+def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
+    """Put a saved adapter on base weights, bit for bit as it was saved.
+
+    Args:
+        directory: what `save` wrote.
+        params: base parameters, plain or adapted (their adapter is left out).
+
+    Returns:
+        The adapted parameters; the base weights are the very arrays that were given.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a checkpoint that is damaged, or of another model: the paths and shapes that do
+            not fit are named.
+
+    Example:
+        See `save`.
+    """
+    call = f"jlora.checkpoint.restore({str(directory)!r}, params)"
+    source = Path(directory).absolute()
+    index = _read_index(source, call)
+    base = detach(params)[0]
+    leaves = dict(leaves_with_paths(base))
+    unknown = sorted(set(index) - set(leaves))
+    if unknown:
+        raise ValueError(
+            f"`{call}`: the checkpoint is of another model: {len(unknown)} of its {len(index)} "
+            f'parameters are not in `params`, the first "{unknown[0]}". '
+            f"{near_misses(unknown[0], leaves)}"
+        )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(source / _ARRAYS).item_metadata.tree
+            target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metadata)
+            arrays = checkpointer.restore(source / _ARRAYS, target)
+    except Exception as error:  # Orbax and tensorstore raise of many kinds for a damaged folder
+        raise ValueError(
+            f"`{call}`: the arrays cannot be read: {str(error).splitlines()[0]}. The checkpoint is "
+            "damaged or was copied in part; copy the whole folder again."
+        ) from error
+    nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
+    adapter = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
+    return bind(base, adapter)
+
+
+def _read_index(source: Path, call: str) -> dict[str, dict[str, str]]:
+    file = source / _INDEX
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`{call}`: no checkpoint of jlora is there (no {_INDEX}). Give the folder that "
+            "`jlora.checkpoint.save` wrote."
+        )
+    try:
+        index = json.loads(file.read_text())["leaves"]
+        for entry in index.values():
+            if entry["kind"] not in ("lora", "full") or not isinstance(entry["leaf"], str):
+                raise KeyError("kind")
+            if entry["kind"] == "lora" and set(entry["layout"]) != {"i", "o"}:
+                raise KeyError("layout")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`{call}`: {_INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
+            "Copy the whole folder again."
+        ) from None
+    return index
+
+
+def _node(path: str, leaf: Any, entry: dict[str, str], arrays: Any, call: str) -> Any:
+    """Make one node, without its base, and check that it fits the leaf."""
+    saved = {k: jax.numpy.asarray(x) for k, x in arrays.get(entry["leaf"], {}).items()}
+    if entry["kind"] == "full" and set(saved) == {"value"}:
+        shapes, want = [saved["value"].shape], [leaf.shape]
+        node = FullArray(None, saved["value"])
+    elif entry["kind"] == "lora" and set(saved) == {"lora_a", "lora_b", "scaling"}:
+        geometry, rank = Geometry.of(leaf.shape, entry["layout"]), saved["lora_a"].shape[-1]
+        shapes = [saved["lora_a"].shape, saved["lora_b"].shape]
+        want = [
+            (*geometry.stack, *geometry.in_dims, rank),
+            (*geometry.stack, rank, *geometry.out_dims),
+        ]
+        node = LoraArray(None, saved["lora_a"], saved["lora_b"], saved["scaling"], entry["layout"])
+    else:
+        raise ValueError(
+            f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.'
+        )
+    if shapes != want:
+        raise ValueError(
+            f"`{call}`: the saved shapes {shapes} do not fit {describe(path, leaf)}, which needs "
+            f"{want}. The checkpoint is of another model."
+        )
+    return node

@@ -1,0 +1,122 @@
+"""Adapters on disk: exact, self-describing, refused where they do not fit, never half-written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import checkpoint
+
+
+def base(d: int = 11):
+    return {
+        "dense": {"kernel": jnp.arange(float(d * 7)).reshape(d, 7), "bias": jnp.arange(7.0)},
+        "stack": jnp.ones((3, 5, 4), jnp.bfloat16),
+    }
+
+
+def adapted(d: int = 11, rank: int = 2):
+    rules = {
+        r"dense/kernel": jlora.LoraSpec(rank, init=jlora.initializers.gaussian),
+        "dense/bias": "full",
+        "stack": jlora.LoraSpec(2, alpha=5, layout="oi", dtype=jnp.bfloat16),
+    }
+    return jlora.attach(base(d), rules, key=jax.random.key(3))
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, x in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(g, np.float64), np.asarray(x, np.float64))
+
+
+def test_save_and_restore_are_exact(tmp_path):
+    params = adapted()
+    checkpoint.save(tmp_path / "a", params)
+    weights = base()
+    got = checkpoint.restore(tmp_path / "a", weights)
+    same(got, params)
+    assert got["dense"]["kernel"].base is weights["dense"]["kernel"]
+
+
+def test_a_detached_adapter_saves_the_same(tmp_path):
+    params = adapted()
+    checkpoint.save(tmp_path / "a", jlora.detach(params)[1])
+    same(checkpoint.restore(tmp_path / "a", params), params)
+
+
+def test_saving_again_replaces_and_leaves_nothing_beside(tmp_path):
+    checkpoint.save(tmp_path / "a", adapted(rank=1))
+    checkpoint.save(tmp_path / "a", adapted(rank=3))
+    assert checkpoint.restore(tmp_path / "a", base())["dense"]["kernel"].rank == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_base_is_not_in_the_files(tmp_path):
+    big = {"w": jax.random.normal(jax.random.key(0), (512, 512))}
+    checkpoint.save(
+        tmp_path / "a", jlora.attach(big, {"w": jlora.LoraSpec(1)}, key=jax.random.key(0))
+    )
+    size = sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert size < 100_000 < 512 * 512 * 4
+
+
+def test_a_failed_save_keeps_the_old_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "a", adapted())
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "_replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path / "a", adapted(rank=3))
+    assert checkpoint.restore(tmp_path / "a", base())["dense"]["kernel"].rank == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing in `params` is adapted"):
+        checkpoint.save(tmp_path / "a", base())
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of jlora is there"):
+        checkpoint.restore(tmp_path / "a", base())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"holds other files"):
+        checkpoint.save(tmp_path / "mine", adapted())
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_another_model_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "a", adapted())
+    with pytest.raises(ValueError, match=r'do not fit "dense/kernel" float32\[13,7\]'):
+        checkpoint.restore(tmp_path / "a", base(13))
+    other = {"dense_0": base()["dense"], "stack": base()["stack"]}
+    with pytest.raises(ValueError, match=r'the first "dense/bias".*Closest: "dense_0/bias"'):
+        checkpoint.restore(tmp_path / "a", other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"leaves": 3}', '{"leaves": {"w": {"kind": "x"}}}'])
+def test_a_damaged_index_is_refused(tmp_path, text):
+    checkpoint.save(tmp_path / "a", adapted())
+    (tmp_path / "a" / "jlora.json").write_text(text)
+    with pytest.raises(ValueError, match=r"jlora.json is not what `jlora.checkpoint.save` writes"):
+        checkpoint.restore(tmp_path / "a", base())
+
+
+def test_damaged_arrays_are_refused(tmp_path):
+    checkpoint.save(tmp_path / "a", adapted())
+    for file in (tmp_path / "a" / "arrays").rglob("*"):
+        if file.is_file() and file.name != "_CHECKPOINT_METADATA":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"the arrays cannot be read"):
+        checkpoint.restore(tmp_path / "a", base())
+
+
+def test_missing_arrays_are_refused(tmp_path):
+    checkpoint.save(tmp_path / "a", adapted())
+    index = tmp_path / "a" / "jlora.json"
+    index.write_text(index.read_text().replace('"leaf": "1"', '"leaf": "9"'))
+    with pytest.raises(ValueError, match=r'the arrays of "dense/kernel" are missing'):
+        checkpoint.restore(tmp_path / "a", base())
