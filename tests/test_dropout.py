@@ -1,0 +1,111 @@
+"""Dropout: on the adapter's input only, its own mask at each site and step, and under remat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jlora
+
+D = 64
+X = jnp.ones((5, D))
+
+
+def node(stack=(), b=1.0):
+    """W = 0 and A·B = 1/D everywhere in effect: the output is the mean of the dropped input."""
+    ones = jnp.ones((*stack, D, 1))
+    return jlora.LoraArray(
+        jnp.zeros((*stack, D, D)), ones / D, jnp.full((*stack, 1, D), b), jnp.ones(stack), "io"
+    )
+
+
+def run(fn, w, key, rate=0.5):
+    return jlora.lora(fn, dropout=rate, key=key, fallback="error")({"w": w}, X)
+
+
+def plain(p, x):
+    return x @ p["w"]
+
+
+def test_it_falls_on_the_adapter_only(key):
+    w = jlora.LoraArray(jnp.eye(D), node().lora_a, jnp.zeros((1, D)), jnp.ones(()), "io")
+    assert jnp.array_equal(run(plain, w, key), X)
+
+
+def test_the_mean_is_the_output_without_and_the_variance_is_the_masks(key):
+    keys = jax.random.split(key, 2000)
+    out = jax.vmap(lambda k: run(plain, node(), k, 0.25))(keys)[:, :, 0]
+    assert abs(float(out.mean()) - 1) < 0.005
+    assert abs(float(out.var()) / (0.25 / 0.75 / D) - 1) < 0.1  # of D masks of p/(1-p)
+
+
+def test_the_same_key_is_the_same_mask(key):
+    other = jax.random.fold_in(key, 1)
+    assert jnp.array_equal(run(plain, node(), key), run(plain, node(), key))
+    assert not jnp.array_equal(run(plain, node(), key), run(plain, node(), other))
+
+
+def distinct(rows) -> bool:
+    return len({tuple(r) for r in np.asarray(rows).reshape(-1, 5)}) == np.size(rows) // 5
+
+
+def test_every_site_has_its_own(key):
+    def fn(p, x):
+        return jnp.stack([(x @ p["w"])[:, 0], jax.jit(lambda x: x @ p["w"])(x)[:, 0]])
+
+    assert distinct(run(fn, node(), key))
+
+
+def test_every_step_of_a_scan_has_its_own(key):
+    def closed(p, x):
+        return lax.scan(lambda c, _: (c, (x @ p["w"])[:, 0]), 0, length=4)[1]
+
+    def stacked(p, x):
+        return lax.scan(lambda c, w: (c, (x @ w)[:, 0]), 0, p["w"])[1]
+
+    assert distinct(run(closed, node(), key))
+    assert distinct(run(stacked, node((4,)), key))
+
+
+def test_every_step_of_a_while_has_its_own(key):
+    def fn(p, x):
+        def step(state):
+            n, out = state
+            return n + 1, out.at[n].set((x @ p["w"])[:, 0])
+
+        return lax.while_loop(lambda s: s[0] < 4, step, (0, jnp.zeros((4, 5))))[1]
+
+    assert distinct(run(fn, node(), key))
+
+
+def test_layers_that_share_a_function_do_not_share_masks(key):
+    layer = jax.jit(lambda x, w: x @ w)
+
+    def fn(p, x):
+        return jnp.stack([layer(x, p["w"])[:, 0] for _ in range(3)])
+
+    assert distinct(run(fn, node(), key))
+
+
+def test_cond_draws(key):
+    def fn(p, x):
+        return lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: x)
+
+    assert len(np.unique(np.asarray(run(fn, node(), key))[:, 0])) > 1
+
+
+def test_remat_draws_the_same_again(key):
+    def gradient(fn):
+        def loss(b):
+            return jnp.sin(run(fn, node(b=b), key)).sum()
+
+        return jax.grad(loss)(0.7)
+
+    kept, nothing = (
+        gradient(jax.checkpoint(plain, policy=policy))
+        for policy in (
+            jax.checkpoint_policies.everything_saveable,
+            jax.checkpoint_policies.nothing_saveable,
+        )
+    )
+    assert jnp.allclose(kept, nothing, rtol=1e-6)

@@ -1,0 +1,136 @@
+"""The house of the design: what may import what, what is exported, what is documented."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jlora
+from jlora import checkpoint, initializers
+
+ROOT = Path(jlora.__file__).parent
+FLOORS = [
+    {"_paths", "_compat"},
+    {"_arrays", "initializers"},
+    {"_spec"},
+    {"_adapt", "_partition", "_report", "transform"},
+    {"checkpoint"},
+    {"__init__"},
+]
+OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
+PUBLIC = {
+    *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
+    *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
+    *("summary", "explain"),
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, `from package import name` as package.name."""
+    found = set()
+    for statement in ast.walk(ast.parse(file.read_text())):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            found |= {f"{statement.module}.{alias.name}" for alias in statement.names}
+    return found
+
+
+def room(dotted: str) -> str:
+    """The part of `jlora.<part>...` that has a floor."""
+    return dotted.split(".")[1]
+
+
+def floor(name: str) -> int:
+    return next(n for n, rooms in enumerate(FLOORS) if name in rooms)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_an_arrow_points_down(file):
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    for name in imports(file):
+        assert "jax._src" not in name, f"{file} imports private JAX: {name}"
+        assert name.split(".")[0] not in OPTIONAL or floor(own) == 4, f"{file}: {name}"
+        if name.startswith("jlora."):
+            below = "initializers" if name == "jlora.initializers" else room(name)
+            assert floor(below) <= floor(own), f"{file} imports {name}, from a floor above"
+
+
+def test_no_cycles():
+    graph = {f: {n for n in imports(f) if n.startswith("jlora.")} for f in FILES}
+    modules = {
+        ".".join(f.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): f
+        for f in FILES
+    }
+
+    def below(name: str) -> set[str]:
+        inside = {i.rpartition(".")[0] if i not in modules else i for i in graph[modules[name]]}
+        return {i for i in inside if i in modules and i != "jlora"}
+
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in below(name):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())
+    assert len(done) == len(modules) and below("jlora._spec"), "the graph was not read"
+
+
+def test_the_walker_knows_the_registry_not_the_rules():
+    rules = {"linear", "structural", "control"}
+    for name in (*rules, "_walk", "_registry", "_view"):
+        seen = {
+            i.split(".")[2]
+            for i in imports(ROOT / "transform" / f"{name}.py")
+            if i.startswith("jlora.transform.")
+        }
+        assert not seen & rules, f"{name} imports {seen & rules}"
+
+
+def test_the_export_list():
+    exported = {n for n in vars(jlora) if not n.startswith("_")} - {
+        *("transform", "checkpoint"),
+        "jaxtyping",  # the import hook of the tests puts it there
+    }
+    assert exported == PUBLIC
+
+
+def test_importing_jlora_imports_no_optional_library():
+    code = f"import sys, jlora; print(sorted({OPTIONAL!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def documented():
+    spaces = [jlora, initializers, checkpoint]
+    for space in spaces:
+        for name, x in vars(space).items():
+            if name.startswith("_") or not (inspect.isfunction(x) or inspect.isclass(x)):
+                continue
+            if name in PUBLIC or x.__module__ == space.__name__:
+                yield f"{space.__name__}.{name}", x
+
+
+@pytest.mark.parametrize(
+    ("name", "x"), sorted(documented()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_every_public_name_is_documented(name, x):
+    text = inspect.getdoc(x) or ""
+    assert text, name
+    if inspect.isfunction(x):
+        assert "Args:" in text and ("Returns:" in text or name.endswith("save")), name
+        assert ">>>" in text or "See `save`" in text, f"{name} has no example"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_are_a_few_screens(file):
+    assert len(file.read_text().splitlines()) <= 330
