@@ -56,7 +56,12 @@ REFUSED = {
         ValueError,
         says('"dense/kernel" never applies', "Move it up"),
     ),
-    "value": ({".*kernel": "ful"}, {}, TypeError, says('".*kernel" has the value \'ful\'', '"full"')),
+    "value": (
+        {".*kernel": "ful"},
+        {},
+        TypeError,
+        says("\".*kernel\" has the value 'ful'", '"full"'),
+    ),
     "no_regex": ({"*kernel": SPEC}, {}, ValueError, says('"*kernel" is not a regular', ".*")),
     "rank_above": (
         {".*kernel": LoraSpec(5)},
@@ -137,12 +142,21 @@ def test_spec(kw, match):
 
 # What beartype would refuse first under this suite's import hook is asked of a plain Python.
 PLAIN = {
-    "rank": ("jlora.LoraSpec(rank=2.0)", "TypeError: `LoraSpec(rank=2.0)`: the rank must be an int"),
+    "rank": (
+        "jlora.LoraSpec(rank=2.0)",
+        "TypeError: `LoraSpec(rank=2.0)`: the rank must be an int",
+    ),
     "bool": ("jlora.LoraSpec(rank=True)", "TypeError: `LoraSpec(rank=True)`: the rank must be an"),
     "init": ("jlora.LoraSpec(init='kaiming')", "TypeError: `LoraSpec(init='kaiming')`: give a fun"),
     "dtype": ("jlora.LoraSpec(dtype='int32')", "TypeError: `LoraSpec(dtype=int32)`: A and B are"),
-    "scaling": ("jlora.LoraSpec(scaling='x')", "ValueError: `LoraSpec(scaling='x')`: give \"lora\""),
-    "fallback": ("jlora.lora(abs, fallback='x')", "ValueError: `jlora.lora(fallback='x')`: give one"),
+    "scaling": (
+        "jlora.LoraSpec(scaling='x')",
+        "ValueError: `LoraSpec(scaling='x')`: give \"lora\"",
+    ),
+    "fallback": (
+        "jlora.lora(abs, fallback='x')",
+        "ValueError: `jlora.lora(fallback='x')`: give one",
+    ),
 }
 
 
@@ -165,7 +179,9 @@ def test_without_type_checks(plain, name):
 
 def test_bind_of_another_structure():
     base, adapter = jlora.detach({"w": node(), "b": jnp.ones(4)})
-    with pytest.raises(ValueError, match=says("`jlora.bind(base, adapter)`", '"b" is in the first')):
+    with pytest.raises(
+        ValueError, match=says("`jlora.bind(base, adapter)`", '"b" is in the first')
+    ):
         jlora.bind(base, {"w": adapter["w"]})
     with pytest.raises(ValueError, match=says("differ in 1 place", '"w" is in the second only')):
         jlora.bind({"b": base["b"]}, adapter)
@@ -204,7 +220,10 @@ SHAPES = [
 @pytest.mark.parametrize(("changes", "match"), SHAPES)
 def test_parts_that_do_not_fit(changes, match):
     params = {"w": node(**changes)}
-    for call in (lambda: jlora.merge(params), lambda: jlora.lora(product)(params, jnp.ones((5, 3)))):
+    for call in (
+        lambda: jlora.merge(params),
+        lambda: jlora.lora(product)(params, jnp.ones((5, 3))),
+    ):
         with pytest.raises(ValueError, match=match):
             call()
 
@@ -216,7 +235,9 @@ def test_dropout_rate(rate):
 
 
 def test_dropout_without_a_key():
-    with pytest.raises(ValueError, match=says("`jlora.lora(dropout=0.1)` needs a key", "key=step_k")):
+    with pytest.raises(
+        ValueError, match=says("`jlora.lora(dropout=0.1)` needs a key", "key=step_k")
+    ):
         jlora.lora(product, dropout=0.1)
 
 

@@ -191,8 +191,8 @@ def _narrow_conv(walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any) -> An
         return NotImplemented
     dtype = walk.narrow_dtype(x.dtype, base.dtype)
     x = walk.drop(x.astype(dtype))
-    # Where the rank stands in the narrow kernel: for the outputs, or (input channels narrowed first,
-    # as in a transposed kernel) for the inputs.
+    # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed
+    # first (as in a transposed kernel), for the inputs.
     replaced = out_axis if window == side[in_axis] else in_axis
     kernel = _with_rank_at(view, window, replaced).astype(dtype)
     other = view.factors[1 - window].astype(dtype)

@@ -1,0 +1,97 @@
+"""What is measured before and after: the held-out loss, what the model says, and its score."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import data
+import jax
+import llama
+import numpy as np
+import training
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import jlora
+
+SHOWN, GROUP = 8, 64  # samples shown, prompts decoded at once
+
+Apply = Callable[..., Any]
+
+
+class Job(NamedTuple):
+    """Everything a run needs, made once."""
+
+    config: llama.Config
+    params: Any  # with the adapter attached
+    tokenizer: Tokenizer
+    stop: int
+    dataset: data.Dataset
+    batches: list[training.Batch]
+    held_out: list[training.Batch]
+    prompts: list[data.Example]
+
+
+def make_apply(config: llama.Config) -> Apply:
+    """The plain model as a function of its params; jlora.lora adapts it."""
+    model = llama.Llama(config)
+    return lambda params, *args: model.apply({"params": params}, *args)
+
+
+class Programs(NamedTuple):
+    """The three compiled functions."""
+
+    step: Callable[..., Any]
+    loss: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array]
+
+
+def compile_all(job: Job, tx: Any, state: training.State, frozen: Any) -> Programs:
+    """Compile training step, held-out loss and generation ahead of time, behind a progress bar."""
+    apply = jlora.lora(make_apply(job.config))
+    loss = training.make_loss(apply)
+    step = training.make_step(loss, tx)
+    longest = max(len(e.tokens) - e.start for e in job.dataset.held_out)
+    answer = functools.partial(
+        llama.generate, apply, job.config, steps=min(64, longest + 4), stop=job.stop
+    )
+    tokens, segments = data.pad_prompts(job.prompts)
+    group = min(GROUP, len(tokens))
+    work = [
+        lambda: step.lower(state.trainable, state.opt_state, frozen, job.batches[0]),
+        lambda: jax.jit(loss).lower(job.params, job.held_out[0]),
+        lambda: jax.jit(answer).lower(job.params, tokens[:group], segments[:group]),
+    ]
+    return Programs(*(lower().compile() for lower in tqdm(work, desc="compile", unit="program")))
+
+
+def evaluate(job: Job, programs: Programs, params: Any) -> dict[str, Any]:
+    """The held-out loss, what the model says and, for CMUdict, its phoneme error rate."""
+    tokens, segments = data.pad_prompts(job.prompts)
+    group = min(GROUP, len(tokens))
+    short = -len(tokens) % group  # the last group is filled up, so that one program serves all
+    tokens, segments = (np.pad(a, ((0, short), (0, 0)), mode="edge") for a in (tokens, segments))
+    total = weight = 0.0
+    said: list[str] = []
+    with tqdm(total=len(job.held_out) + len(tokens) // group, desc="evaluate") as bar:
+        for batch in job.held_out:
+            total += float(programs.loss(params, batch)) * batch["weight"].sum()
+            weight += batch["weight"].sum()
+            bar.update()
+        for i in range(0, len(tokens), group):
+            ids = programs.generate(params, tokens[i : i + group], segments[i : i + group])
+            said += job.tokenizer.decode_batch(np.asarray(ids).tolist())
+            bar.update()
+    said = said[: len(job.prompts)]
+    truth = [example.completion for example in job.prompts]
+    rate = data.phoneme_error_rate(truth, said) if job.dataset.phonemes else None
+    return {"loss": float(total / weight), "rate": rate, "said": said[:SHOWN]}
+
+
+def show(job: Job, score: dict[str, Any], when: str) -> None:
+    """Print an evaluation."""
+    rate = "" if score["rate"] is None else f", phoneme error rate {score['rate']:.3f}"
+    print(f"\n{when}: held-out loss {score['loss']:.3f}{rate}")
+    for example, said in zip(job.prompts, score["said"], strict=False):
+        print(f"  {example.prompt}{(said.splitlines() or [''])[0]}")
+        print(f"  {'(should be)':>{len(example.prompt)}}{example.completion}")

@@ -1,0 +1,268 @@
+"""Fine-tune a language model with LoRA on two CPU cores, and show that it learned.
+
+    python examples/finetune.py                         # SmolLM2-135M learns to pronounce; minutes
+    python examples/finetune.py --smoke                 # a few layers, a few steps, the same path
+    python examples/finetune.py --resume                # after Ctrl-C: on to the very same numbers
+    python examples/finetune.py --generate "Say j a x →"                      # the adapted model
+    python examples/finetune.py --generate "The capital of France is" --weights base
+    python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
+
+`--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
+lines of {"prompt": ..., "completion": ...}, where the completion alone is learned, or plain .txt.
+The output directory gets adapter/ (the adapter alone), loss.png, report.json, and state/ to resume.
+"""
+
+import argparse
+import functools
+import json
+import shutil
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import data
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import training
+import weights
+from evaluation import SHOWN, Job, compile_all, evaluate, make_apply, show
+from matplotlib.figure import Figure
+
+import jlora
+from jlora import checkpoint
+
+ROWS, LENGTH = 2, 128  # packed rows a step, tokens a row
+SCORED = 256  # held-out words that are spoken and scored
+# What a run's numbers hang on, and so what --resume must share with it.
+SETTINGS = ("model", "data", "rank", "alpha", "steps", "lr", "seed", "smoke")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="a Hugging Face directory or a .gguf file (default: SmolLM2-135M-Instruct)")
+    add("--data", help="a .jsonl or .txt file (default: CMUdict)")
+    add("--rank", type=int, default=8)
+    add("--alpha", type=float, default=16.0)
+    add("--steps", type=positive, help="default: 120, or 4 with --smoke")
+    add("--lr", type=float, default=2e-3)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/finetune"), help="default: runs/finetune")
+    add("--smoke", action="store_true", help="the first 4 layers and 4 steps, to try the path")
+    add("--resume", action="store_true", help="go on from where Ctrl-C stopped")
+    add("--generate", metavar="TEXT", help="continue TEXT instead of training")
+    kinds = ("base", "adapted", "merged")
+    add("--weights", choices=kinds, default="adapted", help="which model --generate runs")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (4 if args.smoke else 120)
+    return args
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Load, attach and pack. What is wrong with the input shows here, before a file is written."""
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"`--out {args.out}`: this is a file. Name a directory.")
+    config, base, tokenizer, stop = load_model(args)
+    try:
+        spec = jlora.LoraSpec(rank=args.rank, alpha=args.alpha)
+        params = jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
+    except ValueError as error:
+        raise ValueError(f"`--rank {args.rank} --alpha {args.alpha}`: {error}") from error
+    dataset = data.load(args.data, tokenizer, stop, config.context)
+    longest = max(len(e.tokens) for e in dataset.train + dataset.held_out)
+    length = max(LENGTH, -(-longest // 64) * 64)
+    examples = data.shuffled(dataset.train, args.seed)
+    rows = data.pack(examples, length, args.steps * ROWS)
+    scored = dataset.held_out[: 16 if args.smoke else SCORED]
+    return Job(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        stop=stop,
+        dataset=dataset,
+        batches=data.batches(rows, ROWS),
+        held_out=data.batches(data.pack(iter(scored), length), ROWS),
+        prompts=scored if dataset.phonemes else scored[:SHOWN],
+    )
+
+
+def load_model(args: argparse.Namespace) -> weights.Model:
+    """The plain model; of a smoke test its first layers."""
+    return weights.load(args.model, 4 if args.smoke else None)
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def run(args: argparse.Namespace, job: Job) -> int:
+    """Evaluate, train, evaluate, save, check, report. Returns the exit status."""
+    print(jlora.summary(job.params))
+    trainable, frozen = jlora.partition(job.params)
+    tx = training.make_optimizer(args.lr, args.steps)
+    state, notes = training.State(trainable, tx.init(trainable), [], []), {}
+    if args.resume:
+        notes = training.load_notes(args.out / "state") or {}
+        state = training.load_state(args.out / "state", state)
+    programs = compile_all(job, tx, state, frozen)
+    before = notes.get("before") or evaluate(job, programs, job.params)
+    show(job, before, "before")
+    if not args.resume:
+        shutil.rmtree(args.out / "state", ignore_errors=True)
+    state = training.fit(programs.step, state, frozen, job.batches)
+    notes = {"before": before, "settings": settings(args)}
+    training.save_state(args.out / "state", state, notes)
+    if state.step < args.steps:
+        print(f"stopped after step {state.step} of {args.steps}; go on with --resume")
+        return 130
+    params = jlora.combine(state.trainable, frozen)
+    after = evaluate(job, programs, params)
+    show(job, after, "after")
+    report = {
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+        "phoneme_error_rate_before": before["rate"],
+        "phoneme_error_rate_after": after["rate"],
+        **save_and_check(args, job, params),
+        "seconds_per_step": statistics.median(state.seconds),
+        "steps": state.step,
+    }
+    plot(args.out / "loss.png", state.losses, before["loss"], after["loss"])
+    text = json.dumps(report, indent=2) + "\n"
+    write_beside(args.out / "report.json", lambda path: path.write_text(text))
+    print(f"\n{text}written to {args.out / 'report.json'}")
+    return 0
+
+
+def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str, Any]:
+    """Save the adapter; restored into fresh base weights, or merged, it gives the same logits."""
+    folder = args.out / "adapter"
+    checkpoint.save(folder, params)
+    plain = make_apply(job.config)
+    adapted, merged = jax.jit(jlora.lora(plain)), jax.jit(plain)
+    batch = job.held_out[0]
+    inputs = (batch["tokens"], batch["positions"], batch["segments"], None, batch["at"])
+    logits = adapted(params, *inputs)
+    restored = checkpoint.restore(folder, load_model(args)[1])
+    differ = lambda other: float(jnp.max(jnp.abs(logits - other)))  # noqa: E731
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(jlora.partition(params)[0]))
+    base = sum(leaf.size for leaf in jax.tree.leaves(jlora.detach(params)[0]))
+    return {
+        "trainable": trainable,
+        "total": base + trainable,
+        "adapter_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+        "merged_max_abs_diff": differ(merged(jlora.merge(params), *inputs)),
+        "restored_max_abs_diff": differ(adapted(restored, *inputs)),
+    }
+
+
+def plot(path: Path, losses: list[float], before: float, after: float) -> None:
+    """Draw the training loss and the held-out loss before and after."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, lw=1, label="training")
+    axes.plot([0, len(losses)], [before, after], "o", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.legend()
+    write_beside(path, lambda part: figure.savefig(part, format="png", dpi=150))
+
+
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write to a neighbor and rename, so that a half-written file never bears the name."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that a resumed run must share."""
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def check_resume(args: argparse.Namespace) -> None:
+    """Refuse to resume what is not there, or what was begun with other flags."""
+    notes = training.load_notes(args.out / "state")
+    if notes is None:
+        raise FileNotFoundError(
+            f"`--resume`: there is no saved state in {args.out / 'state'}. Run without --resume."
+        )
+    begun, now = notes["settings"], settings(args)
+    other = [name for name in SETTINGS if begun[name] != now[name]]
+    if other:
+        raise ValueError(
+            "`--resume`: the run was begun with "
+            + ", ".join(f"{name}={begun[name]} (now {now[name]})" for name in other)
+            + ". Give the same flags, or start again without --resume."
+        )
+
+
+# --------------------------------------------------------------------------------------- generation
+
+
+def continue_text(args: argparse.Namespace) -> int:
+    """Continue --generate's text with the base, the adapted or the merged model."""
+    config, params, tokenizer, stop = load_model(args)
+    ids = tokenizer.encode(args.generate).ids
+    if not 0 < len(ids) < config.context:
+        raise ValueError(
+            f"`--generate`: the prompt has {len(ids)} tokens; the model takes 1 to "
+            f"{config.context - 1}, its context of {config.context} less one for the answer."
+        )
+    apply = make_apply(config)
+    if args.weights != "base":
+        if not (args.out / "adapter").is_dir():
+            raise FileNotFoundError(
+                f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
+                "`--weights base`."
+            )
+        params = checkpoint.restore(args.out / "adapter", params)
+        apply = jlora.lora(apply)
+    if args.weights == "merged":
+        params, apply = jlora.merge(params), make_apply(config)
+    steps = min(32, config.context - len(ids))
+    answer = functools.partial(llama.generate, apply, config, steps=steps, stop=stop)
+    tokens = np.asarray([ids], np.int32)
+    said = jax.jit(answer)(params, tokens, np.ones_like(tokens))
+    print(tokenizer.decode([*ids, *np.asarray(said)[0].tolist()]))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; wrong input ends in one paragraph and status 2."""
+    args = parse(argv)
+    try:
+        if args.generate is not None:
+            return continue_text(args)
+        if args.resume:
+            check_resume(args)
+        job = prepare(args)
+    except (ValueError, OSError) as error:
+        text = f"finetune.py: error: {error}"
+        print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    try:
+        return run(args, job)
+    except KeyboardInterrupt:
+        print("stopped outside training: only a finished state is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

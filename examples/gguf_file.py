@@ -1,0 +1,100 @@
+"""GGUF files, llama.cpp's format: dequantized weights, sizes and tokenizer, all from one file."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from llama import Config
+from param_tree import Model, build
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+GGML = "tokenizer.ggml"
+
+
+def read_gguf(path: Path, layers: int | None = None) -> Model:
+    """Read a GGUF file of the architecture `llama`, whatever its quantization."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(
+            f"`--model {path}`: this is not a whole GGUF file ({error}); it may be truncated. "
+            "Download it again."
+        ) from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        config, stop = gguf_config(path, fields, tensors, layers), fields[f"{GGML}.eos_token_id"]
+        tokenizer = gguf_tokenizer(path, fields)
+    except KeyError as error:
+        raise ValueError(f"`--model {path}`: its metadata lacks the key {error}.") from error
+
+    def read(name: str) -> np.ndarray:
+        if name not in tensors:
+            raise ValueError(f"`--model {path}`: the tensor {name} is missing from the file.")
+        value = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)  # (out, in)
+        if ".attn_q." in name:
+            return unpermute(value, config.heads)
+        return unpermute(value, config.kv_heads) if ".attn_k." in name else value
+
+    return config, build(config, read, 0, path), tokenizer, stop
+
+
+def gguf_config(path: Path, fields: dict, tensors: dict, layers: int | None) -> Config:
+    """The sizes, from the metadata; what this decoder does not compute is refused by name."""
+    kind = fields.get("general.architecture")
+    if kind != "llama":
+        raise ValueError(
+            f"`--model {path}`: architecture {kind!r} is unknown here; this example's decoder is "
+            "of the Llama family ('llama')."
+        )
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in tensors:
+        raise ValueError(f"`--model {path}`: rope scaling ({scaling}) is not implemented here.")
+    width, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+    blocks = fields["llama.block_count"]
+    return Config(
+        vocab=len(fields[f"{GGML}.tokens"]),
+        width=width,
+        hidden=fields["llama.feed_forward_length"],
+        layers=min(layers or blocks, blocks),
+        heads=heads,
+        kv_heads=fields.get("llama.attention.head_count_kv", heads),
+        head_dim=fields.get("llama.attention.key_length", width // heads),
+        context=fields["llama.context_length"],
+        rope_theta=fields.get("llama.rope.freq_base", 10000.0),
+        norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+        tied="output.weight" not in tensors,
+    )
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k: the pairs (i, i + D/2) of a head side by side."""
+    rows = weight.reshape(heads, 2, -1, weight.shape[1])  # (H, 2, D/2, C)
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `permute`: back to the two halves that `llama.rope` turns."""
+    rows = weight.reshape(heads, -1, 2, weight.shape[1])  # (H, D/2, 2, C)
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
+    """Byte-level BPE from the metadata, with the pre-tokenizers of the kinds it is sure of."""
+    model, kind = fields[f"{GGML}.model"], fields.get(f"{GGML}.pre")
+    splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": []}
+    if model != "gpt2" or kind not in splits:
+        raise ValueError(
+            f"`--model {path}`: its tokenizer ({model}, {kind}) is not one of those "
+            f"this example rebuilds: byte-level BPE of the kinds {', '.join(splits)}."
+        )
+    tokens, types = fields[f"{GGML}.tokens"], fields[f"{GGML}.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields[f"{GGML}.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[kind], byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t, n in zip(tokens, types, strict=True) if n == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer

@@ -1,0 +1,112 @@
+"""Hugging Face directories: config.json, *.safetensors (one file or shards) and tokenizer.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama import Config
+from param_tree import Model, build
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+# What a Llama may switch on and this decoder does not compute: the key and its harmless values.
+ONLY = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+}
+# Llama 3's rope scaling, in the order of `Config.rope_llama3`.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_directory(path: Path, layers: int | None = None) -> Model:
+    """Read a model of the Llama family; bfloat16 and float16 weights become float32."""
+    entries = read_json(path / "config.json")
+    config, stop = hf_config(path, entries, layers)
+    places = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with open_shard(file) as shard:
+            places |= dict.fromkeys(shard.keys(), file)
+    if not places:
+        raise FileNotFoundError(f"`--model {path}`: there are no *.safetensors files in it.")
+    tokenizer = read_tokenizer(path / "tokenizer.json")
+
+    def read(name: str) -> np.ndarray:
+        if name not in places:
+            raise ValueError(f"`--model {path}`: {name} is in none of its *.safetensors.")
+        with open_shard(places[name]) as shard:
+            return np.asarray(shard.get_tensor(name)).astype(np.float32)
+
+    return config, build(config, read, 1, path), tokenizer, stop
+
+
+def open_shard(file: Path) -> Any:
+    """Open one file; `flax` because numpy alone has no bfloat16."""
+    try:
+        return safe_open(file, framework="flax")
+    except SafetensorError as error:
+        raise ValueError(
+            f"`--model {file.parent}`: {file.name} is not a whole safetensors file ({error}); "
+            "it may be truncated. Download it again."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one JSON object."""
+    if not file.is_file():
+        raise FileNotFoundError(f"`--model {file.parent}`: there is no {file.name} in it.")
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--model {file.parent}`: {file.name} is not JSON ({error}).") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"`--model {file.parent}`: {file.name} is not a JSON object.")
+    return entries
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read tokenizer.json."""
+    read_json(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"`--model {file.parent}`: {file.name}: {error}.") from error
+
+
+def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[Config, int]:
+    """The sizes and the end token; what this decoder does not compute is refused by name."""
+    kind, classes = entries.get("model_type"), entries.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or "LlamaForCausalLM" not in classes:
+        raise ValueError(
+            f"`--model {path}`: architecture {classes} of model_type {kind!r} is unknown here; "
+            "this example's decoder is of the Llama family (LlamaForCausalLM, 'llama')."
+        )
+    for key, harmless in ONLY.items():
+        if entries.get(key, harmless[0]) not in harmless:
+            raise ValueError(f"`--model {path}`: {key}={entries[key]!r} is not implemented here.")
+    rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"`--model {path}`: rope scaling {kind!r} is not implemented here.")
+    stop = entries.get("eos_token_id")
+    try:
+        heads, width = entries["num_attention_heads"], entries["hidden_size"]
+        config = Config(
+            vocab=entries["vocab_size"],
+            width=width,
+            hidden=entries["intermediate_size"],
+            layers=min(layers or entries["num_hidden_layers"], entries["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=entries.get("num_key_value_heads") or heads,
+            head_dim=entries.get("head_dim") or width // heads,
+            context=entries["max_position_embeddings"],
+            rope_theta=entries.get("rope_theta", rope.get("rope_theta", 10000.0)),
+            norm_eps=entries.get("rms_norm_eps", 1e-6),
+            tied=entries.get("tie_word_embeddings", False),
+            rope_llama3=tuple(float(rope[key]) for key in LLAMA3) if kind == "llama3" else None,
+        )
+        return config, int(stop[0] if isinstance(stop, list) else stop)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"`--model {path}`: config.json lacks an entry ({error}).") from error

@@ -1,0 +1,62 @@
+"""The tree of weights that `llama.Llama` takes, and what its leaves are called elsewhere."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from llama import Config
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+Params = dict[str, Any]
+Model = tuple[Config, Params, Tokenizer, int]  # the last is the token that ends a text
+
+# The name here: (llama.cpp's, Hugging Face's), within a layer.
+LAYER_NAMES = {
+    "attn/q_proj/kernel": ("attn_q", "self_attn.q_proj"),
+    "attn/k_proj/kernel": ("attn_k", "self_attn.k_proj"),
+    "attn/v_proj/kernel": ("attn_v", "self_attn.v_proj"),
+    "attn/o_proj/kernel": ("attn_output", "self_attn.o_proj"),
+    "mlp/gate_proj/kernel": ("ffn_gate", "mlp.gate_proj"),
+    "mlp/up_proj/kernel": ("ffn_up", "mlp.up_proj"),
+    "mlp/down_proj/kernel": ("ffn_down", "mlp.down_proj"),
+    "attn_norm/scale": ("attn_norm", "input_layernorm"),
+    "mlp_norm/scale": ("ffn_norm", "post_attention_layernorm"),
+}
+
+
+def names(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(path in params, name in a GGUF file, name in a Hugging Face file) of every weight."""
+    yield "embed/embedding", "token_embd.weight", "model.embed_tokens.weight"
+    yield "final_norm/scale", "output_norm.weight", "model.norm.weight"
+    if not config.tied:
+        yield "lm_head/kernel", "output.weight", "lm_head.weight"
+    for i in range(config.layers):
+        for path, (cpp, hf) in LAYER_NAMES.items():
+            yield f"layers_{i}/{path}", f"blk.{i}.{cpp}.weight", f"model.layers.{i}.{hf}.weight"
+
+
+def build(config: Config, read: Callable[[str], np.ndarray], which: int, source: Path) -> Params:
+    """Fill the tree with `read(name)`; `which` chooses among the names of `names`."""
+    c, params = config, Params()
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    sizes = {"q_proj": (c.width, q), "k_proj": (c.width, kv), "v_proj": (c.width, kv)}
+    sizes |= {"o_proj": (q, c.width), "gate_proj": (c.width, c.hidden)}
+    sizes |= {"up_proj": (c.width, c.hidden), "down_proj": (c.hidden, c.width)}
+    sizes |= {"embed": (c.vocab, c.width), "lm_head": (c.width, c.vocab)}
+    for path, *aliases in tqdm(list(names(c)), desc="load weights", unit="array", leave=False):
+        *parents, module, leaf = path.split("/")
+        value = read(aliases[which])
+        value = np.ascontiguousarray(value.T if leaf == "kernel" else value, dtype=np.float32)
+        if value.shape != sizes.get(module, (c.width,)):
+            raise ValueError(
+                f"{source}: {aliases[which]} gives {path} the shape {value.shape}, but its own "
+                f"configuration asks for {sizes.get(module, (c.width,))}."
+            )
+        node = params
+        for part in [*parents, module]:
+            node = node.setdefault(part, {})
+        node[leaf] = jnp.asarray(value)
+    return params

