@@ -251,13 +251,13 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
 
     Args:
         merged: plain parameters that `merge` made, perhaps changed since.
-        params: the adapted parameters (or the adapter alone) to take out.
+        params: the adapted parameters to take out. Of "full" parameters the original is put back.
 
     Returns:
         Adapted parameters whose `merge` is `merged`.
 
     Raises:
-        ValueError: the trees have other paths.
+        ValueError: the trees have other paths; a "full" parameter whose original is taken out.
 
     Example:
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
@@ -266,7 +266,15 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
 
     Reference: PEFT's `unmerge_adapter`.
     """
-    _same_paths(merged, params, "jlora.unmerge(merged, params)")
+    call = "jlora.unmerge(merged, params)"
+    _same_paths(merged, params, call)
+    for path, node in leaves_with_paths(params, is_adapted):
+        if isinstance(node, FullArray) and node.base is None:
+            raise ValueError(
+                f'`{call}`: the original of "{path}", which was trained whole, is taken out of '
+                "`params`, and nothing else has it. Give the adapted parameters, "
+                "`jlora.bind(base, adapter)`."
+            )
     adapter = _map(lambda x: _without_base(x) if is_adapted(x) else None, params)
     bound = bind(merged, adapter)
     base = _add_delta(bound, -1.0, "jlora.unmerge")

@@ -145,6 +145,14 @@ def test_unmerge_undoes_merge():
     assert again["w"].lora_a is tree["w"].lora_a
 
 
+def test_unmerge_needs_the_original_of_a_full_parameter():
+    tree = params(b="full")
+    adapter = jlora.detach(tree)[1]
+    with pytest.raises(ValueError, match=r'the original of "b", which was trained whole'):
+        jlora.unmerge(jlora.merge(tree), adapter)
+    assert jlora.unmerge(jlora.merge(tree), tree)["b"].base is tree["b"].base
+
+
 def test_merged_inference_is_the_base_program():
     def fn(p, x):
         return jnp.tanh(x @ p["w"])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 import jlora
@@ -109,3 +110,24 @@ def test_remat_draws_the_same_again(key):
         )
     )
     assert jnp.allclose(kept, nothing, rtol=1e-6)
+
+
+def test_a_loops_condition_and_body_draw_apart(key):
+    def fn(p, x):
+        def going(state):
+            return (state[0] < 3) & ((x @ p["w"]).sum() > -1)
+
+        return lax.while_loop(going, lambda state: (state[0] + 1, x @ p["w"]), (0, x))[1]
+
+    drawn = []
+    draw = jax.random.bernoulli
+
+    def record(k, *args):
+        drawn.append(tuple(jax.random.key_data(k).tolist()))
+        return draw(k, *args)
+
+    with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "bernoulli", record)
+        run(fn, node(), key)
+    assert len(drawn) >= 7  # four conditions, three bodies
+    assert len(set(drawn)) == len(drawn)

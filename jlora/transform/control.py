@@ -115,20 +115,24 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
     body = _compat.body(p["body_jaxpr"])
     carry = _Carry(walk, eqn, operands[n_cond + n_body :], body.invars[n_body:], body.outvars)
-    key = walk.next_key()
+    keys = walk.next_key(), walk.next_key()  # condition and body draw apart
+
+    def inside(key: Any, step_number: Any) -> Walk:
+        return walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
 
     def going(state: Any) -> Any:
         step_number, moving = state
-        inner = walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
+        inner = inside(keys[0], step_number)
         return inner.evaluate(p["cond_jaxpr"], [*cond_consts, *carry.full(moving)])[0]
 
     def step(state: Any) -> Any:
         step_number, moving = state
-        inner = walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
-        outs = inner.evaluate(p["body_jaxpr"], [*body_consts, *carry.full(moving)])
-        return None if key is None else step_number + 1, carry.moving(walk, eqn, outs)
+        outs = inside(keys[1], step_number).evaluate(
+            p["body_jaxpr"], [*body_consts, *carry.full(moving)]
+        )
+        return None if step_number is None else step_number + 1, carry.moving(walk, eqn, outs)
 
-    start = None if key is None else jnp.zeros((), jnp.int32)
+    start = None if walk.key is None else jnp.zeros((), jnp.int32)
     return carry.full(lax.while_loop(going, step, (start, carry.init))[1])
 
 

@@ -1,0 +1,131 @@
+"""Loops and branches that the table of laws lacks: no reverse mode, or weights that change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jlora
+from jlora import LoraSpec
+
+X = jnp.ones((3, 6))
+
+
+def params(stack=(), key=5):
+    w = jax.random.normal(jax.random.key(key), (*stack, 6, 6)) * 0.3
+    tree = jlora.attach({"w": w}, {"w": LoraSpec(2, layout="io")}, key=jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1, tree)
+
+
+def agree(fn, tree, fallback="error"):
+    want = fn(jlora.merge(tree), X)
+    for run in (jlora.lora(fn, fallback=fallback), jax.jit(jlora.lora(fn, fallback=fallback))):
+        got = run(tree, X)
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_while_closed_over_in_body_and_condition():
+    def fn(p, x):
+        def going(s):
+            return (s[0] < 5) & (jnp.abs(s[1] @ p["w"]).sum() < 1e3)
+
+        return lax.while_loop(going, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"])), (0, x))
+
+    agree(fn, params())
+
+
+def test_while_with_the_weight_in_its_carry():
+    def fn(p, x):
+        def step(s):
+            n, p, x = s
+            return n + 1, p, jnp.tanh(x @ p["w"])
+
+        return lax.while_loop(lambda s: s[0] < 3, step, (0, p, x))[2]
+
+    agree(fn, params())
+
+
+def test_a_carried_weight_that_changes_is_reported_and_right():
+    def fn(p, x):
+        def step(c, _):
+            w, x = c
+            return (w * 0.9 + 0.01, jnp.tanh(x @ w)), x.sum()
+
+        return lax.scan(step, (p["w"], x), length=3)
+
+    with pytest.raises(ValueError, match=r'"w".*used whole by the primitive "scan"'):
+        jlora.lora(fn, fallback="error")(params(), X)
+    agree(fn, params(), "materialize")
+
+
+def test_scans_inside_scans():
+    def fn(p, x):
+        def outer(x, stack):
+            return lax.scan(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, stack)
+
+        return lax.scan(outer, x, p["w"])
+
+    agree(fn, params((2, 3)))
+
+
+def test_branches_that_return_the_weight_are_reported_and_right():
+    def fn(p, x):
+        return x @ lax.cond(x[0, 0] > 0, lambda w: w.T, lambda w: w, p["w"])
+
+    with pytest.raises(ValueError, match=r'"w".*"cond"'):
+        jlora.lora(fn, fallback="error")(params(), X)
+    agree(fn, params(), "materialize")
+
+
+def test_an_eager_call_of_a_jitted_function_compiles_once():
+    apply, tree = jlora.lora(jax.jit(lambda p, x: jnp.tanh(x @ p["w"])), fallback="error"), params()
+    apply(tree, X)
+    other, compiled = X * 2, []
+
+    def listen(name, *_, **__):
+        compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        apply(tree, other)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_a_jitted_layer_is_walked_once_for_all_layers():
+    traced = []
+
+    @jax.jit
+    def layer(w, x):
+        traced.append(1)
+        return jnp.tanh(x @ w)
+
+    def fn(p, x):
+        for w in p["layers"]:
+            x = layer(w, x)
+        return x
+
+    tree = {"layers": [params(key=k)["w"] for k in range(6)]}
+    text = str(jax.make_jaxpr(jlora.lora(fn, fallback="error"))(tree, X))
+    assert len(traced) == 1
+    assert text.count("let") <= 3, "the six layers share one inner program"
+
+
+@pytest.mark.parametrize("init", ["kaiming", "kaiming_rank", "gaussian", "a_zero"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("layout", ["io", "oi"])
+def test_every_initializer_starts_at_the_base(init, dtype, layout):
+    spec = LoraSpec(2, init=getattr(jlora.initializers, init), dtype=dtype, layout=layout)
+    base = {"w": jax.random.normal(jax.random.key(0), (6, 6)).astype(dtype)}
+    tree = jlora.attach(base, {"w": spec}, key=jax.random.key(1))
+    x = X.astype(dtype)
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    assert jnp.array_equal(jlora.lora(fn, fallback="error")(tree, x), fn(base, x))
+    assert tree["w"].lora_a.dtype == dtype
+    assert bool(tree["w"].lora_a.any()) != bool(tree["w"].lora_b.any())
