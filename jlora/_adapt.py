@@ -1,5 +1,6 @@
 """Trees of parameters with adapters: attach, detach, bind, merge, unmerge."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jlora._arrays import Adapted, FullArray, Geometry, LoraArray, check, delta, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, check, delta, is_adapted
 from jlora._paths import describe, leaves_with_paths, near_misses, path_str
 from jlora._spec import LoraSpec, check_layout, resolve
 
@@ -80,7 +81,8 @@ def attach(
         spec, layout = planned
         lora_a, lora_b = _factors(leaf_key, leaf, spec, layout)
         stack = Geometry.of(leaf.shape, layout).stack
-        return LoraArray(leaf, lora_a, lora_b, jnp.full(stack, spec.s, jnp.float32), layout)
+        scaling = jnp.full(stack, spec.s, jnp.float32)
+        return LoraArray(leaf, lora_a, lora_b, scaling, layout, spec.slices)
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
 
@@ -119,12 +121,20 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             f"{describe(path, leaf)} has {leaf.ndim} dimensions. One letter per dimension."
         )
     geometry = Geometry.of(leaf.shape, layout)
-    most = min(geometry.fan_in, geometry.fan_out)
-    if rule.rank > most:
+    width = geometry.out_dims[0]
+    if rule.slices is not None and rule.slices[-1][1] > width:
         raise ValueError(
-            f"`{call}`: rank {rule.rank} is above min(in, out) = min({geometry.fan_in}, "
-            f"{geometry.fan_out}) of {describe(path, leaf)} with layout {layout!r}: such an update "
-            f'is full. Use `LoraSpec(rank={most})` or less here, or the rule "full".'
+            f"`{call}`: the slices {rule.slices} reach beyond the {width} outputs of "
+            f"{describe(path, leaf)} with layout {layout!r}. Slices are (start, stop) ranges of "
+            "the first output dimension."
+        )
+    narrowest = min(stop - start for start, stop in rule.slices or [(0, width)])
+    outs = geometry.fan_out // width * narrowest
+    if rule.rank > min(geometry.fan_in, outs):
+        raise ValueError(
+            f"`{call}`: rank {rule.rank} is above min(in, out) = min({geometry.fan_in}, {outs}) of "
+            f"{describe(path, leaf)} with layout {layout!r}: such an update is full. Use "
+            f'`LoraSpec(rank={min(geometry.fan_in, outs)})` or less here, or the rule "full".'
         )
     return rule, layout
 
@@ -137,13 +147,28 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
     matrices, keys = geometry.to_matrix(weight), key
     if geometry.stack:
         keys = jax.random.split(key, geometry.stack)
+    if spec.slices is not None:
+        init = _sliced(init, spec.slices, geometry)
     for _ in geometry.stack:
         init = jax.vmap(init)
+    shapes = geometry.factor_shapes(spec.rank, spec.slices)
     a, b = init(keys, matrices)
-    return (
-        a.reshape(*geometry.stack, *geometry.in_dims, spec.rank),
-        b.reshape(*geometry.stack, spec.rank, *geometry.out_dims),
-    )
+    return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+
+def _sliced(init: Any, slices: tuple[tuple[int, int], ...], geometry: Geometry) -> Any:
+    """Initialize each range of outputs as a weight of its own."""
+    per = geometry.fan_out // geometry.out_dims[0]  # columns per element of the sliced dimension
+
+    def run(key: PRNGKeyArray, matrix: Any) -> tuple[Any, Any]:
+        keys = jax.random.split(key, len(slices))
+        parts = [
+            init(k, matrix[:, start * per : stop * per])
+            for k, (start, stop) in zip(keys, slices, strict=True)
+        ]
+        return tuple(jnp.concatenate([p[k] for p in parts], axis=1) for k in (0, 1))
+
+    return run
 
 
 def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
@@ -167,14 +192,12 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
         ((4, 6), True)
     """
     base = _map(lambda x: x.base if is_adapted(x) else x, params)
-    adapter = _map(lambda x: _without_base(x) if is_adapted(x) else None, params)
+    adapter = _map(_without_base, params)
     return base, adapter
 
 
-def _without_base(node: Adapted) -> Adapted:
-    if isinstance(node, FullArray):
-        return FullArray(None, node.value)
-    return LoraArray(None, node.lora_a, node.lora_b, node.scaling, node.layout)
+def _without_base(node: Any) -> Any:
+    return dataclasses.replace(node, base=None) if is_adapted(node) else None
 
 
 def bind(base: PyTree, adapter: PyTree) -> PyTree:
@@ -198,11 +221,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
     _same_paths(base, adapter, "jlora.bind(base, adapter)")
 
     def put(weight: Any, node: Any) -> Any:
-        if isinstance(node, FullArray):
-            return FullArray(weight, node.value)
-        if isinstance(node, LoraArray):
-            return LoraArray(weight, node.lora_a, node.lora_b, node.scaling, node.layout)
-        return weight
+        return dataclasses.replace(node, base=weight) if is_adapted(node) else weight
 
     return _map(put, base, adapter)
 
@@ -275,7 +294,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
                 "`params`, and nothing else has it. Give the adapted parameters, "
                 "`jlora.bind(base, adapter)`."
             )
-    adapter = _map(lambda x: _without_base(x) if is_adapted(x) else None, params)
+    adapter = _map(_without_base, params)
     bound = bind(merged, adapter)
     base = _add_delta(bound, -1.0, "jlora.unmerge")
     base = _map(lambda w, x: x.base if isinstance(x, FullArray) else w, base, params)

@@ -18,7 +18,7 @@ from jlora._paths import describe
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "lora_a", "lora_b", "scaling"),
-    meta_fields=("layout",),
+    meta_fields=("layout", "slices"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
@@ -30,6 +30,10 @@ class LoraArray:
         lora_b: output side, `(*stack, rank, *out_dims)`. PEFT's `lora_B.weight`, transposed.
         scaling: `s`, a scalar or `(*stack)`; a leaf, so another alpha never recompiles.
         layout: one letter per non-stack dimension of `base`, `i` (input) or `o` (output).
+        slices: `(start, stop)` ranges of the first output dimension, or `None` for all of it. Each
+            range has an update of its own: `lora_a` is `(*stack, *in_dims, n · rank)`, the ranges'
+            A side by side, and `lora_b` has the ranges' widths, side by side, for that dimension.
+            loralib's `MergedLinear`, transposed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,6 +49,7 @@ class LoraArray:
     lora_b: Any
     scaling: Any
     layout: str
+    slices: tuple[tuple[int, int], ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,8 +68,8 @@ class LoraArray:
 
     @property
     def rank(self) -> int:
-        """The rank r of the update."""
-        return self.lora_a.shape[-1]
+        """The rank r of the update, of each slice's where it has slices."""
+        return self.lora_a.shape[-1] // (1 if self.slices is None else len(self.slices))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
@@ -106,6 +111,11 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
+def slice_width(slices: tuple[tuple[int, int], ...] | None, whole: int) -> int:
+    """Return how much of an output dimension has an update."""
+    return whole if slices is None else sum(stop - start for start, stop in slices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """How a layout divides a shape: `(*stack, *dims)` into stack, input and output dimensions."""
@@ -134,6 +144,17 @@ class Geometry:
         """The number of outputs of one stack element."""
         return math.prod(self.out_dims)
 
+    def factor_shapes(
+        self, rank: int, slices: tuple[tuple[int, int], ...] | None = None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of `lora_a` and `lora_b`."""
+        width = slice_width(slices, self.out_dims[0])
+        ranks = rank * (1 if slices is None else len(slices))
+        return (
+            (*self.stack, *self.in_dims, ranks),
+            (*self.stack, rank, width, *self.out_dims[1:]),
+        )
+
     @property
     def _sorted_axes(self) -> tuple[int, ...]:
         split = len(self.stack)
@@ -153,11 +174,26 @@ class Geometry:
         return jnp.transpose(weight, sorted(range(len(axes)), key=axes.__getitem__))
 
 
+def whole_b(node: LoraArray, geometry: Geometry) -> Array:
+    """Return B over all outputs: a sliced one's ranges one below the other, zeros elsewhere."""
+    if node.slices is None:
+        return node.lora_b
+    axis, rows, first = len(geometry.stack) + 1, [], 0
+    for start, stop in node.slices:
+        width = [(0, 0, 0)] * node.lora_b.ndim
+        width[axis] = (start, geometry.out_dims[0] - stop, 0)
+        piece = jax.lax.slice_in_dim(node.lora_b, first, first + stop - start, axis=axis)
+        rows.append(jax.lax.pad(piece, jnp.zeros((), piece.dtype), width))
+        first += stop - start
+    return jnp.concatenate(rows, axis - 1)
+
+
 def delta(node: LoraArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Return `s · A B` in float32 (or wider), in a base weight's `shape`."""
     geometry = Geometry.of(shape, node.layout)
-    a = node.lora_a.reshape(*geometry.stack, geometry.fan_in, node.rank)
-    b = node.lora_b.reshape(*geometry.stack, node.rank, geometry.fan_out)
+    rank = node.lora_a.shape[-1]
+    a = node.lora_a.reshape(*geometry.stack, geometry.fan_in, rank)
+    b = whole_b(node, geometry).reshape(*geometry.stack, rank, geometry.fan_out)
     wide = accumulator(node.lora_a.dtype)
     ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
     s = jnp.asarray(node.scaling, wide)
@@ -173,8 +209,7 @@ def check(path: str, node: LoraArray, call: str) -> None:
             "`jlora.combine(trainable, frozen)`."
         )
     geometry = Geometry.of(node.shape, node.layout)
-    r = node.rank
-    a, b = (*geometry.stack, *geometry.in_dims, r), (*geometry.stack, r, *geometry.out_dims)
+    a, b = geometry.factor_shapes(node.rank, node.slices)
     if node.lora_a.shape != a or node.lora_b.shape != b:
         raise ValueError(
             f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs lora_a {a} "

@@ -59,3 +59,8 @@ def scope(eqn: JaxprEqn) -> Iterator[None]:
 def source_line(eqn: JaxprEqn) -> str:
     """Return the user's `file:line (function)` that made an equation."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def manual_axes(params: dict[str, Any]) -> Any:
+    """Return the mesh axes that a shard_map makes manual."""
+    return params["newly_manual_axes"]

@@ -1,5 +1,6 @@
 """What trains and what is frozen: labels for optax, and two trees for `jax.grad`."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,12 +31,12 @@ def labels(params: PyTree) -> PyTree:
             return jax.tree.map(lambda _: word, part)
 
         if isinstance(node, LoraArray):
-            return LoraArray(
-                fill(node.base, "frozen"),
-                fill(node.lora_a, "adapter"),
-                fill(node.lora_b, "adapter"),
-                fill(node.scaling, "frozen"),
-                node.layout,
+            return dataclasses.replace(
+                node,
+                base=fill(node.base, "frozen"),
+                lora_a=fill(node.lora_a, "adapter"),
+                lora_b=fill(node.lora_b, "adapter"),
+                scaling=fill(node.scaling, "frozen"),
             )
         if isinstance(node, FullArray):
             return FullArray(fill(node.base, "frozen"), fill(node.value, "adapter"))

@@ -24,9 +24,13 @@ class LoraSpec:
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`.
         layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
         dtype: of A and B, a floating type; float32 also over a bfloat16 base.
+        slices: `(start, stop)` ranges of the first output dimension, each with an update of its
+            own; what lies between has none. For the query and value of a fused kernel of width
+            3 · 768: `slices=((0, 768), (1536, 2304))`. loralib's `MergedLinear(enable_lora=...)`.
 
     Raises:
-        ValueError: rank below 1, alpha not finite, unknown scaling, a layout of other letters.
+        ValueError: rank below 1, alpha not finite, unknown scaling, a layout of other letters,
+            slices that are empty, overlap or go backwards.
         TypeError: rank not an integer, init not callable, dtype not floating.
 
     Example:
@@ -44,6 +48,7 @@ class LoraSpec:
     init: initializers.Initializer = initializers.kaiming
     layout: str | None = None
     dtype: DTypeLike = jnp.float32
+    slices: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool):
@@ -67,6 +72,14 @@ class LoraSpec:
             )
         if self.layout is not None:
             check_layout(self.layout, f"LoraSpec(layout={self.layout!r})")
+        if self.slices is not None:
+            bounds = [n for pair in self.slices for n in pair]
+            rising = all(start < stop for start, stop in self.slices)
+            if not bounds or bounds[0] < 0 or not rising or bounds != sorted(bounds):
+                raise ValueError(
+                    f"`LoraSpec(slices={self.slices!r})`: give (start, stop) ranges in rising "
+                    "order that do not overlap, e.g. `slices=((0, 768), (1536, 2304))`, or None."
+                )
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(
                 f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "

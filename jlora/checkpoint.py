@@ -61,7 +61,12 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
     arrays, index = {}, {}
     for n, (path, node) in enumerate(sorted(nodes.items())):
         if isinstance(node, LoraArray):
-            index[path] = {"kind": "lora", "layout": node.layout, "leaf": str(n)}
+            index[path] = {
+                "kind": "lora",
+                "layout": node.layout,
+                "slices": node.slices,
+                "leaf": str(n),
+            }
             arrays[str(n)] = {
                 "lora_a": node.lora_a,
                 "lora_b": node.lora_b,
@@ -137,7 +142,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     return bind(base, adapter)
 
 
-def _read_index(source: Path, call: str) -> dict[str, dict[str, str]]:
+def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
     file = source / _INDEX
     if not file.is_file():
         raise FileNotFoundError(
@@ -151,6 +156,9 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, str]]:
                 raise KeyError("kind")
             if entry["kind"] == "lora" and set(entry["layout"]) != {"i", "o"}:
                 raise KeyError("layout")
+            slices = entry.get("slices")
+            if slices is not None:
+                entry["slices"] = tuple((int(start), int(stop)) for start, stop in slices)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`{call}`: {_INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
@@ -159,20 +167,16 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, str]]:
     return index
 
 
-def _node(path: str, leaf: Any, entry: dict[str, str], arrays: Any, call: str) -> Any:
+def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -> Any:
     """Make one node, without its base, and check that it fits the leaf."""
     saved = {k: jax.numpy.asarray(x) for k, x in arrays.get(entry["leaf"], {}).items()}
     if entry["kind"] == "full" and set(saved) == {"value"}:
         shapes, want = [saved["value"].shape], [leaf.shape]
         node = FullArray(None, saved["value"])
     elif entry["kind"] == "lora" and set(saved) == {"lora_a", "lora_b", "scaling"}:
-        geometry, rank = Geometry.of(leaf.shape, entry["layout"]), saved["lora_a"].shape[-1]
-        shapes = [saved["lora_a"].shape, saved["lora_b"].shape]
-        want = [
-            (*geometry.stack, *geometry.in_dims, rank),
-            (*geometry.stack, rank, *geometry.out_dims),
-        ]
-        node = LoraArray(None, saved["lora_a"], saved["lora_b"], saved["scaling"], entry["layout"])
+        node = LoraArray(None, **saved, layout=entry["layout"], slices=entry.get("slices"))
+        shapes = [node.lora_a.shape, node.lora_b.shape]
+        want = list(Geometry.of(leaf.shape, node.layout).factor_shapes(node.rank, node.slices))
     else:
         raise ValueError(
             f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.'

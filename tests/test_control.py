@@ -47,7 +47,7 @@ def test_while_with_the_weight_in_its_carry():
     agree(fn, params())
 
 
-def test_a_carried_weight_that_changes_is_reported_and_right():
+def test_a_carried_weight_that_stays_a_product_stays_factored():
     def fn(p, x):
         def step(c, _):
             w, x = c
@@ -55,9 +55,28 @@ def test_a_carried_weight_that_changes_is_reported_and_right():
 
         return lax.scan(step, (p["w"], x), length=3)
 
+    agree(fn, params())
+
+
+def test_a_carried_weight_that_becomes_another_thing_is_reported_and_right():
+    def fn(p, x):
+        def step(c, _):
+            w, x = c
+            return (jnp.tanh(w), jnp.tanh(x @ w)), x.sum()
+
+        return lax.scan(step, (p["w"], x), length=3)
+
     with pytest.raises(ValueError, match=r'"w".*used whole by the primitive "scan"'):
         jlora.lora(fn, fallback="error")(params(), X)
     agree(fn, params(), "materialize")
+
+
+def test_a_weight_handed_on_through_an_inner_jit_stays_factored():
+    def fn(p, x):
+        inner = jax.jit(lambda w, x: (w, jnp.tanh(x @ w)))
+        return lax.fori_loop(0, 3, lambda _, c: inner(*c), (p["w"], x))[1]
+
+    agree(fn, params())
 
 
 def test_scans_inside_scans():
@@ -70,11 +89,18 @@ def test_scans_inside_scans():
     agree(fn, params((2, 3)))
 
 
-def test_branches_that_return_the_weight_are_reported_and_right():
+def test_branches_that_return_the_weight_stay_factored():
     def fn(p, x):
         return x @ lax.cond(x[0, 0] > 0, lambda w: w.T, lambda w: w, p["w"])
 
-    with pytest.raises(ValueError, match=r'"w".*"cond"'):
+    agree(fn, params())
+
+
+def test_branches_that_return_other_things_are_reported_and_right():
+    def fn(p, x):
+        return x @ lax.cond(x[0, 0] > 0, lambda w: jnp.tanh(w), lambda w: w, p["w"])
+
+    with pytest.raises(ValueError, match=r'"w".*"tanh"'):
         jlora.lora(fn, fallback="error")(params(), X)
     agree(fn, params(), "materialize")
 

@@ -1,8 +1,14 @@
-"""Random programs: whatever dot_general contracts, and whatever rearranges the weight before it."""
+"""Random programs: whatever multiplies, looks up or convolves, and whatever comes before it.
+
+`nightly` runs each with 2,000 examples: `python -m pytest -m nightly tests/test_properties.py`.
+"""
+
+import string
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -10,55 +16,82 @@ from jax import lax
 import jlora
 from jlora.transform.structural import _groups
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 SIZES = st.sampled_from([1, 2, 3, 5])
+RANK = 2
 
 
-def draw_node(draw, shape):
-    """A LoraArray of random values over `shape`, with a random layout of both letters."""
-    free = draw(st.integers(2, len(shape)))
-    letters = draw(
-        st.permutations(
-            ["i", "o", *draw(st.lists(st.sampled_from("io"), min_size=free - 2, max_size=free - 2))]
-        )
-    )
-    layout = "".join(letters)
-    split = len(shape) - free
-    dims = {c: [n for n, k in zip(shape[split:], layout, strict=True) if k == c] for c in "io"}
-    rng = np.random.default_rng(draw(st.integers(0, 9)))
+def examples(strategy):
+    """Run a property over 200 examples, and over 2,000 under the marker `nightly`."""
 
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    def decorate(check):
+        @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.nightly)])
+        def run(count):
+            @settings(max_examples=count, deadline=None, derandomize=True)
+            @given(strategy)
+            def sampled(example):
+                check(*example)
 
-    stack = shape[:split]
+            sampled()
+
+        return run
+
+    return decorate
+
+
+@st.composite
+def layouts(draw, ndim):
+    """Draw a layout of both letters for the last axes of a weight; the others are its stack."""
+    free = draw(st.integers(2, ndim))
+    rest = draw(st.lists(st.sampled_from("io"), min_size=free - 2, max_size=free - 2))
+    return "".join(draw(st.permutations(["i", "o", *rest])))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def node_of(shape, layout, seed=0):
+    """Make a LoraArray of random values."""
+    stack, dims = shape[: len(shape) - len(layout)], shape[len(shape) - len(layout) :]
+    ins, outs = ([n for n, k in zip(dims, layout, strict=True) if k == c] for c in "io")
     return jlora.LoraArray(
-        normal(*shape),
-        normal(*stack, *dims["i"], 2),
-        normal(*stack, 2, *dims["o"]),
+        normal(seed, *shape),
+        normal(seed + 1, *stack, *ins, RANK),
+        normal(seed + 2, *stack, RANK, *outs),
         jnp.full(stack, 0.7),
         layout,
     )
 
 
 def agree(fn, node, *args):
-    """The law, for output and gradients, with nothing materialized."""
-    got = jlora.lora(fn, fallback="error")(node, *args)
-    np.testing.assert_allclose(got, fn(jlora.merge(node), *args), rtol=2e-4, atol=2e-4)
+    """The law, for output and gradients of A, B and the input, with nothing materialized."""
     trainable, frozen = jlora.partition(node)
+    real = [k for k, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def by(f):
-        return jax.grad(lambda t: jnp.sin(f(jlora.combine(t, frozen), *args)).sum())(trainable)
+        def loss(trainable, values):
+            filled = list(args)
+            for k, x in zip(real, values, strict=True):
+                filled[k] = x
+            out = f(jlora.combine(trainable, frozen), *filled)
+            return jnp.sin(out).sum(), out
 
-    ours = by(jlora.lora(fn, fallback="error"))
-    theirs = by(lambda p, *a: fn(jlora.merge(p), *a))
-    for g, w in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(g, w, rtol=2e-3, atol=2e-3)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+    @jax.jit
+    def both(trainable, values):
+        ours = by(jlora.lora(fn, fallback="error"))(trainable, values)
+        return ours, by(lambda p, *a: fn(jlora.merge(p), *a))(trainable, values)
+
+    got, want = both(trainable, [args[k] for k in real])
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        bound = 3e-4 * max(1.0, float(np.abs(w).max(initial=0)))
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound)
 
 
 @st.composite
 def products(draw):
     shape = tuple(draw(st.lists(SIZES, min_size=2, max_size=4)))
-    node = draw_node(draw, shape)
     axes = draw(st.permutations(range(len(shape))))
     summed = draw(st.integers(0, len(shape)))
     batched = draw(st.integers(0, len(shape) - summed))
@@ -68,69 +101,192 @@ def products(draw):
     dims = draw(st.permutations(dims))
     x_shape = [shape[n] if kind == "w" else n for kind, n in dims]
     x_sum, x_batch = ([dims.index(("w", k)) for k in group] for group in (w_sum, w_batch))
-    return node, x_shape, (w_sum, x_sum), (w_batch, x_batch), draw(st.booleans())
+    numbers = (w_sum, x_sum), (w_batch, x_batch)
+    return shape, draw(layouts(len(shape))), x_shape, numbers, draw(st.booleans())
 
 
-@few
-@given(products())
-def test_dot_general_in_every_arrangement(product):
-    node, x_shape, (w_sum, x_sum), (w_batch, x_batch), weight_first = product
-    x = jnp.asarray(np.random.default_rng(1).normal(size=x_shape), jnp.float32)
+@examples(products())
+def test_dot_general_in_every_arrangement(shape, layout, x_shape, numbers, weight_first):
+    (w_sum, x_sum), (w_batch, x_batch) = numbers
 
     def fn(w, x):
         if weight_first:
             return lax.dot_general(w, x, ((w_sum, x_sum), (w_batch, x_batch)))
         return lax.dot_general(x, w, ((x_sum, w_sum), (x_batch, w_batch)))
 
-    agree(fn, node, x)
+    agree(fn, node_of(shape, layout), normal(9, *x_shape))
 
 
 @st.composite
-def rearrangements(draw):
-    shape = tuple(draw(st.lists(st.sampled_from([2, 3, 4, 6]), min_size=2, max_size=3)))
-    node = draw_node(draw, shape)
-    steps = draw(
-        st.lists(
-            st.sampled_from(
-                ["transpose", "slice", "rev", "expand", "split", "scale", "copy", "dynamic"]
-            ),
-            max_size=4,
-        )
+def einsums(draw):
+    """Draw labels of a weight, of an activation and of the result; a lone label may be summed."""
+    letters = string.ascii_lowercase[: draw(st.integers(2, 5))]
+    sizes = {c: draw(SIZES) for c in letters}
+    w = draw(st.permutations(letters))[: draw(st.integers(2, len(letters)))]
+    x = draw(st.permutations([*letters, "z"]))[: draw(st.integers(1, len(letters)))]
+    sizes["z"] = 4
+    every = list(dict.fromkeys([*w, *x]))
+    out = draw(st.permutations(every))[: draw(st.integers(0, len(every)))]
+    formula = f"{''.join(x)},{''.join(w)}->{''.join(out)}"
+    shape = tuple(sizes[c] for c in w)
+    return formula, shape, draw(layouts(len(shape))), [sizes[c] for c in x]
+
+
+@examples(einsums())
+def test_einsums(formula, shape, layout, x_shape):
+    agree(lambda w, x: jnp.einsum(formula, x, w), node_of(shape, layout), normal(9, *x_shape))
+
+
+@st.composite
+def convolutions(draw):
+    n = draw(st.integers(1, 2))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    cin, cout = draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    window = [draw(st.integers(1, 3)) for _ in range(n)]
+    image = [draw(st.integers(4, 7)) for _ in range(n)]
+    kw = {
+        "window_strides": [draw(st.integers(1, 2)) for _ in range(n)],
+        "rhs_dilation": [draw(st.integers(1, 2)) for _ in range(n)],
+        "lhs_dilation": [draw(st.integers(1, 2)) for _ in range(n)],
+        "feature_group_count": groups,
+        "padding": draw(st.sampled_from(["SAME", "VALID"])),
+    }
+    if kw["lhs_dilation"] != [1] * n or kw["padding"] == "VALID":
+        kw["padding"] = [(draw(st.integers(2, 4)), draw(st.integers(2, 4))) for _ in range(n)]
+    spatial = "HW"[:n]
+    orders = [
+        draw(st.permutations(["N", "C", *spatial])),
+        draw(st.permutations(["O", "I", *spatial])),
+    ]
+    numbers = ("".join(orders[0]), "".join(orders[1]), "".join(orders[0]))
+    sizes = dict(zip("NC" + spatial, [2, groups * cin, *image], strict=True))
+    kernel = dict(zip("IO" + spatial, [cin, cout, *window], strict=True))
+    inverted = groups == 1 and draw(st.booleans())  # the window on the output's side
+    sides = {"I": "i", "O": "o", "H": "o" if inverted else "i", "W": "o" if inverted else "i"}
+    return (
+        tuple(kernel[c] for c in numbers[1]),
+        "".join(sides[c] for c in numbers[1]),
+        tuple(sizes[c] for c in numbers[0]),
+        numbers,
+        kw,
     )
-    return node, steps, draw(st.integers(0, 99))
 
 
-@few
-@given(rearrangements())
-def test_chains_of_views(chain):
-    node, steps, seed = chain
+@examples(convolutions())
+def test_convolutions(shape, layout, x_shape, numbers, kw):
+    def fn(w, x):
+        return lax.conv_general_dilated(x, w, dimension_numbers=numbers, **kw)
 
+    agree(fn, node_of(shape, layout), normal(9, *x_shape))
+
+
+@st.composite
+def lookups(draw):
+    shape = tuple(draw(st.lists(st.sampled_from([2, 3, 5]), min_size=2, max_size=3)))
+    looked_up = sorted(draw(st.sets(st.integers(0, len(shape) - 1), min_size=1, max_size=2)))
+    sizes = [draw(st.integers(1, n)) if k in looked_up else n for k, n in enumerate(shape)]
+    collapsed = [k for k in looked_up if sizes[k] == 1 and draw(st.booleans())]
+    lead = draw(st.lists(st.integers(1, 3), max_size=2))
+    order = draw(st.permutations(looked_up))
+    mode = draw(st.sampled_from(["clip", "fill", "promise_in_bounds"]))
+    beyond = 2 if mode != "promise_in_bounds" else 0
+    most = [shape[k] - sizes[k] + beyond for k in order]
+    seed = draw(st.integers(0, 99))
+    kept = len(shape) - len(collapsed)
+    offsets = sorted(draw(st.permutations(range(len(lead) + kept)))[:kept])
+    return (
+        shape,
+        draw(layouts(len(shape))),
+        order,
+        sizes,
+        collapsed,
+        lead,
+        offsets,
+        mode,
+        most,
+        seed,
+    )
+
+
+@examples(lookups())
+def test_lookups(shape, layout, order, sizes, collapsed, lead, offsets, mode, most, seed):
+    numbers = lax.GatherDimensionNumbers(tuple(offsets), tuple(collapsed), tuple(order))
+    rng = np.random.default_rng(seed)
+    index = np.stack([rng.integers(0, n + 1, lead) for n in most], axis=-1)
+
+    def fn(w, index, x):
+        got = lax.gather(w, index, numbers, tuple(sizes), mode=mode, fill_value=0)
+        return got * x
+
+    out = jax.eval_shape(fn, jnp.zeros(shape), index, jnp.zeros(())).shape
+    agree(fn, node_of(shape, layout), jnp.asarray(index, jnp.int32), normal(9, *out))
+
+
+STEPS = {
+    "transpose": lambda w, rng: jnp.transpose(w, rng.permutation(w.ndim)),
+    "slice": lambda w, rng: lax.slice_in_dim(w, *_span(w, k := _axis(w, rng), rng), axis=k),
+    "dynamic": lambda w, rng: lax.dynamic_slice_in_dim(
+        w, jnp.asarray(1), max(w.shape[k := _axis(w, rng)] - 1, 1), k
+    ),
+    "rev": lambda w, rng: lax.rev(w, (_axis(w, rng),)),
+    "expand": lambda w, rng: jnp.expand_dims(w, _axis(w, rng)),
+    "scale": lambda w, rng: w * 0.5 / 3.0,
+    "copy": lambda w, rng: jnp.array(w, copy=True),
+    "scale_axis": lambda w, rng: w * _along(w, _axis(w, rng)),
+    "roll": lambda w, rng: jnp.roll(w, 1, axis=_axis(w, rng)),
+    "join": lambda w, rng: jnp.concatenate([w, -w], axis=_axis(w, rng)),
+    "array": lambda w, rng: jnp.concatenate([w, jnp.ones_like(w)], axis=_axis(w, rng)),
+    "stack": lambda w, rng: jnp.stack([w, 2.0 * w, jnp.ones_like(w)], axis=_axis(w, rng)),
+    "add": lambda w, rng: w + lax.rev(w, (_axis(w, rng),)) - 1.0,
+    "where": lambda w, rng: jnp.where(_along(w, _axis(w, rng)) > 0, w, 3.0 * w),
+    "mask": lambda w, rng: jnp.where(_along(w, _axis(w, rng)) > 0, w, 0.0),
+    "pad": lambda w, rng: lax.pad(
+        w, 2.0, [(1, 0, 1) if k == 0 else (0, 0, 0) for k in range(w.ndim)]
+    ),
+    "repeat": lambda w, rng: jnp.repeat(w, 2, axis=_axis(w, rng)),
+    "tile": lambda w, rng: jnp.tile(w, [2] + [1] * (w.ndim - 1)),
+    "broadcast": lambda w, rng: jnp.broadcast_to(w[None], (2, *w.shape)),
+    "sum": lambda w, rng: w.sum(_axis(w, rng)) if w.ndim > 2 else w,
+    "cond": lambda w, rng: lax.cond(w.shape[0] > jnp.asarray(2), lambda: w, lambda: 2.0 * w),
+    "jit": lambda w, rng: jax.jit(lambda w: w.T)(w),
+    "barrier": lambda w, rng: lax.optimization_barrier(w),
+}
+
+
+def _axis(w, rng):
+    return int(rng.integers(w.ndim))
+
+
+def _span(w, axis, rng):
+    start = int(rng.integers(w.shape[axis]))
+    return start, int(rng.integers(start, w.shape[axis])) + 1
+
+
+def _along(w, axis):
+    """A vector that varies along one axis only, broadcast to the weight's rank."""
+    return jnp.cos(3.0 * jnp.arange(w.shape[axis])).reshape(
+        [-1 if k == axis else 1 for k in range(w.ndim)]
+    )
+
+
+@st.composite
+def chains(draw):
+    shape = tuple(draw(st.lists(st.sampled_from([2, 3, 4]), min_size=2, max_size=3)))
+    steps = draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=4))
+    return shape, draw(layouts(len(shape))), steps, draw(st.integers(0, 99))
+
+
+@examples(chains())
+def test_chains_of_views(shape, layout, steps, seed):
     def fn(w, x):
         rng = np.random.default_rng(seed)
         for step in steps:
-            axis = int(rng.integers(w.ndim))
-            if step == "transpose":
-                w = jnp.transpose(w, rng.permutation(w.ndim))
-            elif step == "slice" and w.shape[axis] > 1:
-                w = lax.slice_in_dim(w, 1, w.shape[axis], axis=axis)
-            elif step == "dynamic" and w.shape[axis] > 1:
-                w = lax.dynamic_slice_in_dim(w, jnp.asarray(1), w.shape[axis] - 1, axis)
-            elif step == "rev":
-                w = lax.rev(w, (axis,))
-            elif step == "expand":
-                w = jnp.expand_dims(w, axis)
-            elif step == "split" and w.shape[axis] % 2 == 0:
-                shape = (*w.shape[:axis], 2, w.shape[axis] // 2, *w.shape[axis + 1 :])
-                w = w.reshape(shape)
-            elif step == "scale":
-                w = w * 0.5
-            elif step == "copy":
-                w = jnp.array(w, copy=True)
-        axis = int(rng.integers(w.ndim))
+            w = STEPS[step](w, rng)
+        axis = _axis(w, rng)
         vector = jnp.cos(jnp.arange(1.0, w.shape[axis] + 1)) * x
         return jnp.tensordot(vector, w, (0, axis))
 
-    agree(fn, node, jnp.asarray(1.5))
+    agree(fn, node_of(shape, layout), jnp.asarray(1.5))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -76,8 +76,7 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
 
 def _spell(use: Use, ndim: int) -> str:
     """Write one use as a layout: leading axes that nothing contracts or keeps are stack."""
-    letters = [chr(ord("A") + k) for k in range(ndim)]
-    sides = ["i" if c in use.contracted else "o" if c in use.free else "" for c in letters]
+    sides = ["i" if k in use.contracted else "o" if k in use.free else "" for k in range(ndim)]
     stack = next((n for n, side in enumerate(sides) if side), ndim)
     if "o" not in sides and 0 < stack < ndim:
         stack -= 1  # rows that are scanned one by one: the results, stacked, are the output

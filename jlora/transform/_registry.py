@@ -6,14 +6,19 @@ from typing import Any
 # rule(walk, eqn, *operands) -> outputs, or NotImplemented where the factored form does not exist.
 RuleFn = Callable[..., Sequence[Any]]
 RULES: dict[str, RuleFn] = {}
+# Rules that take a weight's own A, B and s; for the others the factors are made first.
+TAKE_WHOLE: set[str] = set()
+# Rules that know axes along which a weight is broadcast; the others see a stack of equal weights.
+KNOW_EQUAL: set[str] = set()
 
 
-def rule(*primitives: str) -> Callable[[RuleFn], RuleFn]:
-    """Register a function as the rule of `primitives`."""
+def rule(*primitives: str, whole: bool = False, equal: bool = False) -> Callable[[RuleFn], RuleFn]:
+    """Register a function as the rule of `primitives`, and what it can take."""
 
     def register(fn: RuleFn) -> RuleFn:
-        for name in primitives:
-            RULES[name] = fn
+        RULES.update(dict.fromkeys(primitives, fn))
+        TAKE_WHOLE.update(primitives if whole else ())
+        KNOW_EQUAL.update(primitives if equal else ())
         return fn
 
     return register

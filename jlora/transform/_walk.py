@@ -13,7 +13,7 @@ from jax.extend.core import Literal as JaxprLiteral
 
 from jlora import _compat
 from jlora._paths import describe
-from jlora.transform._registry import RULES
+from jlora.transform._registry import KNOW_EQUAL, RULES, TAKE_WHOLE
 from jlora.transform._view import View
 
 Fallback = Literal["warn", "error", "materialize"]
@@ -28,8 +28,8 @@ class Use(NamedTuple):
     factored: bool
     why: str
     flops: int
-    contracted: str = ""  # of a probe: the letters of the axes that are summed over or indexed
-    free: str = ""  # of a probe: the letters of the axes that the result keeps
+    contracted: tuple[int, ...] = ()  # of a probe: the axes that are summed over or indexed
+    free: tuple[int, ...] = ()  # of a probe: the axes that the result keeps
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,6 +54,8 @@ class Walk:
     key: Any = None
     where: str = ""  # the enclosing call's line, for equations that JAX's own code made
     sites: int = 0
+    # What `broadcast_in_dim` made of arrays, by variable: a mask over a stack is still one there.
+    narrow: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def next_key(self) -> Any:
         """Return a key that no other site of this level has; None without dropout."""
@@ -65,6 +67,11 @@ class Walk:
     def inside(self, eqn: JaxprEqn, key: Any) -> "Walk":
         """Return a walk of `eqn`'s inner body, whose sites draw from `key`."""
         return Walk(self.settings, key, self.line(eqn))
+
+    def quiet(self) -> "Walk":
+        """Return a walk that only finds out what comes of views: no report, no dropout."""
+        settings = Settings("materialize", dtype=self.settings.dtype)
+        return Walk(settings, where=self.where)
 
     def line(self, eqn: JaxprEqn) -> str:
         """Return the user's line that made an equation, or that called what made it."""
@@ -90,14 +97,19 @@ class Walk:
         """Tell the observer of a factored use."""
         if self.settings.observe is None:
             return
-        letters = ["".join(view.roles[k] for k in group) for group in (contracted, free)]
-        name, primitive = str(view.name), eqn.primitive.name
-        use = Use(name, primitive, self.line(eqn), True, "", flops, *letters)
-        self.settings.observe(eqn, use)
+        origins = [
+            set() if view.parts else {origin for k in group for origin in view.roles[k]}
+            for group in (contracted, free)
+        ]
+        for name in view.names:
+            sides = [tuple(sorted(axis for path, axis in o if path == name)) for o in origins]
+            cost = flops // len(view.names)
+            use = Use(name, eqn.primitive.name, self.line(eqn), True, "", cost, *sides)
+            self.settings.observe(eqn, use)
 
     def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Run a jaxpr on arrays and views."""
-        body = _compat.body(jaxpr)
+        body = jaxpr if isinstance(jaxpr, _compat.Body) else _compat.body(jaxpr)
         env: dict[Any, Any] = {}
         env.update(zip(body.constvars, body.consts, strict=True))
         env.update(zip(body.invars, args, strict=True))
@@ -107,24 +119,45 @@ class Walk:
             return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
 
         for n, eqn in enumerate(body.eqns):
+            if last[n] is None:
+                continue
             operands = [read(v) for v in eqn.invars]
             with _compat.scope(eqn):
                 outs = self.apply(eqn, operands)
             env.update(zip(eqn.outvars, outs, strict=True))
             for dead in last[n]:
                 env.pop(dead, None)
+                self.narrow.pop(dead, None)
         return [read(v) for v in body.outvars]
 
     def apply(self, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         """Apply one equation: its own primitive without views, else its rule, else the fallback."""
         if not any(isinstance(x, View) for x in operands):
+            if eqn.primitive.name == "broadcast_in_dim":
+                self.narrow[eqn.outvars[0]] = (eqn, operands[0])
             return _compat.bind(eqn, *operands)
-        rule = RULES.get(eqn.primitive.name)
+        name = eqn.primitive.name
+        if name not in TAKE_WHOLE:
+            equal = name in KNOW_EQUAL
+            operands = [
+                x.settled("e" * x.ndim if equal else ()) if isinstance(x, View) else x
+                for x in operands
+            ]
+        rule = RULES.get(name)
         outs = rule(self, eqn, *operands) if rule else NotImplemented
         if outs is NotImplemented:
-            dense = [self.materialize(eqn, x) if isinstance(x, View) else x for x in operands]
-            outs = _compat.bind(eqn, *dense)
+            outs = _compat.bind(eqn, *self.arrays(eqn, operands))
         return outs
+
+    def narrowest(self, atom: Any, x: Any) -> Any:
+        """Return an operand as it was before it was broadcast: size 1 where it does not vary."""
+        if isinstance(atom, JaxprLiteral) or atom not in self.narrow:
+            return x
+        eqn, source = self.narrow[atom]
+        shape = [1] * len(eqn.params["shape"])
+        for k, n in zip(eqn.params["broadcast_dimensions"], jnp.shape(source), strict=True):
+            shape[k] = n
+        return jnp.reshape(source, shape)
 
     def bind(self, eqn: JaxprEqn, *operands: Any) -> list[Any]:
         """Apply an equation's own primitive to the bases of its operands."""
@@ -135,25 +168,29 @@ class Walk:
         # A view that has lost one side (a row that was sliced out) is an activation, not a weight.
         if view.having("i") and view.having("o"):
             self._report(eqn, view)
-        elif view.factors:
-            cost = 2 * math.prod(view.shape) * view.factors[0].shape[-1]
-            self.used(eqn, view, cost, (), ())
+        elif view.parts:
+            self.used(eqn, view, 2 * math.prod(view.shape) * view.rank, (), ())
         return view.dense()
+
+    def arrays(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+        """Build the views among values that must be arrays."""
+        return [self.materialize(eqn, x) if isinstance(x, View) else x for x in values]
 
     def _report(self, eqn: JaxprEqn, view: View) -> None:
         line, primitive = self.line(eqn), eqn.primitive.name
         why = "no factored form" if primitive in RULES else "no rule for this primitive"
-        cost = 2 * math.prod(view.shape) * view.factors[0].shape[-1]
+        cost = 2 * math.prod(view.shape) * view.rank
         if self.settings.observe is not None:
-            self.settings.observe(eqn, Use(str(view.name), primitive, line, False, why, cost))
+            for name in view.names:
+                self.settings.observe(eqn, Use(name, primitive, line, False, why, cost))
             return
         if self.settings.fallback == "materialize" or (primitive, line) in self.settings.told:
             return
         size = math.prod(view.shape) * view.base.dtype.itemsize
         message = (
-            f"`jlora.lora`: {describe(str(view.name), view.base)} is used whole by the primitive "
-            f'"{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} bytes, '
-            f"{cost:,} FLOPs a call. "
+            f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is used whole by the "
+            f'primitive "{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} '
+            f"bytes, {cost:,} FLOPs a call. "
             "Ways out: write that line as a product with the weight; give the parameter the rule "
             'None (or "full"); or accept it with `jlora.lora(fn, fallback="materialize")`.'
         )
@@ -176,11 +213,14 @@ class Walk:
         return self.settings.compiled[id(jaxpr)][1]
 
 
-def _last_uses(body: _compat.Body) -> list[list[Any]]:
-    """Return, per equation, the variables that nothing after it reads."""
+def _last_uses(body: _compat.Body) -> list[list[Any] | None]:
+    """Return, per equation, the variables that nothing after it reads; None for a dead equation."""
     seen = {v for v in body.outvars if not isinstance(v, JaxprLiteral)}
-    dead: list[list[Any]] = []
+    dead: list[list[Any] | None] = []
     for eqn in reversed(body.eqns):
+        if not eqn.effects and seen.isdisjoint(eqn.outvars):
+            dead.append(None)
+            continue
         mine = [v for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, JaxprLiteral)]
         dead.append([v for v in mine if v not in seen])
         seen.update(mine)

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal
 
 from jlora import _compat
 from jlora.transform._registry import rule
-from jlora.transform._view import SIDES, View
+from jlora.transform._view import SIDES, View, aligned, all_names, even, summed
 from jlora.transform._walk import Walk
 
 
-@rule("jit", "pjit")
+@rule("jit", "pjit", whole=True)
 def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     def wrap(walked: Callable[..., Any]) -> Any:
         walked.__name__ = eqn.params["name"]
@@ -26,7 +26,7 @@ def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return walk.jitted(eqn, wrap)(walk.next_key(), *operands)
 
 
-@rule("remat2", "checkpoint", "remat")
+@rule("remat2", "checkpoint", "remat", whole=True)
 def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     def walked(key: Any, *operands: Any) -> list[Any]:
         return walk.inside(eqn, key).evaluate(eqn.params["jaxpr"], operands)
@@ -39,47 +39,68 @@ def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 def _peel(view: View) -> tuple[Any, Callable[[Any], View]]:
     """Split a view into what a scan over its first axis slices, and how to see one slice."""
-    has = [view.roles[0] in SIDES[k] for k in range(len(view.factors))]
+    has = [view.roles[0] in SIDES[k] for k in range(len(view.parts))]
     scanned = [f for f, h in zip(view.factors, has, strict=True) if h]
 
     def rebuild(piece: Any) -> View:
         base, sliced = piece[0], iter(piece[1])
         factors = tuple(next(sliced) if h else f for f, h in zip(view.factors, has, strict=True))
-        return View(base, factors, view.roles[1:], view.name)
+        return View(base, factors, view.roles[1:], view.names)
 
     return (view.base, scanned), rebuild
 
 
 class _Carry:
-    """A loop's carry: views that the body hands on unchanged are constants; others are summed."""
+    """A loop's carry. A view stays one where the body hands on a view of the same kind.
+
+    What the body hands on as it came is a constant of the loop; what it changes is carried.
+    """
 
     def __init__(
         self,
         walk: Walk,
         eqn: JaxprEqn,
         init: Sequence[Any],
-        ins: Sequence[Any],
-        outs: Sequence[Any],
+        body: _compat.Body,
+        first: int,
+        step: Callable[[Sequence[Any]], Sequence[Any]],
     ) -> None:
+        ins, outs = body.invars[first:], body.outvars
         self.fixed = {k: x for k, x in enumerate(init) if isinstance(x, View) and ins[k] is outs[k]}
-        self.size = len(init)
-        self.init = [
-            walk.materialize(eqn, x) if isinstance(x, View) else x
-            for k, x in enumerate(init)
-            if k not in self.fixed
-        ]
+        self.size, self.walk, self.eqn = len(init), walk, eqn
+        self.init = [x for k, x in enumerate(init) if k not in self.fixed]
+        while any(isinstance(x, View) for x in self.init):
+            after = jax.eval_shape(lambda xs: self._moving(step(self.full(xs))), self.init)
+            stays = [_alike(x, y) for x, y in zip(self.init, after, strict=True)]
+            if all(stays):
+                break
+            self.init = [
+                x if same else walk.arrays(eqn, [x])[0]
+                for x, same in zip(self.init, stays, strict=True)
+            ]
 
     def full(self, moving: Sequence[Any]) -> list[Any]:
         rest = iter(moving)
         return [self.fixed[k] if k in self.fixed else next(rest) for k in range(self.size)]
 
-    def moving(self, walk: Walk, eqn: JaxprEqn, full: Sequence[Any]) -> list[Any]:
-        return arrays(walk, eqn, [x for k, x in enumerate(full) if k not in self.fixed])
+    def _moving(self, full: Sequence[Any]) -> list[Any]:
+        return [x for k, x in enumerate(full) if k not in self.fixed]
+
+    def moving(self, full: Sequence[Any]) -> list[Any]:
+        return [
+            x if isinstance(start, View) else self.walk.arrays(self.eqn, [x])[0]
+            for start, x in zip(self.init, self._moving(full), strict=True)
+        ]
 
 
-def arrays(walk: Walk, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Sum the views among values that must be arrays."""
-    return [walk.materialize(eqn, x) if isinstance(x, View) else x for x in values]
+def _alike(x: Any, y: Any) -> bool:
+    """Whether a loop may carry on with `y` where it started with `x`: arrays, or views alike."""
+    if not isinstance(x, View):
+        return True
+    return jax.tree.structure(x) == jax.tree.structure(y) and all(
+        jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    )
 
 
 @rule("scan")
@@ -89,9 +110,16 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     n_consts, n_carry = _compat.scan_arity(p)
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     xs = operands[n_consts + n_carry :]
-    carry = _Carry(walk, eqn, init, body.invars[n_consts:], body.outvars)
     peeled = {k: _peel(x) for k, x in enumerate(xs) if isinstance(x, View)}
     scanned = [peeled[k][0] if k in peeled else x for k, x in enumerate(xs)]
+    quiet = walk.quiet()
+
+    def once(full: Sequence[Any]) -> list[Any]:
+        slices = jax.tree.map(lambda x: x[0], scanned)
+        pieces = [peeled[k][1](x) if k in peeled else x for k, x in enumerate(slices)]
+        return quiet.evaluate(body, [*consts, *full, *pieces])[:n_carry]
+
+    carry = _Carry(walk, eqn, init, body, n_consts, once)
     key = walk.next_key()
     steps = None if key is None else jnp.arange(p["length"])
 
@@ -100,12 +128,16 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
         inner = walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
         pieces = [peeled[k][1](x) if k in peeled else x for k, x in enumerate(pieces)]
         outs = inner.evaluate(p["jaxpr"], [*consts, *carry.full(moving), *pieces])
-        return carry.moving(walk, eqn, outs[:n_carry]), arrays(walk, eqn, outs[n_carry:])
+        return carry.moving(outs[:n_carry]), outs[n_carry:]
 
     final, ys = lax.scan(
         step, carry.init, (steps, scanned), p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
-    return [*carry.full(final), *ys]
+    stacked = [
+        View(y.base, y.factors, (y.new_role, *y.roles), y.names) if isinstance(y, View) else y
+        for y in ys
+    ]
+    return [*carry.full(final), *stacked]
 
 
 @rule("while")
@@ -114,7 +146,12 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
     body = _compat.body(p["body_jaxpr"])
-    carry = _Carry(walk, eqn, operands[n_cond + n_body :], body.invars[n_body:], body.outvars)
+    quiet, init = walk.quiet(), operands[n_cond + n_body :]
+
+    def once(full: Sequence[Any]) -> list[Any]:
+        return quiet.evaluate(body, [*body_consts, *full])
+
+    carry = _Carry(walk, eqn, init, body, n_body, once)
     keys = walk.next_key(), walk.next_key()  # condition and body draw apart
 
     def inside(key: Any, step_number: Any) -> Walk:
@@ -130,7 +167,7 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
         outs = inside(keys[1], step_number).evaluate(
             p["body_jaxpr"], [*body_consts, *carry.full(moving)]
         )
-        return None if step_number is None else step_number + 1, carry.moving(walk, eqn, outs)
+        return None if step_number is None else step_number + 1, carry.moving(outs)
 
     start = None if walk.key is None else jnp.zeros((), jnp.int32)
     return carry.full(lax.while_loop(going, step, (start, carry.init))[1])
@@ -138,11 +175,65 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 @rule("cond")
 def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
+    settle = _agreement(walk, eqn, operands)
+
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
         def walked(key: Any, *operands: Any) -> list[Any]:
-            return arrays(walk, eqn, walk.inside(eqn, key).evaluate(jaxpr, operands))
+            return settle(walk.inside(eqn, key).evaluate(jaxpr, operands))
 
         return walked
 
     branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
     return lax.switch(index, branches, walk.next_key(), *operands)
+
+
+# These make an activation of a weight, whatever else they do.
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+
+
+def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[..., list[Any]]:
+    """Return what makes the branches' outputs of one kind: views stay views where they can."""
+
+    def arrays(outs: Sequence[Any]) -> list[Any]:
+        return walk.arrays(eqn, outs)
+
+    branches = [_compat.body(jaxpr) for jaxpr in eqn.params["branches"]]
+    if not any(_may_return_views(body, operands) for body in branches):
+        return arrays
+    quiet = walk.quiet()
+    kinds = [jax.eval_shape(lambda *xs, b=b: quiet.evaluate(b, xs), *operands) for b in branches]
+    plans = [aligned(outs) if _any_view(outs) else None for outs in zip(*kinds, strict=True)]
+    if not any(plans):
+        return arrays
+
+    def settle(outs: Sequence[Any]) -> list[Any]:
+        return [
+            _like(plan, x) if plan else walk.arrays(eqn, [x])[0]
+            for plan, x in zip(plans, outs, strict=True)
+        ]
+
+    return settle
+
+
+def _like(plan: Sequence[Any], x: Any) -> View:
+    """Make one branch's output a view like those that all branches' outputs are planned to be."""
+    views = [v for v in plan if isinstance(v, View)]
+    if not views[0].parts:
+        return summed([*views, *([x] if isinstance(x, View) else [])], getattr(x, "base", x))
+    (out,) = even((aligned([*views, x]) or [])[-1:], views)
+    return View(out.base, out.factors, out.roles, all_names(views))
+
+
+def _any_view(values: Sequence[Any]) -> bool:
+    return any(isinstance(x, View) for x in values)
+
+
+def _may_return_views(body: _compat.Body, operands: Sequence[Any]) -> bool:
+    """Whether an output may still be a weight; read from the equations, nothing is traced."""
+    weights = {v for v, x in zip(body.invars, operands, strict=True) if isinstance(x, View)}
+    for e in body.eqns:
+        if e.primitive.name not in _PRODUCTS and any(
+            not isinstance(v, Literal) and v in weights for v in e.invars
+        ):
+            weights.update(e.outvars)
+    return any(not isinstance(v, Literal) and v in weights for v in body.outvars)

@@ -1,5 +1,6 @@
 """Rules for what only rearranges: the same on the base, and on each factor's own axes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,34 +9,41 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora.transform._registry import rule
-from jlora.transform._view import View
+from jlora.transform._view import View, on_factor, varying_sides
 from jlora.transform._walk import Walk
 
 
-@rule("transpose")
+@rule("transpose", equal=True)
 def _transpose(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
-    perm = eqn.params["permutation"]
+    return [_transposed(view, walk.bind(eqn, view)[0], eqn.params["permutation"])]
 
+
+def _transposed(view: View, base: Any, perm: Sequence[int]) -> View:
     def move(f: Any, axes: list[int]) -> Any:
         return lax.transpose(f, [axes.index(p) for p in perm if p in axes] + [len(axes)])
 
-    return [view.moved(walk.bind(eqn, view)[0], [view.roles[p] for p in perm], move)]
+    return view.moved(base, [view.roles[p] for p in perm], move)
 
 
-@rule("convert_element_type")
+@rule("convert_element_type", whole=True)
 def _cast(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
     # The factors keep their own dtype: they are cast where they are multiplied.
-    return [view.moved(walk.bind(eqn, view)[0], view.roles, lambda f, axes: f)]
+    return [view.over(walk.bind(eqn, view)[0])]
 
 
-@rule("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reduce_precision")
+@rule(
+    *("copy", "copy_p", "name", "sharding_constraint", "layout_constraint", "reduce_precision"),
+    whole=True,
+)
 def _same(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
-    base = walk.bind(eqn, view)[0]
-    if eqn.primitive.name == "stop_gradient":
-        return [view.moved(base, view.roles, lambda f, axes: lax.stop_gradient(f))]
-    return [view.moved(base, view.roles, lambda f, axes: f)]
+    return [view.over(walk.bind(eqn, view)[0])]
+
+
+@rule("stop_gradient")
+def _stop_gradient(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    return [view.moved(walk.bind(eqn, view)[0], view.roles, lambda f, axes: lax.stop_gradient(f))]
 
 
 @rule("optimization_barrier")
@@ -43,7 +51,7 @@ def _barrier(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return lax.optimization_barrier(list(operands))
 
 
-@rule("squeeze")
+@rule("squeeze", equal=True)
 def _squeeze(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     gone = [d % len(view.roles) for d in eqn.params["dimensions"]]
 
@@ -54,40 +62,73 @@ def _squeeze(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], roles, move)]
 
 
-@rule("broadcast_in_dim")
+@rule("broadcast_in_dim", equal=True)
 def _broadcast(walk: Walk, eqn: JaxprEqn, view: View, *sizes: Any) -> Any:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     base = walk.bind(eqn, view, *sizes)[0]
-    new = [p for p in range(len(shape)) if p not in dims]
-    roles = ["s"] * len(shape)  # a new axis repeats the weight: a stack of equal ones
+    roles = ["e" if view.parts else view.new_role] * len(shape)
     for source, p in enumerate(dims):
         roles[p] = view.roles[source]
 
     def move(f: Any, axes: list[int]) -> Any:
-        kept = sorted([*new, *(dims[k] for k in axes)])
-        where = [kept.index(dims[k]) for k in axes] + [len(kept)]
-        return lax.broadcast_in_dim(f, [*(shape[p] for p in kept), f.shape[-1]], where)
+        wide = [*(shape[dims[k]] for k in axes), f.shape[-1]]
+        return lax.broadcast_in_dim(f, wide, range(f.ndim))
 
     return [view.moved(base, roles, move)]
 
 
-@rule("reshape")
+@rule("reshape", equal=True)
 def _reshape(walk: Walk, eqn: JaxprEqn, view: View, *sizes: Any) -> Any:
-    new = eqn.params["new_sizes"]
-    roles: list[str] = [""] * len(new)
-    for before, after in _groups(view.shape, new):
-        letters = {view.roles[k] for k in before if view.shape[k] > 1} or {"s"}
-        if view.factors and len(letters) > 1:
-            return NotImplemented  # input and output axes in one: no longer a product
-        for p in after:
-            roles[p] = "".join(sorted(letters))
-    out = View(walk.bind(eqn, view, *sizes)[0], view.factors, tuple(roles), view.name)
+    new, base = eqn.params["new_sizes"], walk.bind(eqn, view, *sizes)[0]
+    perm = eqn.params["dimensions"]
+    if perm is not None:  # batching rules transpose and reshape in one
+        view = _transposed(view, lax.transpose(view.base, perm), perm)
+    groups = _groups(view.shape, new)
+    if view.parts:
+        for before, _ in groups:
+            merged = _of_one_role(view, before)
+            if merged is None:
+                return NotImplemented
+            view = merged
+    roles: list[Any] = ["e" if view.parts else view.new_role] * len(new)
+    for before, after in groups:
+        big = [view.roles[k] for k in before if view.shape[k] > 1]
+        if len(before) == len(after) == 1:
+            roles[after[0]] = view.roles[before[0]]
+        elif big:
+            for p in after:
+                if new[p] > 1:
+                    roles[p] = big[0] if view.parts else frozenset().union(*big)
+    out = View(base, view.factors, tuple(roles), view.names)
+    factors = tuple(
+        lax.reshape(f, [*(new[p] for p in out.axes(k)), view.rank])
+        for k, f in enumerate(view.factors)
+    )
+    return [View(base, factors, out.roles, view.names)]
 
-    def shape_of(k: int) -> list[int]:
-        return [new[p] for p in out.axes(k)] + [view.factors[k].shape[-1]]
 
-    factors = tuple(lax.reshape(f, shape_of(k)) for k, f in enumerate(view.factors))
-    return [View(out.base, factors, out.roles, view.name)]
+def _of_one_role(view: View, group: Sequence[int]) -> View | None:
+    """Give the axes that a reshape merges one role; None where that is no longer a product."""
+    big = [k for k in group if view.shape[k] > 1]
+    kinds = {view.roles[k] for k in big} - {"e"}
+    sides = kinds & {"i", "o"}
+    if len(sides) > 1:
+        return None
+    role = next(iter(sides or kinds), "e")
+    if role == "e":
+        return view
+    view = view.settled([role if k in big else "e" for k in range(len(view.roles))])
+    stack = [k for k in big if view.roles[k] != role]
+    blocks = math.prod(view.shape[k] for k in stack)
+    roles = [role if k in stack else r for k, r in enumerate(view.roles)]
+    most = min(
+        math.prod(n for n, r in zip(view.shape, roles, strict=True) if r == side) for side in "io"
+    )
+    if stack and view.rank * blocks > most:
+        return None  # one rank for all the stack's blocks would be no less than the whole weight
+    for k in stack:
+        view = view.folded(k, "io".index(role))
+    return view
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -112,15 +153,14 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 @rule("slice")
 def _slice(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     p = eqn.params
-    strides = p["strides"] or (1,) * len(view.roles)
+    starts, limits, strides = p["start_indices"], p["limit_indices"], p["strides"]
 
     def move(f: Any, axes: list[int]) -> Any:
-        return lax.slice(
-            f,
-            [*(p["start_indices"][k] for k in axes), 0],
-            [*(p["limit_indices"][k] for k in axes), f.shape[-1]],
-            [*(strides[k] for k in axes), 1],
-        )
+        if all(starts[k] == 0 and limits[k] == view.shape[k] for k in axes) and not strides:
+            return f
+        step = [*(strides[k] for k in axes), 1] if strides else None
+        start, limit = [starts[k] for k in axes], [limits[k] for k in axes]
+        return lax.slice(f, [*start, 0], [*limit, f.shape[-1]], step)
 
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
@@ -132,6 +172,8 @@ def _dynamic_slice(walk: Walk, eqn: JaxprEqn, view: Any, *starts: Any) -> Any:
     sizes = eqn.params["slice_sizes"]
 
     def move(f: Any, axes: list[int]) -> Any:
+        if all(sizes[k] == view.shape[k] for k in axes):
+            return f
         zero = jnp.zeros((), jnp.result_type(starts[0]))
         return lax.dynamic_slice(
             f, [*(starts[k] for k in axes), zero], [*(sizes[k] for k in axes), f.shape[-1]]
@@ -140,17 +182,30 @@ def _dynamic_slice(walk: Walk, eqn: JaxprEqn, view: Any, *starts: Any) -> Any:
     return [view.moved(walk.bind(eqn, view, *starts)[0], view.roles, move)]
 
 
-@rule("split")
-def _split(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
-    sizes, axis = [int(n) for n in eqn.params["sizes"]], eqn.params["axis"]
-    pieces = [
-        lax.split(f, sizes, view.axes(k).index(axis)) if axis in view.axes(k) else [f] * len(sizes)
+def _pieces(view: View, axis: int, bases: Sequence[Any], roles: Any, cut: Any) -> list[View]:
+    """Cut each factor that has an axis into as many pieces as the base; the other is shared."""
+    cuts = [
+        cut(f, view.axes(k).index(axis)) if axis in view.axes(k) else [f] * len(bases)
         for k, f in enumerate(view.factors)
     ]
     return [
-        View(base, tuple(piece[n] for piece in pieces), view.roles, view.name)
-        for n, base in enumerate(walk.bind(eqn, view))
+        View(base, tuple(pieces[n] for pieces in cuts), tuple(roles), view.names)
+        for n, base in enumerate(bases)
     ]
+
+
+@rule("split")
+def _split(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    sizes, axis = [int(n) for n in eqn.params["sizes"]], eqn.params["axis"]
+    bases = walk.bind(eqn, view)
+    return _pieces(view, axis, bases, view.roles, lambda f, k: lax.split(f, sizes, k))
+
+
+@rule("unstack")
+def _unstack(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    axis, bases = eqn.params["axis"], walk.bind(eqn, view)
+    roles = [r for k, r in enumerate(view.roles) if k != axis]
+    return _pieces(view, axis, bases, roles, lambda f, k: jnp.unstack(f, axis=k))
 
 
 @rule("rev")
@@ -161,25 +216,72 @@ def _rev(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
+@rule("tile")
+def _tile(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    reps = eqn.params["reps"]
+
+    def move(f: Any, axes: list[int]) -> Any:
+        return jnp.tile(f, [*(reps[k] for k in axes), 1])
+
+    return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
+
+
+@rule("pad")
+def _pad(walk: Walk, eqn: JaxprEqn, view: Any, value: Any) -> Any:
+    if not isinstance(view, View) or isinstance(value, View):
+        return NotImplemented
+    config = eqn.params["padding_config"]
+
+    def move(f: Any, axes: list[int]) -> Any:  # where the base is padded the delta is zero
+        return lax.pad(f, jnp.zeros((), f.dtype), [*(config[k] for k in axes), (0, 0, 0)])
+
+    return [view.moved(walk.bind(eqn, view, value)[0], view.roles, move)]
+
+
+@rule("reduce_sum")
+def _sum(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    gone = list(eqn.params["axes"])
+
+    def move(f: Any, axes: list[int]) -> Any:
+        f = f.sum([n for n, k in enumerate(axes) if k in gone and view.roles[k] != "s"])
+        left = [k for k in axes if k not in gone or view.roles[k] == "s"]
+        kept = [n for n, k in enumerate(left) if k not in gone]
+        stack = [n for n in range(len(left)) if n not in kept]
+        # A sum over a stack is one product of the ranks of all.
+        f = lax.transpose(f, [*kept, *stack, len(left)])
+        return f.reshape(*f.shape[: len(kept)], -1)
+
+    roles = [r for k, r in enumerate(view.roles) if k not in gone]
+    return [view.moved(walk.bind(eqn, view)[0], roles, move)]
+
+
 @rule("neg")
 def _neg(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
-    return [_scaled(view, walk.bind(eqn, view)[0], lambda f: -f)]
+    return [_scaled(view, walk.bind(eqn, view)[0], 1, lambda f: -f)]
 
 
 @rule("mul", "div")
 def _scale(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
+    """Scale by what varies on one side only: the factor of that side takes it."""
     divide = eqn.primitive.name == "div"
-    view, factor = (left, right) if isinstance(left, View) else (right, left)
-    if isinstance(factor, View) or jnp.ndim(factor) or (divide and view is right):
-        return NotImplemented  # not a scalar: the weight is read element by element
+    view, other = (left, 1) if isinstance(left, View) else (right, 0)
+    if (isinstance(left, View) and isinstance(right, View)) or (divide and view is right):
+        return NotImplemented
+    base = walk.bind(eqn, left, right)[0]
+    if not view.parts:
+        return [View(base, (), view.roles, view.names)] if base.shape == view.shape else [base]
+    c = walk.narrowest(eqn.invars[other], (left, right)[other])
+    sides = varying_sides(view, c)
+    if not sides or base.shape != view.shape:
+        return NotImplemented
 
     def scale(f: Any) -> Any:
-        c = jnp.asarray(factor, f.dtype)
-        return f / c if divide else f * c
+        by = on_factor(view, sides[-1], c).astype(f.dtype)
+        return f / by if divide else f * by
 
-    return [_scaled(view, walk.bind(eqn, left, right)[0], scale)]
+    return [_scaled(view, base, sides[-1], scale)]
 
 
-def _scaled(view: View, base: Any, scale: Any) -> View:
-    factors = (*view.factors[:1], *(scale(f) for f in view.factors[1:]))
-    return View(base, factors, view.roles, view.name)
+def _scaled(view: View, base: Any, side: int, scale: Any) -> View:
+    factors = tuple(scale(f) if k == side else f for k, f in enumerate(view.factors))
+    return View(base, factors, view.roles, view.names)

@@ -1,0 +1,104 @@
+"""The rule for convolutions: a narrow one with the window, and a product at each position."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from jlora._arrays import accumulator
+from jlora.transform._registry import rule
+from jlora.transform._view import RANK, View, contract, plus
+from jlora.transform._walk import Walk
+
+
+@rule("conv_general_dilated", equal=True)
+def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
+    if not isinstance(view, View):
+        return NotImplemented
+    if isinstance(lhs, View):
+        lhs = walk.materialize(eqn, lhs)
+    p = eqn.params
+    out_axis, in_axis, *spatial = p["dimension_numbers"].rhs_spec
+    base = walk.bind(eqn, lhs, view)[0]
+    cost, out = 0, base
+    if view.parts:
+        delta = _narrow_conv(walk, eqn, lhs, view, base)
+        if delta is NotImplemented:
+            return NotImplemented
+        out = plus(base, delta)
+        window = math.prod(view.shape) // view.shape[out_axis]
+        rank = view.rank
+        cost = 2 * base.size // view.shape[out_axis] * rank * (window + view.shape[out_axis])
+    walk.used(eqn, view, cost, [in_axis, *spatial], [out_axis])
+    return [out]
+
+
+def _narrow_conv(walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any) -> Any:
+    """Convolve with the factor that has the window, and multiply by the other at each position."""
+    p, dn = eqn.params, eqn.params["dimension_numbers"]
+    out_axis, in_axis, *spatial = dn.rhs_spec
+    big = {k: r for k, r in enumerate(view.roles) if view.shape[k] > 1}
+    side = {k: "io".index(r) for k, r in big.items() if r in ("i", "o")}
+    windows = {side[k] for k in spatial if k in side}
+    groups = p["feature_group_count"]
+    if len(side) < len(big) or len(windows) > 1 or p["batch_group_count"] > 1:
+        return NotImplemented
+    # An axis of size 1 may be on either side: the channels are opposite, the window is one's own.
+    inward = side.get(in_axis, 1 - side[out_axis] if out_axis in side else 0)
+    window = windows.pop() if windows else inward
+    if side.get(out_axis, 1 - inward) == inward or (window != inward and groups > 1):
+        return NotImplemented
+    dtype = walk.narrow_dtype(x.dtype, base.dtype)
+    x = walk.drop(x.astype(dtype))
+    # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed
+    # first (as in a transposed kernel), for the inputs.
+    replaced = out_axis if window == inward else in_axis
+    kernel = _with_rank_at(view, window, replaced).astype(dtype)
+    other = view.factors[1 - window].astype(dtype)
+    other = other.reshape(-1, other.shape[-1])  # (channels, rank): spatial axes of size 1 fall away
+    if replaced == in_axis:
+        feature = dn.lhs_spec[1]
+        labels: list[Any] = [("x", k) for k in range(x.ndim)]
+        narrow = [RANK if k == feature else label for k, label in enumerate(labels)]
+        x = contract(x, labels, other, [labels[feature], RANK], narrow, p["precision"])
+        return _convolve(eqn, x.astype(dtype), kernel, 1)
+    if groups > 1:
+        kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+    z = _convolve(eqn, x, kernel, groups).astype(dtype)
+    feature = dn.out_spec[1]
+    rank, channels = other.shape[-1], other.shape[0]
+    z = z.reshape(*z.shape[:feature], groups, rank, *z.shape[feature + 1 :])
+    other = other.reshape(groups, channels // groups, rank)
+    labels = [("x", k) for k in range(z.ndim)]
+    labels[feature : feature + 2] = ["group", RANK]
+    wide = [*labels[: feature + 1], "channel", *labels[feature + 2 :]]
+    y = contract(z, labels, other, ["group", "channel", RANK], wide, p["precision"])
+    return y.reshape(base.shape)
+
+
+def _with_rank_at(view: View, k: int, axis: int) -> Any:
+    """Arrange a factor as a kernel of the base's rank, with the rank of the update at one axis."""
+    f, axes = view.factors[k], view.axes(k)
+    for missing in range(len(view.roles)):
+        if missing != axis and missing not in axes:  # a window of size 1 on the other side
+            axes = sorted([*axes, missing])
+            f = jnp.expand_dims(f, axes.index(missing))
+    return jnp.moveaxis(f if axis not in axes else f.squeeze(axes.index(axis)), -1, axis)
+
+
+def _convolve(eqn: JaxprEqn, x: Any, kernel: Any, groups: int) -> Any:
+    p = eqn.params
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        p["dimension_numbers"],
+        feature_group_count=groups,
+        precision=p["precision"],
+        preferred_element_type=accumulator(x.dtype),
+    )

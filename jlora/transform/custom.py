@@ -1,0 +1,232 @@
+"""Rules for functions with rules of their own: custom_vjp, custom_jvp, custom_vmap.
+
+The user's rule stays in force. Each is traced through JAX's own `vjp`, `jvp` or the rule itself, on
+the shapes of the base weights, and the traced program is walked like any other; so the rule's
+products are factored too. Dropout does not reach inside: a rule that was written for `x W` says
+nothing of an input that is dropped for one of its terms only.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+
+from jlora import _compat
+from jlora.transform._registry import rule
+from jlora.transform._view import View
+from jlora.transform._walk import Walk
+
+
+def _plain(x: Any) -> Any:
+    """Return what JAX's rules see of an operand: its shape and dtype."""
+    x = x.base if isinstance(x, View) else x
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _trained(operands: Sequence[Any]) -> list[int]:
+    return [k for k, x in enumerate(operands) if jnp.issubdtype(_plain(x).dtype, jnp.inexact)]
+
+
+def _filled(operands: Sequence[Any], where: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    out = list(operands)
+    for k, x in zip(where, values, strict=True):
+        out[k] = x
+    return out
+
+
+@rule("custom_vjp_call")
+def _custom_vjp(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+    inner = walk.inside(eqn, None)
+    n = eqn.params["num_consts"]  # closed over: JAX refuses to differentiate these, and so it stays
+    consts, args = operands[:n], operands[n:]
+    moved = _trained(args)
+    shapes = [_plain(x) for x in operands]
+
+    @functools.cache
+    def forward() -> tuple[Any, Any]:
+        def run(*arrays: Any) -> Any:
+            def call(*values: Any) -> Any:
+                return _compat.bind(eqn, *arrays[:n], *_filled(arrays[n:], moved, values))
+
+            return jax.vjp(call, *(arrays[n + k] for k in moved))
+
+        return jax.make_jaxpr(run, return_shape=True)(*shapes)
+
+    @functools.cache
+    def backward() -> Any:
+        outs, pull = forward()[1]
+        return jax.make_jaxpr(lambda pull, cts: pull(cts))(pull, outs)
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Any:
+        return inner.arrays(eqn, inner.evaluate(eqn.params["call_jaxpr"], [*consts, *args]))
+
+    def fwd(*args: Any) -> Any:
+        jaxpr, (outs, _) = forward()
+        values = inner.evaluate(jaxpr, [*consts, *args])
+        return inner.arrays(eqn, values[: len(outs)]), (values[len(outs) :], args)
+
+    def bwd(saved: Any, cts: Any) -> Any:
+        residuals, args = saved
+        targets = {j: args[k] for j, k in enumerate(moved) if isinstance(args[k], View)}
+        grads = _pull(inner, eqn, backward(), [*residuals, *cts], targets)
+        return tuple(_filled([None] * len(args), moved, grads))
+
+    call.defvjp(fwd, bwd)
+    return call(*args)
+
+
+def _pull(
+    walk: Walk, eqn: JaxprEqn, jaxpr: Any, values: Sequence[Any], targets: dict[int, View]
+) -> list[Any]:
+    """Walk a backward rule; a weight's cotangent that is a product reaches A and B factored."""
+    body = _compat.body(jaxpr)
+    chains = {j: _product_chain(body, body.outvars[j]) for j in targets}
+    ends = {j: chain[0].invars for j, chain in chains.items() if chain}
+    wanted = [*body.outvars, *(v for pair in ends.values() for v in pair)]
+    outs = walk.evaluate(body._replace(outvars=wanted), values)
+    found = iter(outs[len(body.outvars) :])
+    grads = walk.arrays(eqn, outs[: len(body.outvars)])
+    for j, view in targets.items():
+        pair = [next(found), next(found)] if j in ends else []
+        if pair and not any(isinstance(x, View) for x in pair):
+            parts = _factor_grads(walk, chains[j], *pair, view)
+        else:
+            parts = _through(view, grads[j])
+        grads[j] = dataclasses.replace(view, base=grads[j], parts=parts)
+    return grads
+
+
+def _product_chain(body: _compat.Body, out: Any) -> list[JaxprEqn]:
+    """Return the equations from a dot_general to `out`, when only rearrangements lie between."""
+    made = {v: e for e in body.eqns for v in e.outvars}
+    chain: list[JaxprEqn] = []
+    while out in made:
+        eqn = made[out]
+        chain.insert(0, eqn)
+        if eqn.primitive.name == "dot_general":
+            return chain
+        if eqn.primitive.name not in ("transpose", "reshape", "convert_element_type", "copy"):
+            return []
+        out = eqn.invars[0]
+    return []
+
+
+def _factor_grads(walk: Walk, chain: list[JaxprEqn], p: Any, q: Any, view: View) -> Any:
+    """Return the gradients of A and B for the cotangent `chain(p, q)`, without building it.
+
+    <chain(p, q), AB> = <q, T(AB)> where T, linear, is the transpose of chain(p, ·): a product of
+    p with the view, which the walk factors.
+    """
+
+    def through(p: Any, q: Any) -> Any:
+        out = _compat.bind(chain[0], p, q)[0]
+        for eqn in chain[1:]:
+            out = _compat.bind(eqn, out)[0]
+        return out
+
+    def transposed(p: Any, w: Any) -> Any:
+        return jax.linear_transpose(functools.partial(through, p), _plain(q))(w)[0]
+
+    jaxpr = jax.make_jaxpr(transposed)(_plain(p), _plain(view))
+
+    def paired(parts: Any) -> Any:
+        seen = walk.evaluate(jaxpr, [p, dataclasses.replace(view, parts=parts)])[0]
+        return (seen * q).sum()
+
+    return jax.grad(paired)(view.parts)
+
+
+def _through(view: View, cotangent: Any) -> Any:
+    """Return the gradients of A and B for a cotangent of the whole weight."""
+
+    def update(parts: Any) -> Any:
+        return dataclasses.replace(view, parts=parts).delta()
+
+    out, pull = jax.vjp(update, view.parts)
+    return pull(cotangent.astype(out.dtype))[0]
+
+
+@rule("custom_jvp_call")
+def _custom_jvp(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+    inner = walk.inside(eqn, None)
+    moved = _trained(operands)
+    shapes = [_plain(x) for x in operands]
+
+    half = len(eqn.outvars)
+
+    @functools.cache
+    def forward() -> _compat.Body:
+        def run(arrays: Any, tangents: Any) -> Any:
+            def call(*values: Any) -> Any:
+                return _compat.bind(eqn, *_filled(arrays, moved, values))
+
+            return jax.jvp(call, [arrays[k] for k in moved], tangents)
+
+        return _compat.body(jax.make_jaxpr(run)(shapes, [shapes[k] for k in moved]))
+
+    @jax.custom_jvp
+    def call(*args: Any) -> Any:
+        return inner.arrays(eqn, inner.evaluate(eqn.params["call_jaxpr"], args))
+
+    @call.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        by_a = [_tangent(primals[k], tangents[k], 0) for k in moved]
+        by_b = [_tangent(primals[k], tangents[k], 1) for k in moved]
+        outs = inner.arrays(eqn, inner.evaluate(forward(), [*primals, *by_a]))
+        if not any(isinstance(x, View) for x in by_b):
+            return outs[:half], outs[half:]
+        # Linear in the tangents, so what A moves and what B moves are walked one by one and added.
+        body = forward()._replace(outvars=forward().outvars[half:])
+        more = inner.arrays(eqn, inner.evaluate(body, [*primals, *by_b]))
+        return outs[:half], [x + y for x, y in zip(outs[half:], more, strict=True)]
+
+    return call(*operands)
+
+
+def _tangent(x: Any, tangent: Any, moving: int) -> Any:
+    """Return a part of an operand's tangent, dW + dA·B + A·dB: each product is itself a view."""
+    if not isinstance(x, View):
+        return tangent if moving == 0 else jnp.zeros_like(tangent)
+    if not x.parts:
+        return x
+    factors = tuple(tangent.factors[k] if k == moving else x.factors[k] for k in (0, 1))
+    base = tangent.base if moving == 0 else jnp.zeros_like(x.base)
+    return View(base, factors, x.roles, x.names)
+
+
+@rule("custom_vmap_call")
+def _custom_vmap(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+    inner = walk.inside(eqn, None)
+
+    @jax.custom_batching.custom_vmap
+    def call(*args: Any) -> Any:
+        return inner.arrays(eqn, inner.evaluate(eqn.params["call"], args))
+
+    @call.def_vmap
+    def batched(size: int, flags: Any, *args: Any) -> Any:
+        axes = [0 if any(jax.tree.leaves(f)) else None for f in flags]
+        lifted = [
+            _lifted(x, f, size) if axis == 0 else x
+            for x, f, axis in zip(args, flags, axes, strict=True)
+        ]
+        run = jax.vmap(functools.partial(_compat.bind, eqn), in_axes=axes, axis_size=size)
+        jaxpr = jax.make_jaxpr(run)(*(_plain(x) for x in lifted))
+        outs = inner.arrays(eqn, inner.evaluate(jaxpr, lifted))
+        return outs, [True] * len(outs)
+
+    return call(*operands)
+
+
+def _lifted(x: Any, flags: Any, size: int) -> Any:
+    """Map all of a weight where a part of it is mapped: the rule sees one weight per lane."""
+
+    def lift(leaf: Any, flag: bool) -> Any:
+        return leaf if flag else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+
+    x = jax.tree.map(lift, x, flags)
+    return View(x.base, x.factors, (x.new_role, *x.roles), x.names) if isinstance(x, View) else x

@@ -1,0 +1,214 @@
+"""Functions with rules of their own over a weight: the rule stays in force, and is factored."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from test_laws import equations
+
+import jlora
+from jlora import LoraSpec
+
+IN, OUT = 11, 7
+X = jax.random.normal(jax.random.key(3), (4, IN))
+
+
+def tree():
+    base = {"w": jax.random.normal(jax.random.key(0), (IN, OUT))}
+    params = jlora.attach(base, {"w": LoraSpec(2)}, key=jax.random.key(1))
+    return jax.tree.map(lambda x: x + 0.1, params)
+
+
+def close(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
+
+
+def gradients(fn, params, x):
+    trainable, frozen = jlora.partition(params)
+
+    def loss(trainable, x):
+        return jnp.sin(fn(jlora.combine(trainable, frozen), x)).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(trainable, x)
+
+
+def agree(fn, fallback="error"):
+    params = tree()
+    adapted, merged = jlora.lora(fn, fallback=fallback), lambda p, x: fn(jlora.merge(p), x)
+    close(adapted(params, X), merged(params, X))
+    close(gradients(adapted, params, X), gradients(merged, params, X))
+
+
+def straight_through(bwd):
+    @jax.custom_vjp
+    def dense(x, k):
+        return x @ k
+
+    dense.defvjp(lambda x, k: (x @ k, (x, k)), bwd)
+    return lambda p, x: dense(jnp.sin(x), p["w"])
+
+
+RULES = {
+    "the derivative": lambda r, ct: (ct @ r[1].T, r[0].T @ ct),
+    "another one": lambda r, ct: (2.0 * ct @ r[1].T, (3.0 * r[0]).T @ ct),
+    "transposed": lambda r, ct: (ct @ r[1].T, (ct.T @ r[0]).T),
+    "clipped": lambda r, ct: (ct @ r[1].T, jnp.clip(r[0].T @ ct, -0.1, 0.1)),
+    "of the weight": lambda r, ct: (ct @ r[1].T, r[0].T @ ct + r[1]),
+    "none": lambda r, ct: (ct @ r[1].T, jnp.zeros_like(r[1])),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_custom_vjp_keeps_its_rule(name):
+    agree(straight_through(RULES[name]), "materialize" if name == "of the weight" else "error")
+
+
+@pytest.mark.parametrize("name", ["the derivative", "transposed"])
+def test_the_weights_own_gradient_is_not_built(name):
+    """The rule's x.T @ ct is (in, out); what trains are A and B, which it reaches factored."""
+    trainable, frozen = jlora.partition(tree())
+    fn = jlora.lora(straight_through(RULES[name]), fallback="error")
+
+    def grad(trainable):
+        return jax.grad(lambda t: fn(jlora.combine(t, frozen), X).sum())(trainable)
+
+    text = jax.jit(grad).lower(trainable).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line]
+    assert products and not any(f"f32[{IN},{OUT}]" in line.split("=")[1][:20] for line in products)
+
+
+def test_residuals_may_be_whole_or_moved_weights():
+    @jax.custom_vjp
+    def dense(x, k):
+        return x @ k
+
+    dense.defvjp(
+        lambda x, k: (x @ k, (x, k.T, {"again": k})),
+        lambda r, ct: (ct @ r[1] + 0.1 * (ct @ r[2]["again"].T), r[0].T @ ct),
+    )
+    agree(lambda p, x: dense(x, p["w"]))
+
+
+def test_integer_and_static_arguments():
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def lookup(scale, k, n):
+        return k[n] * scale
+
+    def backward(scale, n, ct):
+        return jnp.zeros((IN, OUT)).at[n].add(ct * scale), None
+
+    lookup.defvjp(lambda scale, k, n: (k[n] * scale, n), backward)
+    agree(lambda p, x: x @ p["w"] + lookup(2.0, p["w"], jnp.array([1, 3, 3, 10])))
+
+
+def test_a_weight_that_the_function_closes_over():
+    def fn(p, x):
+        @jax.custom_vjp
+        def half(x):
+            return x @ p["w"]
+
+        half.defvjp(lambda x: (x, None), lambda _, ct: (ct,))
+        return half(x)
+
+    params = tree()
+    close(jlora.lora(fn, fallback="error")(params, X), fn(jlora.merge(params), X))
+    with pytest.raises(Exception, match="closed-over value"):  # as JAX says of the plain function
+        gradients(fn, jlora.merge(params), X)
+    with pytest.raises(Exception, match="closed-over value"):
+        gradients(jlora.lora(fn, fallback="error"), params, X)
+
+
+def test_a_custom_jvp_keeps_its_rule_both_ways():
+    @jax.custom_jvp
+    def dense(x, k):
+        return x @ k
+
+    dense.defjvp(lambda p, t: (dense(*p), 2.0 * (t[0] @ p[1]) + 3.0 * (p[0] @ t[1])))
+
+    def fn(p, x):
+        return dense(jnp.sin(x), p["w"])
+
+    agree(fn)
+    trainable, frozen = jlora.partition(tree())
+
+    def forward(fn):
+        def value(t):
+            return fn(jlora.combine(t, frozen), X)
+
+        return jax.jvp(value, (trainable,), (trainable,))[1]
+
+    close(forward(jlora.lora(fn, fallback="error")), forward(lambda p, x: fn(jlora.merge(p), x)))
+
+
+def test_hessians():
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ jnp.ones(OUT)
+
+    trainable, frozen = jlora.partition(tree())
+
+    def second(f):
+        return jax.hessian(lambda t: f(jlora.combine(t, frozen), X).sum())(trainable)
+
+    got = second(jlora.lora(fn, fallback="error"))
+    close(got, second(lambda p, x: fn(jlora.merge(p), x)))
+
+
+def batched_dense(calls):
+    @jax.custom_batching.custom_vmap
+    def dense(x, k):
+        return x @ k
+
+    @dense.def_vmap
+    def rule(size, batched, x, k):
+        calls.append(tuple(batched))
+        x, k = (
+            v if b else jnp.broadcast_to(v, (size, *v.shape))
+            for v, b in zip((x, k), batched, strict=True)
+        )
+        return jnp.einsum("nti,nio->nto", x, k), True
+
+    return lambda p, x: dense(x, p["w"])
+
+
+def test_a_custom_vmap_keeps_its_rule():
+    calls, params = [], tree()
+    fn = batched_dense(calls)
+    adapted, many = jlora.lora(fn, fallback="error"), jnp.stack([X, 2 * X])
+    close(adapted(params, X), X @ jlora.merge(params)["w"])
+    got = jax.vmap(lambda x: adapted(params, x))(many)
+    close(got, many @ jlora.merge(params)["w"])
+    assert calls == [(True, False)]
+
+
+def test_a_custom_vmap_over_adapters():
+    calls, params = [], tree()
+    base, adapter = jlora.detach(params)
+    adapters = [adapter, jax.tree.map(lambda x: 2 * x, adapter)]
+    fn = jlora.lora(batched_dense(calls), fallback="error")
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
+    got = jax.vmap(lambda a: fn(jlora.bind(base, a), X))(stacked)
+    want = [X @ jlora.merge(jlora.bind(base, a))["w"] for a in adapters]
+    close(got, jnp.stack(want))
+    assert calls == [(False, True)]
+
+
+def test_inside_a_scan():
+    fn = straight_through(RULES["another one"])
+
+    def layers(p, x):
+        return lax.scan(lambda c, _: (c + fn(p, x).sum(), None), 0.0, length=3)[0]
+
+    agree(layers)
+
+
+def test_no_dense_update_in_the_traced_program():
+    for name in ("the derivative", "clipped"):
+        fn = jlora.lora(straight_through(RULES[name]), fallback="error")
+        made = [
+            v.aval.shape for e in equations(jax.make_jaxpr(fn)(tree(), X).jaxpr) for v in e.outvars
+        ]
+        assert (IN, OUT) not in made
