@@ -1,5 +1,6 @@
 """Equinox's modules: the model itself is the pytree of parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -18,9 +19,15 @@ def x(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
 
 
-def model(net: eqx.Module, *args: jax.Array, **options: Any) -> Any:
+def split(make: Callable[[], eqx.Module]) -> tuple[Any, Any]:
+    """The arrays of a model, as shapes for `holds` to fill, and the rest of it."""
+    shapes = eqx.filter_eval_shape(make)
+    return eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+
+def model(make: Callable[[], eqx.Module], *args: jax.Array, **options: Any) -> Any:
     """Run a model of one example over a batch, as Equinox's own examples do."""
-    params, static = eqx.partition(net, eqx.is_array)
+    params, static = split(make)
 
     def run(params: Any, *args: jax.Array) -> Any:
         return jax.vmap(eqx.combine(params, static))(*args)
@@ -50,7 +57,7 @@ class Image(eqx.Module):
 
 def test_image_model() -> None:
     others = {".*/bias": "a bias (channels, 1, 1) of a convolution, which is added"}
-    model(Image(), x(2, 3, 12, 17), others=others, eager=True)
+    model(Image, x(2, 3, 12, 17), others=others, eager=True)
 
 
 class Transformer(eqx.Module):
@@ -84,7 +91,7 @@ class Transformer(eqx.Module):
 
 def test_transformer() -> None:
     tokens = jnp.array([[1, 5, 22, 7, 7], [0, 3, 3, 9, 11]])
-    model(Transformer(), tokens, others={"positions": "a table that is added, row by row"})
+    model(Transformer, tokens, others={"positions": "a table that is added, row by row"})
 
 
 class Recurrent(eqx.Module):
@@ -104,13 +111,13 @@ class Recurrent(eqx.Module):
 
 @pytest.mark.parametrize("cell", [eqx.nn.LSTMCell, eqx.nn.GRUCell])
 def test_recurrence(cell: Any) -> None:
-    model(Recurrent(cell(11, 7, key=KEY)), x(2, 5, 11))
+    model(lambda: Recurrent(cell(11, 7, key=KEY)), x(2, 5, 11))
 
 
 def test_blocks_stacked_by_filter_vmap() -> None:
     """Three layers made at once, and scanned over, as Equinox's documentation stacks them."""
     make = eqx.filter_vmap(lambda key: eqx.nn.MLP(11, 11, 17, 1, key=key))
-    params, static = eqx.partition(make(jax.random.split(KEY, 3)), eqx.is_array)
+    params, static = split(lambda: make(jax.random.split(KEY, 3)))
 
     def run(params: Any, h: jax.Array) -> jax.Array:
         def step(h: jax.Array, layer: Any) -> tuple[jax.Array, None]:

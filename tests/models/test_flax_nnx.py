@@ -21,12 +21,16 @@ def x(*shape: int) -> jax.Array:
 ADDED = {".*bias": "a bias of two dimensions, which is added"}
 
 
+def split(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any, Any]:
+    """The graph, the parameters as shapes for `holds` to fill, and the rest: counts, keys."""
+    graph, params, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+    return graph, params, jax.jit(lambda: nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)[2])()
+
+
 def model(make: Callable[[nnx.Rngs], nnx.Module], *args: jax.Array, **options: Any) -> Any:
-    """Split into parameters and the rest (counts, random keys), and run on the parameters."""
-    graph, params, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
-    return holds(
-        lambda p, *args: nnx.merge(graph, p, rest, copy=True)(*args), params, *args, **options
-    )
+    graph, params, rest = split(make)
+    run = lambda p, *args: nnx.merge(graph, p, rest, copy=True)(*args)  # noqa: E731
+    return holds(run, params, *args, **options)
 
 
 CONVS = {
@@ -118,9 +122,12 @@ def test_attention_over_another_sequence() -> None:
 
 
 def test_attention_steps_from_a_cache() -> None:
-    attention = nnx.MultiHeadAttention(2, 11, 10, decode=True, rngs=nnx.Rngs(0))
-    attention.init_cache((2, 6, 11))
-    graph, params, cache = nnx.split(attention, nnx.Param, ...)
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        attention = nnx.MultiHeadAttention(2, 11, 10, decode=True, rngs=rngs)
+        attention.init_cache((2, 6, 11))
+        return attention
+
+    graph, params, cache = split(make)
 
     def decode(params: Any, token: Any, cache: Any) -> Any:
         attention = nnx.merge(graph, params, cache, copy=True)
@@ -176,7 +183,7 @@ def test_mapped_models() -> None:
         def __call__(self, h: jax.Array) -> jax.Array:
             return self.out(nnx.relu(self.conv(h)))
 
-    graph, params = nnx.split(nnx.vmap(Net, axis_size=4)(nnx.Rngs(0).split(4)))
+    graph, params, _ = split(lambda rngs: nnx.vmap(Net, axis_size=4)(rngs.split(4)))
 
     def run(params: Any, h: jax.Array) -> jax.Array:
         return nnx.vmap(lambda net, h: net(h), in_axes=(0, None))(nnx.merge(graph, params), h)

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import llama
-import numpy as np
 import pytest
 import weights
 from flax import nnx
@@ -123,7 +122,7 @@ def compare(layers: int | None, theta: float) -> None:
     assert distance(plain, want) > 1e-2, "the adapter does nothing here"
     assert distance(jax.jit(jlora.lora(theirs, fallback="error"))(their_adapted), want) <= TOLERANCE
     assert distance(jax.jit(theirs)(jlora.merge(their_adapted)), want) <= TOLERANCE
-    assert np.array_equal(want.argmax(-1), jax.jit(ours)(jlora.merge(adapted)).argmax(-1))
+    assert distance(jax.jit(ours)(jlora.merge(adapted)), want) <= TOLERANCE
 
 
 def test_logits_as_tunix_is() -> None:
