@@ -69,11 +69,11 @@ def holds(
     want_gradient, want = merged(trainable)
     plain = merged(jax.tree.map(jnp.zeros_like, trainable))[1]
     assert distance(plain, want) > 100 * TOLERANCE, "the adapter does nothing here"
-    assert distance(outs, want) <= TOLERANCE
+    close("the outputs", outs, want, TOLERANCE)
     if eager:
-        assert distance(run(adapted, *args), want) <= TOLERANCE, "without jit"
+        close("the outputs without jit", run(adapted, *args), want, TOLERANCE)
     # Where a softmax is nearly even, most of the gradient of query and key cancels.
-    assert distance(gradient, want_gradient) <= 3 * TOLERANCE
+    close("the gradients", gradient, want_gradient, 3 * TOLERANCE)
     for path, leaf in leaves_with_paths(want_gradient):
         assert jnp.any(leaf != 0), f"the gradient of {path} is zero, so comparing it shows nothing"
 
@@ -123,6 +123,11 @@ def random_values(tree: Any, seed: int) -> Any:
         return jnp.asarray(random.standard_normal(x.shape) * max(x.shape) ** -0.5, x.dtype)
 
     return jax.tree.map(new, tree)
+
+
+def close(what: str, got: Any, want: Any, tolerance: float) -> None:
+    apart = distance(got, want)
+    assert apart <= tolerance, f"{what} differ from the merged model's by {apart:.1e}"
 
 
 def distance(got: Any, want: Any) -> float:
