@@ -1,5 +1,7 @@
 """Every test runs with strict dtype promotion and no silent broadcasting."""
 
+from collections.abc import Iterator
+
 import jax
 import pytest
 
@@ -11,3 +13,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def usual_promotion() -> Iterator[None]:
+    """Models written elsewhere mix dtypes and ranks, which the rest of the suite forbids itself."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
