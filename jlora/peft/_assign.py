@@ -146,7 +146,8 @@ def _note_missing(
 
 
 def _asks_lora(place: Place, config: Config | float | int, call: str) -> bool:
-    if not isinstance(config, Config) or len(place.shape) < 2 or place.parameter != "weight":
+    is_weight = place.parameter in ("weight", "in_proj_weight") and len(place.shape) >= 2
+    if not isinstance(config, Config) or not is_weight:
         return False
     try:
         return targeted(config, place.module, call)

@@ -63,9 +63,10 @@ def describe_adapter(
         json.dumps(dict(given), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{call}`: the given entries are not JSON: {error}.") from None
-    modules = {one.target for one in parts.values() if not one.is_parameter}
+    layers = {place.module: one for place, one in parts.items() if not one.is_parameter}
+    modules = {one.target for one in layers.values()}
     parameters = [one.target for one in parts.values() if one.is_parameter]
-    whole_modules, bias = _whole_modules(set(wholes), modules, found, call)
+    whole_modules, bias = _whole_modules(set(wholes), set(layers), found, call)
     ranks = {one.target: one.rank for one in parts.values()}
     alphas = {one.target: one.alpha for one in parts.values()}
     for one in parts.values():
@@ -89,10 +90,10 @@ def describe_adapter(
         "target_parameters": _parameters(parameters, found, call),
         "use_dora": False,
     }
-    spelled = {}
+    spelled = {place.name: place.name for place in wholes}
     for place in wholes:
-        inside = bias != "none" and place.parameter == "bias" and place.module in modules
-        spelled[place.name] = f"{place.module}.base_layer.bias" if inside else place.name
+        if bias != "none" and place.parameter == "bias" and place.module in layers:
+            spelled[place.name] = f"{layers[place.module].spelled}.base_layer.bias"
     return entries, spelled
 
 

@@ -86,7 +86,7 @@ def check_kinds(kinds: Mapping[str, str], call: str) -> None:
 
 
 def _unroll(
-    name: Name, path: str, leaf: Any, shape: tuple[int, ...], call: str
+    name: Any, path: str, leaf: Any, shape: tuple[int, ...], call: str
 ) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield (index, filled name) for every element of the leading dimensions a name unrolls."""
     if isinstance(name, str):

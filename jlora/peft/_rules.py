@@ -159,8 +159,16 @@ def _rule(
         alpha=first_match(config.alpha_pattern, name, config.lora_alpha, call),
         scaling="rslora" if config.use_rslora else "lora",
         init=init or _init(config, kind == "embedding", call),
-        layout="io" if chosen == "parameter" and len(place.shape) == 3 else None,
+        layout=_layout(place, chosen, kind),
     )
+
+
+def _layout(place: Place, chosen: str, kind: str) -> str | None:
+    """Return the layout of what `attach` cannot know: a leaf with stack dimensions."""
+    dims, stacked = len(place.shape), bool(place.index) or chosen == "parameter"
+    if stacked and (dims == 2 or chosen == "parameter"):
+        return "io"
+    return "i" * (dims - 1) + "o" if stacked and kind == "conv" else None
 
 
 def _init(config: Config, embedding: bool, call: str) -> initializers.Initializer:

@@ -177,11 +177,15 @@ def _spelled(
     of a MultiheadAttention is inside the first's module.
     """
     spelled = {place: (place.module, place.module) for place in places}
-    attention = {p.module for p in places if p.parameter == "in_proj_weight"}
-    for place in places:
-        outer, inside, _ = place.name.rpartition(".out_proj.weight")
-        if inside and outer in attention:
-            spelled[place] = (f"{outer}.base_layer.out_proj", outer)
+    by_name = {place.name: place for place in places}
+    for first in [p for p in places if p.parameter == "in_proj_weight"]:
+        second = by_name.get(f"{first.module}.out_proj.weight")
+        if second is None:
+            raise ValueError(
+                f'`{call}`: PEFT adapts both projections of "{first.module}" or none; adapt '
+                f'"{first.module}.out_proj.weight" too.'
+            )
+        spelled[second] = (f"{first.module}.base_layer.out_proj", first.module)
     for module in dict.fromkeys(p.module for p in parameters):
         inside = [p for p in parameters if p.module == module]
         given = in_order(inside, order) if len(inside) > 1 else inside
