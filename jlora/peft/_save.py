@@ -38,7 +38,7 @@ def save(
 ) -> None:
     """Write an adapter as PEFT's files: adapter_model.safetensors and adapter_config.json.
 
-    PEFT, transformers and vLLM load them. The files are written beside their place and renamed;
+    PEFT and transformers load them. The files are written beside their place and renamed;
     an adapter that is there already is replaced, other files in the folder stay.
 
     Args:

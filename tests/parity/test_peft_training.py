@@ -17,8 +17,8 @@ from test_peft_layers import quiet
 
 import jlora.peft
 
-LAYERS, STEPS, ROWS, LENGTH = 4, 50, 2, 32
-LR, DECAY, CLIP = 1e-3, 0.05, 0.5
+LAYERS, STEPS, ROWS, LENGTH = 4, 50, 2, 24
+LR, DECAY, CLIP = 3e-4, 0.05, 0.5
 TEXT = (
     "The sea was calm that morning, and the boats went out early. An old man sat on the wall and "
     "mended a net; he had done so every day since his brother died. Nobody asked him why. When the "
@@ -114,10 +114,9 @@ def test_fifty_steps_on_real_weights(tmp_path, compare):
 
     theirs = train_in_torch(model.train(), data)
     ours, trained = train_here(config, adapted, data)
-    assert theirs[-1] < 0.5 * theirs[0], "nothing was learned"
-    worst = max(abs(o / t - 1) for o, t in zip(ours, theirs, strict=True))
-    assert worst < 1e-4, worst
-    compare(ours, theirs, "the losses")
+    assert theirs[-1] < 0.7 * theirs[0], "nothing was learned"
+    for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        compare(our, their, f"the loss of step {number}", 1e-4)
 
     quiet(model.save_pretrained, tmp_path / "last")
     want = jlora.peft.load(tmp_path / "last", params, names=jlora.peft.llama_names)
@@ -125,12 +124,16 @@ def test_fifty_steps_on_real_weights(tmp_path, compare):
     pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_leaf) for tree in (trained, want)), strict=True)
     deltas = [(g.lora_a @ g.lora_b, w.lora_a @ w.lora_b) for g, w in pairs if is_leaf(g)]
     assert len(deltas) == 7 * LAYERS
+    off = [float(jnp.linalg.norm(g - d) / jnp.linalg.norm(d)) for g, d in deltas]
+    losses = max(abs(o / t - 1) for o, t in zip(ours, theirs, strict=True))
+    print(f"largest relative difference: {losses:.1e} of a loss, {max(off):.1e} of a final A · B")
     for got, delta in deltas:
         compare(got, delta, "A · B after training", 1e-3)
 
     # And back: what was trained here gives the same logits there.
     jlora.peft.save(tmp_path / "ours", trained, names=jlora.peft.llama_names)
-    fresh = peft.PeftModel.from_pretrained(hugging_face(config, params), str(tmp_path / "ours"))
+    fresh = hugging_face(config, params)
+    fresh = quiet(peft.PeftModel.from_pretrained, fresh, str(tmp_path / "ours"))
     logits = fresh.eval()(torch.tensor(data[0]).long()).logits.detach().numpy()
     apply = jlora.lora(lambda p, x: llama.Llama(config).apply({"params": p}, x))
     compare(jnp.asarray(apply(trained, data[0])), logits, "logits of transformers + PEFT")
