@@ -1,9 +1,12 @@
 """Every test runs with strict dtype promotion and no silent broadcasting."""
 
+import os
 from typing import Any
 
 import jax
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up: every model is on disk or built here
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -32,8 +32,8 @@ def load(
 ) -> PyTree:
     """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
 
-    A and B keep the dtype of the file. Weights stay in Flax's orientation: kernels (in, out) or
-    HWIO, embeddings (vocab, d); attention kernels of three dimensions are reshaped by layout.
+    What is read keeps the dtype of the file. Weights stay in Flax's orientation: kernels (in, out)
+    or HWIO, embeddings (vocab, d); attention kernels of three dimensions are reshaped by layout.
 
     Args:
         directory: the folder with adapter_config.json and adapter_model.safetensors.

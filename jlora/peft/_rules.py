@@ -32,7 +32,7 @@ def rules(
     """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
 
     PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. The keys are
-    the leaves' own paths, escaped.
+    the leaves' own paths, escaped. `lora_dropout` is not the rules' but `jlora.lora`'s.
 
     Args:
         config: adapter_config.json, its folder, or its entries as a dict

@@ -142,12 +142,11 @@ def _parts(
     spelled = _spelled(list(nodes), parameters, config.get("target_parameters") or (), call)
     parts = {}
     for place, node in nodes.items():
-        values = {
-            part: np.asarray(getattr(node, part))[place.index] for part in ("lora_a", "lora_b")
-        }
+        endings = parts_of(kinds[place])
+        values = {part: np.asarray(getattr(node, part))[place.index] for part in endings}
         arranged = to_torch(values, sides[place], kinds[place])
         parts[place] = Adapted(
-            {parts_of(kinds[place])[part]: x for part, x in arranged.items()},
+            {endings[part]: x for part, x in arranged.items()},
             node.rank,
             alpha_of(_scaling(node, place, call), node.rank, rslora),
             place in parameters,

@@ -1,6 +1,5 @@
 """What was fine-tuned here, in transformers + PEFT: the same logits; and from there back."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +7,14 @@ import finetune
 import jax
 import llama
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 import weights
 
 import jlora
 from jlora import checkpoint
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up: the model is on disk
-
-import peft
-import torch
-import transformers
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it

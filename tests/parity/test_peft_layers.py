@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -157,3 +158,34 @@ def test_biases_and_patterns(bias, variant, tmp_path, compare):
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     ranks = {written["r"], *written["rank_pattern"].values()}
     assert written["bias"] == bias and ranks == {3, 4}
+
+
+def test_a_stack_of_layers(tmp_path, compare):
+    """One leaf scanned over, three layers there, with an alpha of their own each."""
+    torch.manual_seed(1)
+    module = torch.nn.Sequential(*(torch.nn.Linear(6, 6, bias=False) for _ in range(3)))
+    stack = jnp.stack([jnp.asarray(layer.weight.detach().numpy().T) for layer in module])
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["0", "1", "2"],
+        alpha_pattern={"0": 1, "2": 9},
+        init_lora_weights=False,
+    )
+    model = quiet(peft.get_peft_model, module, config)
+    randomize(model)
+    quiet(model.save_pretrained, tmp_path)
+    params = jlora.peft.load(tmp_path, {"w": stack}, names={"w": "{}.weight"})
+    np.testing.assert_array_equal(params["w"].scaling, [0.25, 1.5, 2.25])
+
+    def fn(p: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+
+    x = np.random.default_rng(0).normal(size=(2, 6)).astype(np.float32)
+    y = jlora.lora(fn, fallback="error")(params, x)
+    compare(y, model(torch.tensor(x)).detach().numpy(), "three layers")
+    jlora.peft.save(tmp_path / "again", params, names={"w": "{}.weight"})
+    first, again = tensors(tmp_path), tensors(tmp_path / "again")
+    assert set(first) == set(again) and all(torch.equal(first[k], again[k]) for k in first)
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert {written["lora_alpha"], *written["alpha_pattern"].values()} == {1, 6, 9}

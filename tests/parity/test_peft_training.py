@@ -17,7 +17,7 @@ from test_peft_layers import quiet
 
 import jlora.peft
 
-LAYERS, STEPS, ROWS, LENGTH = 4, 50, 2, 24
+LAYERS, STEPS, ROWS, LENGTH = 4, 50, 1, 32
 LR, DECAY, CLIP = 3e-4, 0.05, 0.5
 TEXT = (
     "The sea was calm that morning, and the boats went out early. An old man sat on the wall and "

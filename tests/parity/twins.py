@@ -258,6 +258,39 @@ mlp = Twin(
     ("up", "down"),
 )
 
+
+class Heads(torch.nn.Module):
+    """Query, key and output projections as transformers have them, without the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (torch.nn.Linear(6, 8, bias=False) for _ in range(2))
+        self.o = torch.nn.Linear(8, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.tanh(self.q(x)) * self.k(x))
+
+
+def heads_fn(p: Params, x: Any) -> Any:
+    q = jnp.tanh(jnp.einsum("btd,dnh->btnh", x, p["q"]))
+    k = jnp.einsum("btd,ndh->btnh", x, p["k"])
+    return jnp.einsum("btnh,nhd->btd", q * k, p["o"])
+
+
+heads = Twin(
+    "heads",
+    Heads,
+    heads_fn,
+    normal(2, 5, 6),
+    {
+        "q": ("q.weight", lambda w: w.T.reshape(6, 2, 4)),
+        "k": ("k.weight", lambda w: w.T.reshape(6, 2, 4).swapaxes(0, 1)),
+        "o": ("o.weight", lambda w: w.T.reshape(2, 4, 6)),
+    },
+    ("q", "k", "o"),
+    layouts={"q": "ioo", "k": "oio", "o": "iio"},
+)
+
 TWINS = [
     linear,
     conv1d_hf,
@@ -266,6 +299,7 @@ TWINS = [
     conv(2, 2, 1),
     conv(3, 1, 0),
     attention,
+    heads,
     experts(False),
     experts(True),
     mlp,
