@@ -41,7 +41,7 @@ def model():
         "query": {"kernel": w(6, 2, 3), "bias": w(2, 3)},
         "out": {"kernel": w(2, 3, 6)},
         "gemma": w(2, 6, 3),
-        "conv": {"kernel": w(3, 3, 4, 8)},
+        "conv": {"kernel": w(3, 3, 4, 8), "oihw": w(8, 4, 3, 3)},
         "embed": {"embedding": w(11, 6)},
         "layers": {"kernel": w(3, 5, 4)},
         "experts": {"up": w(4, 5, 6), "down": w(4, 6, 5)},
@@ -60,6 +60,7 @@ NAMES = {
     "out/kernel": "m.o_proj.weight",
     "gemma": "m.k_proj.weight",
     "conv/kernel": "m.conv.weight",
+    "conv/oihw": "m.oihw.weight",
     "embed/embedding": "m.embed.weight",
     "layers/kernel": "m.layers.{}.fc.weight",
     "experts/up": "m.experts.up",
@@ -68,7 +69,13 @@ NAMES = {
     "norm/scale": "m.norm.weight",
     "head/kernel": "m.head.weight",
 }
-LAYOUTS = {"query/kernel": "ioo", "out/kernel": "iio", "gemma": "oio", "torch": "oi"}
+LAYOUTS = {
+    "query/kernel": "ioo",
+    "out/kernel": "iio",
+    "gemma": "oio",
+    "torch": "oi",
+    "conv/oihw": "oiii",
+}
 RULES = {
     "dense/kernel": spec(3),
     "torch": spec(dtype=jnp.bfloat16, layout="oi"),
@@ -147,6 +154,9 @@ def test_the_shapes_and_values_in_the_file(tmp_path):
         read("conv.lora_A.weight")[1, 2], params["conv"]["kernel"].lora_a[:, :, 2, 1]
     )
     np.testing.assert_array_equal(
+        read("oihw.lora_A.weight")[1], params["conv"]["oihw"].lora_a[..., 1]
+    )
+    np.testing.assert_array_equal(
         read("embed.lora_embedding_A"), params["embed"]["embedding"].lora_a.T
     )
     np.testing.assert_array_equal(
@@ -166,11 +176,20 @@ def test_what_the_configuration_says(tmp_path):
     got = config(tmp_path)
     assert (got["r"], got["lora_alpha"], got["bias"]) == (2, 1, "lora_only")
     assert got["rank_pattern"] == {"m.dense": 3}
-    fives = ["m.conv", "m.dense", "m.embed", "m.k_proj", "m.o_proj", "m.q_proj", "m.torch"]
+    fives = [
+        "m.conv",
+        "m.dense",
+        "m.embed",
+        "m.k_proj",
+        "m.o_proj",
+        "m.oihw",
+        "m.q_proj",
+        "m.torch",
+    ]
     assert got["alpha_pattern"] == dict.fromkeys(fives, 5)
     assert got["modules_to_save"] == ["m.head", "m.norm"]
     assert got["target_modules"] == sorted(
-        ["m.dense", "m.torch", "m.q_proj", "m.o_proj", "m.k_proj", "m.conv", "m.embed"]
+        ["m.dense", "m.torch", "m.q_proj", "m.o_proj", "m.k_proj", "m.conv", "m.oihw", "m.embed"]
         + [f"m.layers.{n}.fc" for n in range(3)]
     )
     assert got["target_parameters"][:2] == [f"m.blocks.{n}.experts.w" for n in range(2)]
@@ -429,6 +448,14 @@ def test_rules_of_all_linear_and_all_biases():
     )
     linear = {"dense/kernel", "torch", "query/kernel", "out/kernel", "gemma", "layers/kernel"}
     assert set(got) == linear | {"dense/bias", "query/bias"}
+
+
+def test_rules_of_a_classifier_that_peft_saved():
+    """PEFT writes both usual names of the head, of which a model has one."""
+    saved = dict(modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
+    names = {**NAMES, "head/kernel": "m.score.weight"}
+    found = chosen(recipe(target_modules=["dense"], **saved), names)
+    assert found["head/kernel"] == "full" and set(found) == {"dense/kernel", "head/kernel"}
 
 
 def test_rules_exclude_and_choose_layers():

@@ -429,8 +429,32 @@ SAVES = {
         {},
         says('PEFT would adapt "m.e.w" too'),
     ),
+    "half_a_node": (
+        {"q": node(lora_b=None)},
+        {"q": "m.q.weight"},
+        {},
+        says('"q" is a part of a LoraArray', "jlora.combine(trainable, frozen)"),
+    ),
+    "half_a_full_node": (
+        {"q": FullArray(jnp.ones(3), None)},
+        {"q": "m.q.weight"},
+        {},
+        says('the value of "q" is taken out', "jlora.combine(trainable, frozen)"),
+    ),
+    "two_ranks": (
+        {"q": node(base=None, lora_b=jnp.ones((3, 4)))},
+        {"q": "m.q.weight"},
+        {},
+        says("needs lora_a (5, 2) and lora_b (2, 4); got (5, 2) and (3, 4)"),
+    ),
+    "a_window_at_no_end": (
+        {"q": node(base=None, lora_a=jnp.ones((3, 3, 4, 2)), layout="iioi")},
+        {"q": "m.q.weight"},
+        {},
+        says("a convolution's kernel [3, 3, 4, 4] with the layout 'iioi'", '"oiii" for OIHW'),
+    ),
     "stack_without_braces": (
-        {"q": node(lora_a=jnp.ones((2, 3, 5, 2)), lora_b=jnp.ones((2, 3, 2, 4)))},
+        {"q": node(base=None, lora_a=jnp.ones((2, 3, 5, 2)), lora_b=jnp.ones((2, 3, 2, 4)))},
         {"q": "m.q.weight"},
         {},
         says("leaves the shape [2, 3, 5, 4]", "needs its {}"),

@@ -77,11 +77,9 @@ def alpha_of(s: Any, rank: int, rslora: bool) -> float | int:
     """
     divisor = math.sqrt(rank) if rslora else rank
     exact = float(s) * divisor
-    for digits in range(1, 18):
-        alpha = float(f"{exact:.{digits}g}")
-        if np.float32(alpha / divisor) == np.float32(s):
-            return int(alpha) if alpha.is_integer() else alpha
-    raise ValueError(f"the scaling {s} is no finite float32")
+    written = (float(f"{exact:.{digits}g}") for digits in range(1, 18))
+    alpha = next(x for x in written if np.float32(x / divisor) == np.float32(s))
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def read_json(source: Path, call: str) -> dict[str, Any]:

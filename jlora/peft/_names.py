@@ -140,7 +140,14 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
             f'output, for "{place.name}"? Give `layouts=jlora.layouts(fn, params, x)`, or '
             f'`layouts={{"{place.path}": "ioo"}}`.'
         )
-    if not 0 <= dims - len(layout) <= 1 or (kind == "conv" and dims > len(layout)):
+    window = "i" * (dims - 1)
+    if kind == "conv" and layout not in (window + "o", "o" + window):
+        raise ValueError(
+            f'`{call}`: "{place.path}" is a convolution\'s kernel {list(place.shape)} with the '
+            f'layout {layout!r}; give "iiio" for HWIO or "oiii" for OIHW, and a {{}} for each stack '
+            'dimension in its name. If it is no convolution, give its `kinds` as "linear".'
+        )
+    if not 0 <= dims - len(layout) <= 1:
         raise ValueError(
             f'`{call}`: the name "{place.name}" leaves the shape {list(place.shape)} of '
             f'"{place.path}", and the layout {layout!r} has {len(layout)} letters. Each stack '

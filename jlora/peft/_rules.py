@@ -130,11 +130,11 @@ def _refuse_idle(
     else:
         idle += [e for e in targets or () if not any(ends_with(m, [e]) for m in modules)]
     every = {place.module for place in found.values()}
-    idle += [
-        e
-        for e in config.modules_to_save
-        if not any(e in module and module.partition(e)[2][:1] in ("", ".") for module in every)
-    ]
+    # PEFT adds the usual names of a classifier's head itself, whichever the model has.
+    own = _CLASSIFIERS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    around = {module + "." for module in every}
+    saved = [e for e in config.modules_to_save if e not in own]
+    idle += [e for e in saved if not any(f"{e}." in module for module in around)]
     if idle:
         known = sorted({module.rpartition(".")[2] for module in every})
         raise ValueError(

@@ -1,5 +1,6 @@
 """Adapters out, as PEFT's files: every tensor and key made and checked before a file is touched."""
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -7,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora._arrays import FullArray, LoraArray, check, is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
@@ -82,6 +84,8 @@ def save(
             "merged or the base weights."
         )
     check_kinds(kinds or {}, call)
+    for path, node in adapted.items():
+        _check(path, node, call)
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
     named = {place.path for place in found.values()}
@@ -104,6 +108,21 @@ def save(
     }
     tensors |= {PREFIX + spelled[place.name]: x for place, x in wholes.items()}
     _write(Path(directory), tensors, entries)
+
+
+def _check(path: str, node: Any, call: str) -> None:
+    """Refuse a node that is in parts; one whose base is detached has its shape from A and B."""
+    if isinstance(node, FullArray):
+        if node.value is None:
+            raise ValueError(
+                f'`{call}`: the value of "{path}" is taken out. Put it together first: '
+                "`jlora.combine(trainable, frozen)`."
+            )
+        return
+    if node.base is None and node.lora_a is not None and node.lora_b is not None:
+        base = jax.ShapeDtypeStruct(shape_of(node), node.lora_a.dtype)
+        node = dataclasses.replace(node, base=base)
+    check(path, node, call)
 
 
 class _Shaped:

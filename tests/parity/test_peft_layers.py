@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from twins import TWINS, Twin, mlp
+from twins import TWINS, Twin, attention, mlp
 
 import jlora.peft
 
@@ -158,6 +158,11 @@ def test_biases_and_patterns(bias, variant, tmp_path, compare):
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     ranks = {written["r"], *written["rank_pattern"].values()}
     assert written["bias"] == bias and ranks == {3, 4}
+
+
+@pytest.mark.parametrize("bias", BIASES[1:])
+def test_the_biases_of_attention(bias, tmp_path, compare):
+    hold(attention, adapt(attention, bias=bias), tmp_path, compare)
 
 
 def test_a_stack_of_layers(tmp_path, compare):
