@@ -144,8 +144,8 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
     if kind == "conv" and layout not in (window + "o", "o" + window):
         raise ValueError(
             f'`{call}`: "{place.path}" is a convolution\'s kernel {list(place.shape)} with the '
-            f'layout {layout!r}; give "iiio" for HWIO or "oiii" for OIHW, and a {{}} for each stack '
-            'dimension in its name. If it is no convolution, give its `kinds` as "linear".'
+            f'layout {layout!r}; give "iiio" for HWIO or "oiii" for OIHW. Each stack dimension '
+            'needs its {} in the name. If it is no convolution, give its `kinds` as "linear".'
         )
     if not 0 <= dims - len(layout) <= 1:
         raise ValueError(
