@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from peft_cases import SMALL_NAMES, base, entries, load, says, tensors, write, zeros
 
@@ -173,6 +174,12 @@ SAVES = {
         {"q": "e.w", "o": "m.e.w"},
         {},
         says('PEFT would adapt "m.e.w" too'),
+    ),
+    "double": (
+        {"q": FullArray(jnp.ones(3), np.ones(3))},
+        {"q": "m.q.weight"},
+        {},
+        says('"base_model.model.m.q.weight" would be of dtype float64'),
     ),
     "half_a_node": (
         {"q": node(lora_b=None)},

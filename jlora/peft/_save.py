@@ -26,7 +26,7 @@ from jlora.peft._names import (
     kind_of,
     places,
 )
-from jlora.peft._tensors import parts_of, to_torch, whole_to_torch, write
+from jlora.peft._tensors import check_dtypes, parts_of, to_torch, whole_to_torch, write
 
 
 def save(
@@ -107,6 +107,7 @@ def save(
         for ending, x in one.tensors.items()
     }
     tensors |= {PREFIX + spelled[place.name]: x for place, x in wholes.items()}
+    check_dtypes(tensors, call)
     _write(Path(directory), tensors, entries)
 
 

@@ -53,6 +53,16 @@ def read(file: Path, call: str) -> dict[str, np.ndarray]:
     return tensors
 
 
+def check_dtypes(tensors: Mapping[str, np.ndarray], call: str) -> None:
+    """Refuse what `read` would refuse."""
+    for key, x in tensors.items():
+        if x.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
+            raise ValueError(
+                f'`{call}`: "{key}" would be of dtype {x.dtype.name}; an adapter is float32, '
+                "float16 or bfloat16. Cast it first."
+            )
+
+
 def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write tensors as PEFT does; contiguous, because the writer copies memory as it lies."""
     whole = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
