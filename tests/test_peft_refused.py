@@ -131,6 +131,11 @@ FILES = {
     "task_type": (tensors(), {"task_type": 3}, says("task_type is 3")),
     "saved": (tensors(), {"modules_to_save": [3]}, says("modules_to_save is [3]")),
     "regex": (tensors(), {"alpha_pattern": {"(": 3}}, says("'(' is not a regular expression")),
+    "regex_inside": (
+        tensors(),
+        {"alpha_pattern": {"(?i)q": 3}},
+        says("'(?i)q' is not a regular expression here"),
+    ),
     "slow": (
         tensors(),
         {"alpha_pattern": {"(a+)+": 3}},

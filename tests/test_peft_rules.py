@@ -163,6 +163,11 @@ RECIPES = {
         ValueError,
         says("init_lora_weights='corda' has no like", "`init=`"),
     ),
+    "layers_pattern": (
+        entries(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="(?P<index>a)"),
+        ValueError,
+        says("'(?P<index>a)' is not a regular expression here"),
+    ),
     "object": (3, TypeError, says("the configuration is a int", "to_dict()")),
     "dora": (entries(target_modules=["q_proj"], use_dora=True), ValueError, says("uses DoRA")),
 }

@@ -54,9 +54,9 @@ class Config:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
-    target_modules: str | Sequence[str] | None = None
-    target_parameters: Sequence[str] = ()
-    exclude_modules: str | Sequence[str] = ()
+    target_modules: str | frozenset[str] | None = None
+    target_parameters: frozenset[str] = frozenset()
+    exclude_modules: str | frozenset[str] = frozenset()
     layers_to_transform: Sequence[int] | None = None
     layers_pattern: Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
@@ -174,6 +174,8 @@ def _typed(key: str, value: Any, call: str) -> Any:
     }.get(key, (lambda v: _is_list(v, str), "a list of strings"))
     if not good(value):
         raise ValueError(f"`{call}`: the configuration's {key} is {value!r}; it must be {wanted}.")
+    if key in ("target_modules", "target_parameters", "exclude_modules"):
+        return value if isinstance(value, str) else frozenset(value)
     return value
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +94,7 @@ def sort(tensors: Tensors, call: str) -> Groups:
 def owners(
     groups: Groups,
     tensors: Tensors,
-    targets: Sequence[str],
+    targets: Collection[str],
     found: Found,
     declared: Sequence[str],
     call: str,

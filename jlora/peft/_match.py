@@ -3,9 +3,10 @@
 Configurations may come from anywhere, so a pattern that could take exponential time is refused.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -13,13 +14,18 @@ T = TypeVar("T")
 _REPEATS, _CHOICES = 5, 1e6
 
 
-def check_pattern(pattern: str, call: str) -> None:
-    """Refuse a regular expression that is broken, or that could run for ever.
+@functools.lru_cache(maxsize=2**16)
+def _compile(pattern: str, before: str, after: str) -> re.Pattern[str] | str:
+    """Compile a pattern between two of PEFT's own, or say why it is not to be tried.
 
     Backtracking is exponential where a group repeats or many groups have alternatives; otherwise
     it is a polynomial of the name's length, of the degree of the number of repeats.
     """
-    why = None
+    try:
+        re.compile(pattern)
+        whole = re.compile(f"{before}{pattern}{after}")
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"is not a regular expression here: {error}"
     groups, bars = pattern.count("("), pattern.count("|")
     if re.search(r"\)(?:[*+]|\{)", pattern):
         why = "repeats a group"
@@ -27,44 +33,36 @@ def check_pattern(pattern: str, call: str) -> None:
         why = f"repeats in more than {_REPEATS} places"
     elif groups > 1 and groups * math.log((bars + groups) / groups) > math.log(_CHOICES):
         why = "has too many groups of alternatives"
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"`{call}`: the pattern {pattern[:80]!r} is not a regular expression: {error}."
-        ) from None
-    if why:
-        raise ValueError(
-            f"`{call}`: the pattern {pattern[:80]!r} {why}; matching it could take for ever, so it "
-            "is refused. Write the names out, or a simpler pattern."
-        )
+    else:
+        return whole
+    return f"{why}; matching it could take for ever. Write the names out"
 
 
-def ends_with(name: str, entries: Sequence[str]) -> bool:
+def compiled(pattern: str, call: str, before: str = "", after: str = "") -> re.Pattern[str]:
+    """Compile a pattern of a configuration; refuse a broken or a slow one."""
+    made = _compile(pattern, before, after)
+    if isinstance(made, str):
+        raise ValueError(f"`{call}`: the pattern {pattern[:80]!r} {made}.")
+    return made
+
+
+def ends_with(name: str, entries: Collection[str]) -> bool:
     """Whether an entry is the name or its last components: "q_proj", "self_attn.q_proj"."""
-    return any(name == entry or name.endswith("." + entry) for entry in entries)
+    starts = (0, *(k + 1 for k, letter in enumerate(name) if letter == "."))
+    return any(name[k:] in entries for k in starts)
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T, call: str) -> T:
     """Return the value of the first key that matches the name's last components."""
     for key, value in patterns.items():
-        check_pattern(key, call)
-        if re.match(rf"(.*\.)?({key})$", name):
+        if compiled(key, call, r"(.*\.)?(", ")$").match(name):
             return value
     return default
 
 
 def holds(entries: Sequence[str], module: str, call: str) -> bool:
     """Whether an entry of `modules_to_save` is the module, or a module around it."""
-    for entry in entries:
-        check_pattern(entry, call)
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", module) for entry in entries)
-
-
-def whole(pattern: str, name: str, call: str) -> bool:
-    """Whether a pattern matches a whole name."""
-    check_pattern(pattern, call)
-    return re.fullmatch(pattern, name) is not None
+    return any(compiled(e, call, r"(^|.*\.)", r"($|\..*)").match(module) for e in entries)
 
 
 def targeted(config: Any, module: str, call: str) -> bool:
@@ -75,14 +73,14 @@ def targeted(config: Any, module: str, call: str) -> bool:
     """
     exclude, target = config.exclude_modules, config.target_modules
     if isinstance(exclude, str):
-        if whole(exclude, module, call):
+        if compiled(exclude, call).fullmatch(module):
             return False
     elif exclude and ends_with(module, exclude):
         return False
     if holds(config.modules_to_save, module, call) or target is None:
         return False
     if isinstance(target, str):
-        return whole(target, module, call)
+        return compiled(target, call).fullmatch(module) is not None
     if module in target:
         return True
     if not ends_with(module, target):
@@ -95,9 +93,10 @@ def targeted(config: Any, module: str, call: str) -> bool:
 
 def _layer(patterns: Sequence[str], module: str, call: str) -> int | None:
     """Return the index of the layer: the first number that stands alone below a list's name."""
-    found = [re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)] if not patterns else []
-    for pattern in patterns:
-        check_pattern(pattern, call)
-        found.append(re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module))
+    if patterns:
+        around = (r"(?:^|.*?\.)", r"\.(?P<index>\d+)\.")
+        found = [compiled(pattern, call, *around).match(module) for pattern in patterns]
+    else:
+        found = [re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)]
     match = next((m for m in found if m), None)
     return int(match["index"]) if match else None

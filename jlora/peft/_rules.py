@@ -123,12 +123,14 @@ def _refuse_idle(
     config: Config, modules: set[str], chosen: list[str], found: Mapping[str, Place], call: str
 ) -> None:
     """Refuse entries that choose nothing, where PEFT would be silent."""
-    idle = [e for e in config.target_parameters if not any(ends_with(n, [e]) for n in chosen)]
+    idle = [
+        e for e in sorted(config.target_parameters) if not any(ends_with(n, [e]) for n in chosen)
+    ]
     targets = config.target_modules
     if isinstance(targets, str):
         idle += [] if modules else [targets]
     else:
-        idle += [e for e in targets or () if not any(ends_with(m, [e]) for m in modules)]
+        idle += [e for e in sorted(targets or ()) if not any(ends_with(m, [e]) for m in modules)]
     every = {place.module for place in found.values()}
     # PEFT adds the usual names of a classifier's head itself, whichever the model has.
     own = _CLASSIFIERS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
