@@ -6,6 +6,8 @@
     python examples/finetune.py --generate "Say j a x →"                      # the adapted model
     python examples/finetune.py --generate "The capital of France is" --weights base
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
+    python examples/finetune.py --export-peft DIR       # the trained adapter as PEFT's files, too
+    python examples/finetune.py --adapter DIR           # go on from an adapter of PEFT's
 
 `--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
 lines of {"prompt": ..., "completion": ...}, where the completion alone is learned, or plain .txt.
@@ -34,12 +36,12 @@ from evaluation import SHOWN, Job, compile_all, evaluate, make_apply, show
 from matplotlib.figure import Figure
 
 import jlora
-from jlora import checkpoint
+from jlora import checkpoint, peft
 
 ROWS, LENGTH = 2, 128  # packed rows a step, tokens a row
 SCORED = 256  # held-out words that are spoken and scored
 # What a run's numbers hang on, and so what --resume must share with it.
-SETTINGS = ("model", "data", "rank", "alpha", "steps", "lr", "seed", "smoke")
+SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,6 +52,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="a Hugging Face directory or a .gguf file (default: SmolLM2-135M-Instruct)")
     add("--data", help="a .jsonl or .txt file (default: CMUdict)")
+    add("--adapter", metavar="DIR", help="begin with, or --generate with, an adapter of PEFT's")
+    add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT's files")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
     add("--steps", type=positive, help="default: 120, or 4 with --smoke")
@@ -75,14 +79,11 @@ def positive(text: str) -> int:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Load, attach and pack. What is wrong with the input shows here, before a file is written."""
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"`--out {args.out}`: this is a file. Name a directory.")
+    for flag, folder in (("--out", args.out), ("--export-peft", args.export_peft)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
     config, base, tokenizer, stop = load_model(args)
-    try:
-        spec = jlora.LoraSpec(rank=args.rank, alpha=args.alpha)
-        params = jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
-    except ValueError as error:
-        raise ValueError(f"`--rank {args.rank} --alpha {args.alpha}`: {error}") from error
+    params = adapt(args, base)
     dataset = data.load(args.data, tokenizer, stop, config.context)
     longest = max(len(e.tokens) for e in dataset.train + dataset.held_out)
     length = max(LENGTH, -(-longest // 64) * 64)
@@ -99,6 +100,20 @@ def prepare(args: argparse.Namespace) -> Job:
         held_out=data.batches(data.pack(iter(scored), length), ROWS),
         prompts=scored if dataset.phonemes else scored[:SHOWN],
     )
+
+
+def adapt(args: argparse.Namespace, base: Any) -> Any:
+    """Attach a new adapter, or the one of PEFT's that --adapter names."""
+    if args.adapter is not None:
+        try:
+            return peft.load(args.adapter, base, names=peft.llama_names)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`--adapter {args.adapter}`: {error}") from error
+    try:
+        spec = jlora.LoraSpec(rank=args.rank, alpha=args.alpha)
+        return jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
+    except ValueError as error:
+        raise ValueError(f"`--rank {args.rank} --alpha {args.alpha}`: {error}") from error
 
 
 def load_model(args: argparse.Namespace) -> weights.Model:
@@ -132,6 +147,10 @@ def run(args: argparse.Namespace, job: Job) -> int:
     params = jlora.combine(state.trainable, frozen)
     after = evaluate(job, programs, params)
     show(job, after, "after")
+    if args.export_peft is not None:
+        entries = {"base_model_name_or_path": args.model, "task_type": "CAUSAL_LM"}
+        peft.save(args.export_peft, params, names=peft.llama_names, **entries)
+        print(f"exported to {args.export_peft}")
     report = {
         "loss_before": before["loss"],
         "loss_after": after["loss"],
@@ -223,7 +242,9 @@ def continue_text(args: argparse.Namespace) -> int:
             f"{config.context - 1}, its context of {config.context} less one for the answer."
         )
     apply = make_apply(config)
-    if args.weights != "base":
+    if args.weights != "base" and args.adapter is not None:
+        params, apply = adapt(args, params), jlora.lora(apply)
+    elif args.weights != "base":
         if not (args.out / "adapter").is_dir():
             raise FileNotFoundError(
                 f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "

@@ -1,6 +1,18 @@
 """Every test runs with strict dtype promotion and no silent broadcasting."""
 
+import os
 from collections.abc import Iterator
+from typing import Any
+
+# Most of a test's time is LLVM's, over programs that run once; what XLA itself does stays as it is.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up: every model is on disk or built here
 
 import jax
 import pytest
@@ -20,3 +32,18 @@ def usual_promotion() -> Iterator[None]:
     """Models written elsewhere mix dtypes and ranks, which the rest of the suite forbids itself."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many numbers were held to PyTorch's, and how far the furthest was off."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    errors = [
+        value
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "parity"
+    ]
+    if errors:
+        terminalreporter.write_line(
+            f"cases compared: {len(errors)}, worst relative error: {max(errors):.1e}"
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jlora
-from jlora import checkpoint, initializers
+from jlora import checkpoint, initializers, peft
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
@@ -17,7 +17,7 @@ FLOORS = [
     {"_arrays", "initializers"},
     {"_spec"},
     {"_adapt", "_partition", "_report", "transform"},
-    {"checkpoint"},
+    {"checkpoint", "peft"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
@@ -98,7 +98,7 @@ def test_the_walker_knows_the_registry_not_the_rules():
 
 def test_the_export_list():
     exported = {n for n in vars(jlora) if not n.startswith("_")} - {
-        *("transform", "checkpoint"),
+        *("transform", "checkpoint", "peft"),
         "jaxtyping",  # the import hook of the tests puts it there
     }
     assert exported == PUBLIC
@@ -111,12 +111,12 @@ def test_importing_jlora_imports_no_optional_library():
 
 
 def documented():
-    spaces = [jlora, initializers, checkpoint]
+    spaces = [jlora, initializers, checkpoint, peft]
     for space in spaces:
         for name, x in vars(space).items():
             if name.startswith("_") or not (inspect.isfunction(x) or inspect.isclass(x)):
                 continue
-            if name in PUBLIC or x.__module__ == space.__name__:
+            if name in PUBLIC or f"{x.__module__}.".startswith(f"{space.__name__}."):
                 yield f"{space.__name__}.{name}", x
 
 

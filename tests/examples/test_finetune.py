@@ -159,6 +159,7 @@ def test_the_head_is_computed_where_the_loss_is_and_held_once() -> None:
         (["--generate", "x" * 96], "the prompt has 96 tokens; the model takes 1 to 95"),
         (["--generate", ""], "the prompt has 0 tokens"),
         (["--generate", "x"], "there is no adapter in it"),
+        (["--adapter", "nowhere"], "`--adapter nowhere`: `jlora.peft.load('nowhere', params)`: "),
     ],
 )
 def test_errors_are_one_paragraph(
@@ -172,9 +173,12 @@ def test_errors_are_one_paragraph(
     assert not out.exists()
 
 
-def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, capsys: Any) -> None:
+def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any) -> None:
     assert finetune.main(flags(tiny_dir, pairs, pairs)) == 2
     assert "this is a file. Name a directory" in capsys.readouterr().err
+    more = ("--export-peft", str(pairs))
+    assert finetune.main(flags(tiny_dir, pairs, tmp_path / "out", *more)) == 2
+    assert "--export-peft" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "two"])

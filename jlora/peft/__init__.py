@@ -1,0 +1,8 @@
+"""PEFT's files: adapters of PyTorch's in, adapters of jlora's out, and its recipes as rules."""
+
+from jlora.peft._load import load as load
+from jlora.peft._ready import llama_names as llama_names
+from jlora.peft._ready import tunix_gemma3_names as tunix_gemma3_names
+from jlora.peft._ready import tunix_names as tunix_names
+from jlora.peft._rules import rules as rules
+from jlora.peft._save import save as save

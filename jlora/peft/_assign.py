@@ -1,0 +1,195 @@
+"""Which tensor of a file is which part of which leaf; what is missing, unexpected, mis-shaped."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora._paths import near_misses
+from jlora.peft._config import Config
+from jlora.peft._keys import PREFIX, Found, Groups, Owner, Tensors, owners, sort
+from jlora.peft._match import first_match, targeted
+from jlora.peft._names import Place, kind_of
+from jlora.peft._tensors import parts_of, shapes, whole_shape
+
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """The tensors of one place, and how to read them."""
+
+    place: Place
+    tensors: Mapping[str, np.ndarray]
+    geometry: Any  # None of a vector
+    kind: str
+    rank: int = 0
+    scaling: float = 0.0
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The tensors' dtypes."""
+        return [x.dtype.name for x in self.tensors.values()]
+
+
+@dataclasses.dataclass
+class Plan:
+    """What the file gives: by leaf, in the order of its places; and what is wrong with it."""
+
+    lora: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
+    full: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
+    base: list[Assignment] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    unexpected: list[str] = dataclasses.field(default_factory=list)
+    misshaped: list[str] = dataclasses.field(default_factory=list)
+
+    def check_shape(self, key: str, x: np.ndarray, want: tuple[int, ...], place: Place) -> None:
+        """Note a tensor that does not fit its place."""
+        if x.shape != want:
+            self.misshaped.append(
+                f'"{key}" {list(x.shape)}, where "{place.path}" needs {list(want)}'
+            )
+
+
+def assign(
+    tensors: Tensors,
+    config: Config | float | int,
+    found: Found,
+    declared: Sequence[str],
+    call: str,
+) -> Plan:
+    """Assign every tensor; raise one error that lists all that does not fit."""
+    groups, plan = sort(tensors, call), Plan()
+    targets = config.target_parameters if isinstance(config, Config) else ()
+    owned = owners(groups, tensors, targets, found, declared, call)
+    for spelled, kinds in groups.lora.items():
+        if spelled in owned:
+            _assign_lora(plan, owned[spelled], spelled, kinds, tensors, config, found, call)
+        else:
+            plan.unexpected += [key for keys in kinds.values() for key in keys.values()]
+    for name, key in (*groups.full.items(), *groups.base.items()):
+        place = found.places.get(name)
+        is_copy = groups.base.get(name) == key
+        if place is None or (not is_copy and place.path in plan.lora):
+            plan.unexpected.append(key)
+            continue
+        geometry, kind = found.whole(place, call)
+        plan.check_shape(key, tensors[key], whole_shape(place.shape, geometry, kind), place)
+        one = Assignment(place, {"value": tensors[key]}, geometry, kind)
+        if is_copy:
+            plan.base.append(one)
+        else:
+            plan.full.setdefault(place.path, []).append(one)
+    _note_missing(plan, groups, {o.place.name for o in owned.values()}, config, found, call)
+    _refuse(plan, found, call)
+    for parts in (*plan.lora.values(), *plan.full.values()):
+        parts.sort(key=lambda one: one.place.index)
+    return plan
+
+
+def _assign_lora(
+    plan: Plan,
+    owner: Owner,
+    spelled: str,
+    kinds: Mapping[str, Mapping[str, str]],
+    tensors: Tensors,
+    config: Config | float | int,
+    found: Found,
+    call: str,
+) -> None:
+    """Check one module's parts, and note them under their leaf."""
+    place, name = owner
+    kind = "embedding" if "embedding" in kinds else "linear"
+    keys, wanted = kinds[kind], parts_of(kind)
+    plan.unexpected += [k for other in kinds if other != kind for k in kinds[other].values()]
+    lacking = [f"{PREFIX}{spelled}.{wanted[part]}" for part in wanted if part not in keys]
+    plan.missing += lacking
+    if lacking or len(place.shape) < 2:
+        plan.unexpected += [] if lacking else keys.values()
+        return
+    parts = {part: tensors[keys[part]] for part in wanted}
+    kind = "conv" if kind == "linear" and parts["lora_a"].ndim > 2 else kind
+    geometry = found.geometry(place, kind, call)
+    if isinstance(config, Config):
+        rank = first_match(config.rank_pattern, name, config.r, call)
+        alpha = first_match(config.alpha_pattern, name, config.lora_alpha, call)
+        scaling = config.scaling(alpha, rank)
+    else:
+        rank = max(1, parts["lora_a"].shape[0] if parts["lora_a"].ndim else 1)
+        scaling = config / rank
+    want = shapes(geometry, rank, kind)
+    for part in wanted:
+        plan.check_shape(keys[part], parts[part], want[part], place)
+    one = Assignment(place, parts, geometry, kind, rank, scaling)
+    plan.lora.setdefault(place.path, []).append(one)
+
+
+def _note_missing(
+    plan: Plan,
+    groups: Groups,
+    adapted: set[str],
+    config: Config | float | int,
+    found: Found,
+    call: str,
+) -> None:
+    """Note what the configuration or the rest of a stack asks for, and the file does not have."""
+    for place in found.places.values():
+        full, saved = place.name in groups.full, place.path in plan.full
+        if place.path in plan.lora and place.name not in adapted:
+            plan.missing.append(f"{PREFIX}{place.module}.{parts_of('linear')['lora_a']}")
+        elif not full and (saved or _asks_whole(place, config, found, call)):
+            plan.missing.append(f"{PREFIX}{place.name}")
+        elif place.name not in adapted and _asks_lora(place, config, call):
+            kind = kind_of(place, found.layouts.get(place.path), found.kinds)
+            plan.missing += [f"{PREFIX}{place.module}.{e}" for e in parts_of(kind).values()]
+
+
+def _asks_lora(place: Place, config: Config | float | int, call: str) -> bool:
+    is_weight = place.parameter in ("weight", "in_proj_weight") and len(place.shape) >= 2
+    if not isinstance(config, Config) or not is_weight:
+        return False
+    try:
+        return targeted(config, place.module, call)
+    except ValueError:
+        return False  # a pattern too costly to try: the file itself says what is adapted
+
+
+def _asks_whole(place: Place, config: Config | float | int, found: Found, call: str) -> bool:
+    if not isinstance(config, Config):
+        return False
+    parts = place.module.split(".")
+    modules = [".".join(parts[: k + 1]) for k in range(len(parts))]
+    if any(m.endswith(tuple(config.modules_to_save)) for m in modules if config.modules_to_save):
+        return True
+    if place.parameter != "bias":
+        return False
+    weight = found.places.get(f"{place.module}.weight")
+    return config.bias == "all" or (
+        config.bias == "lora_only" and weight is not None and _asks_lora(weight, config, call)
+    )
+
+
+def _refuse(plan: Plan, found: Found, call: str) -> None:
+    """Raise one error that lists whatever does not fit."""
+    said = []
+    for word, keys in (("missing", plan.missing), ("unexpected", plan.unexpected)):
+        if keys:
+            more = f", and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            said.append(
+                f"{len(keys)} keys are {word}: "
+                + ", ".join(f'"{k[:200]}"' for k in keys[:_SHOWN])
+                + more
+            )
+    if plan.misshaped:
+        said.append(
+            f"{len(plan.misshaped)} keys have another shape: " + "; ".join(plan.misshaped[:_SHOWN])
+        )
+    if not said and not plan.lora and not plan.full:
+        said.append("the file holds no tensors")
+    if said:
+        odd = (plan.unexpected or plan.missing or [PREFIX])[0].removeprefix(PREFIX)[:200]
+        raise ValueError(
+            f"`{call}`: the file does not fit the model. " + ". ".join(said) + ". Is it an adapter "
+            f"of this model, and are its `names` right? {near_misses(odd, found.places)}"
+        )

@@ -1,0 +1,220 @@
+"""adapter_config.json: read, checked key by key, and what jlora lacks refused by name."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora._paths import near_misses
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+# What changes the computation, and is refused where it is on.
+_VARIANTS = {
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "arrow_config": "Arrow routing",
+    "ensure_weight_tying": "adapters of tied layers that stay tied",
+    "kasa_config": "KaSA",
+    "layer_replication": "layers replicated from shared weights",
+    "lora_bias": "a bias on lora_B",
+    "megatron_config": "Megatron's parallel layers",
+    "monteclora_config": "MonteCLoRA",
+    "trainable_token_indices": "trainable tokens",
+    "use_bdlora": "block-diagonal LoRA (BD-LoRA)",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+}
+# What changes nothing once A and B are there, or is read below.
+_HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out"),
+    *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+}
+_READ = {
+    *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern"),
+    *("target_modules", "target_parameters", "use_rslora"),
+}
+# Initializers that move the base weights: their A and B mean nothing on the plain ones.
+_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a LoRA configuration says of shapes, scalings and names, with PEFT's defaults."""
+
+    r: int = 8
+    lora_alpha: float | int = 8
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    target_modules: str | frozenset[str] | None = None
+    target_parameters: frozenset[str] = frozenset()
+    exclude_modules: str | frozenset[str] = frozenset()
+    layers_to_transform: Sequence[int] | None = None
+    layers_pattern: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    task_type: str | None = None
+
+    def scaling(self, alpha: float | int, rank: int) -> float:
+        """Return s: α/r, or α/√r for rsLoRA."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def alpha_of(s: Any, rank: int, rslora: bool) -> float | int:
+    """Return the alpha of the fewest decimal digits whose α/r is this float32 scaling.
+
+    The scaling is kept as float32, so many an alpha has it: 10/3 is 3.3333333, and so is
+    9.9999999/3. The shortest is the one that was written.
+    """
+    divisor = math.sqrt(rank) if rslora else rank
+    exact = float(s) * divisor
+    written = (float(f"{exact:.{digits}g}") for digits in range(1, 18))
+    alpha = next(x for x in written if np.float32(x / divisor) == np.float32(s))
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def read_json(source: Path, call: str) -> dict[str, Any]:
+    """Read a JSON file that must hold an object."""
+    try:
+        entries = json.loads(source.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`{call}`: {source.name} is not JSON ({error or 'nested too deep'}). "
+            "Copy the whole folder again."
+        ) from None
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"`{call}`: {source.name} is not a JSON object but a {type(entries).__name__}."
+        )
+    return entries
+
+
+def read_config(config: Any, call: str) -> Config:
+    """Read a configuration given as a dict, a file or the folder it is in."""
+    if isinstance(config, Mapping):
+        return parse(config, call)
+    if not isinstance(config, str | os.PathLike):
+        raise TypeError(
+            f"`{call}`: the configuration is a {type(config).__name__}; give the dict, the "
+            f"{CONFIG} or its folder. Of a PEFT object take `config.to_dict()`."
+        )
+    file = Path(config)
+    file = file / CONFIG if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"`{call}`: there is no {file}.")
+    return parse(read_json(file, call), call)
+
+
+def parse(entries: Mapping[str, Any], call: str) -> Config:
+    """Check every key; what jlora would have to ignore, but changes the numbers, is refused."""
+    kind = _plain(entries.get("peft_type"))
+    if kind is None:
+        raise ValueError(f'`{call}`: the configuration has no "peft_type".')
+    if kind != "LORA":
+        raise ValueError(
+            f'`{call}`: peft_type {kind!r} is another method than LoRA ("LORA"), and jlora does '
+            "not have it. Merge it in PEFT, or train it there."
+        )
+    for key, value in entries.items():
+        if key in _VARIANTS and value:
+            raise ValueError(
+                f"`{call}`: the adapter uses {_VARIANTS[key]} ({key}={value!r}), which jlora does "
+                "not have yet; as plain LoRA it would give other numbers."
+            )
+        if key not in _VARIANTS and key not in _HARMLESS | _READ and value:
+            raise ValueError(
+                f'`{call}`: the configuration sets "{key}" to {value!r}, which jlora does not '
+                "know, and which may change the numbers. Take it out if it does not. "
+                + near_misses(str(key), _READ | set(_VARIANTS))
+            )
+    known = {f.name for f in dataclasses.fields(Config)}
+    typed = {
+        key: _typed(key, _plain(value), call)
+        for key, value in entries.items()
+        if key in known and value is not None
+    }
+    return Config(**typed)
+
+
+def _plain(value: Any) -> Any:
+    """Undo what `LoraConfig.to_dict` leaves of Python: sets, and enumerations of strings."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _typed(key: str, value: Any, call: str) -> Any:
+    """Check the type of one entry; single strings and numbers that stand for lists become lists."""
+    if key in ("layers_pattern", "modules_to_save") and isinstance(value, str):
+        value = [value]
+    if key == "layers_to_transform":
+        value = [value] if isinstance(value, int) else value
+        value = value or None  # an empty list chooses every layer
+    good, wanted = {
+        "r": (_is_rank, "an integer of at least 1"),
+        "lora_alpha": (_is_alpha, "a finite number"),
+        "rank_pattern": (lambda v: _is_map(v, _is_rank), "an object of integers of at least 1"),
+        "alpha_pattern": (lambda v: _is_map(v, _is_alpha), "an object of finite numbers"),
+        "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+        "target_modules": (_is_names, "a string or a list of strings"),
+        "exclude_modules": (_is_names, "a string or a list of strings"),
+        "layers_to_transform": (lambda v: v is None or _is_list(v, int), "a list of integers"),
+        "bias": (lambda v: v in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
+        "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a string"),
+        "task_type": (lambda v: isinstance(v, str), "a string"),
+    }.get(key, (lambda v: _is_list(v, str), "a list of strings"))
+    if not good(value):
+        raise ValueError(f"`{call}`: the configuration's {key} is {value!r}; it must be {wanted}.")
+    if key in ("target_modules", "target_parameters", "exclude_modules"):
+        return value if isinstance(value, str) else frozenset(value)
+    return value
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e30  # also no NaN; far inside float32
+
+
+def _is_map(value: Any, good: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str) and good(v) for k, v in value.items()
+    )
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(v, kind) and not isinstance(v, bool) for v in value
+    )
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value, str)
+
+
+def check_init(config: Config, call: str) -> None:
+    """Refuse to load what was trained beside base weights that its initializer had moved."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(_MOVES_BASE):
+        raise ValueError(
+            f"`{call}`: the adapter began with init_lora_weights={init!r}, which moves the base "
+            "weights, so on the plain ones it gives other numbers. Save it from PEFT with "
+            "`path_initial_model_for_weight_conversion=...`, which makes it plain LoRA."
+        )
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"`{call}`: the adapter began with init_lora_weights={init!r}, which jlora does not "
+            "have yet; it may be more than the first values of A and B."
+        )

@@ -1,0 +1,170 @@
+"""adapter_config.json out: what rank, alpha, targets and biases describe the tensors exactly."""
+
+import collections
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora._paths import near_misses
+from jlora.peft._match import ends_with
+from jlora.peft._names import Place
+
+# What the caller may say, and what is written if not.
+_GIVEN = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "peft_version": None,
+    "revision": None,
+    "target_parameters": None,
+    "task_type": None,
+    "use_rslora": False,
+}
+
+
+class Adapted(NamedTuple):
+    """The tensors of one adapted parameter, by what their keys end with; its rank and alpha."""
+
+    tensors: Mapping[str, np.ndarray]
+    rank: int
+    alpha: float | int
+    is_parameter: bool
+    spelled: str  # the module's key in the file
+    target: str  # what PEFT matches: a module's name, or a parameter's
+
+
+def describe_adapter(
+    parts: Mapping[Place, Adapted],
+    wholes: Iterable[Place],
+    found: Mapping[str, Place],
+    given: Mapping[str, Any],
+    call: str,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the configuration's entries, and the keys of what is saved whole, by its name."""
+    for key in given:
+        if key not in _GIVEN:
+            raise ValueError(
+                f'`{call}`: "{key}" is not for the caller to say, or not known: what the '
+                f"parameters tell is written from them. {near_misses(key, _GIVEN)}"
+            )
+    init = given.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"`{call}`: init_lora_weights={init!r} makes PEFT move the base weights when it loads "
+            "the adapter. Leave it out."
+        )
+    try:
+        json.dumps(dict(given), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{call}`: the given entries are not JSON: {error}.") from None
+    layers = {place.module: one for place, one in parts.items() if not one.is_parameter}
+    modules = {one.target for one in layers.values()}
+    parameters = [one.target for one in parts.values() if one.is_parameter]
+    whole_modules, bias = _whole_modules(set(wholes), set(layers), found, call)
+    ranks = {one.target: one.rank for one in parts.values()}
+    alphas = {one.target: one.alpha for one in parts.values()}
+    for one in parts.values():
+        if (ranks[one.target], alphas[one.target]) != (one.rank, one.alpha):
+            raise ValueError(
+                f'`{call}`: PEFT has one rank and alpha for "{one.target}", whose two projections '
+                "have different ones here."
+            )
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
+    entries = {
+        **_GIVEN,
+        **given,
+        "alpha_pattern": _pattern(alphas, alpha),
+        "bias": bias,
+        "lora_alpha": alpha,
+        "modules_to_save": whole_modules or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": _pattern(ranks, rank),
+        "target_modules": _targets(modules, found),
+        "target_parameters": _parameters(parameters, found, call),
+        "use_dora": False,
+    }
+    spelled = {place.name: place.name for place in wholes}
+    for place in wholes:
+        if bias != "none" and place.parameter == "bias" and place.module in layers:
+            spelled[place.name] = f"{layers[place.module].spelled}.base_layer.bias"
+    return entries, spelled
+
+
+def _commonest(values: Iterable[Any], default: Any) -> Any:
+    counts = collections.Counter(values).most_common()
+    return min((v for v, n in counts if n == counts[0][1]), default=default)
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return the entries that differ from the default; a key is a name, anchored if ambiguous."""
+    pattern = {}
+    for name, value in sorted(values.items()):
+        if value != default:
+            hit = [n for n in values if re.match(rf"(.*\.)?({name})$", n)]
+            pattern[name if hit == [name] else "^" + re.escape(name)] = value
+    return pattern
+
+
+def _targets(modules: set[str], found: Mapping[str, Place]) -> list[str] | str | None:
+    """Return the modules' full names; where these are suffixes of others, an exact pattern."""
+    others = {place.module for place in found.values()} - modules
+    if any(ends_with(other, sorted(modules)) for other in others):
+        return "|".join(re.escape(m) for m in sorted(modules))
+    return sorted(modules) or None
+
+
+def _parameters(names: Sequence[str], found: Mapping[str, Place], call: str) -> list[str] | None:
+    """Return the full names of adapted parameters, which must be no suffixes of others."""
+    for other in found:
+        if other not in names and ends_with(other, names):
+            raise ValueError(
+                f'`{call}`: PEFT would adapt "{other}" too, because its name ends with that of an '
+                "adapted parameter. Adapt it too."
+            )
+    return list(names) or None
+
+
+def _whole_modules(
+    wholes: set[Place], targeted: set[str], found: Mapping[str, Place], call: str
+) -> tuple[list[str], str]:
+    """Put what is trained whole into PEFT's words: whole modules, and which biases."""
+    modules = sorted({p.module for p in wholes if p.parameter != "bias"})
+    for module in modules:
+        inside = [p for p in found.values() if f"{p.module}.".startswith(f"{module}.")]
+        lacking = sorted(p.name for p in inside if p not in wholes)
+        alike = sorted(
+            p.module
+            for p in found.values()
+            if p.module.endswith(module) and p.module not in modules
+        )
+        if not module or lacking or alike:
+            raise ValueError(
+                f'`{call}`: PEFT saves whole modules, by the ends of their names: for "{module}" '
+                f"also {(lacking + alike)[:3]} must be trained whole. Give them the rule "
+                '"full" too, or none of them.'
+            )
+    inside_whole = tuple(f"{module}." for module in modules)
+    biases = {
+        p.name
+        for p in found.values()
+        if p.parameter == "bias" and not f"{p.module}.".startswith(inside_whole)
+    }
+    left = {p.name for p in wholes} & biases
+    if not left:
+        return modules, "none"
+    if left == {name for name in biases if found[name].module in targeted}:
+        return modules, "lora_only"
+    if left == biases:
+        return modules, "all"
+    raise ValueError(
+        f"`{call}`: PEFT trains all biases, those of the adapted modules, or none; here "
+        f"{len(left)} of {len(biases)} train, and not {sorted(biases - left)[:3]}. Give all of "
+        'them the rule "full", or those of the adapted weights.'
+    )

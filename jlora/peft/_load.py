@@ -1,0 +1,175 @@
+"""PEFT's files in: which key is which leaf, and everything refused before anything is built."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jlora._adapt import bind, detach
+from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora._paths import leaves_with_paths, path_str
+from jlora.peft._assign import Assignment, Found, assign
+from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse, read_json
+from jlora.peft._names import Names, check_keys, check_kinds, places
+from jlora.peft._tensors import from_torch, read, whole_from_torch
+
+
+def load(
+    directory: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    names: Names,
+    adapter: str = "default",
+    layouts: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    target_parameters: Sequence[str] | None = None,
+    alpha: float | int | None = None,
+) -> PyTree:
+    """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
+
+    What is read keeps the dtype of the file. Weights stay in Flax's orientation: kernels (in, out)
+    or HWIO, embeddings (vocab, d); attention kernels of three dimensions are reshaped by layout.
+
+    Args:
+        directory: the folder with adapter_config.json and adapter_model.safetensors.
+        params: base parameters, plain or adapted (their adapter is left out, its layouts kept).
+        names: a mapping or a function from a leaf's path to the PyTorch parameter it came from:
+            "layers_3/attn/q_proj/kernel" to "model.layers.3.self_attn.q_proj.weight"; None where
+            there is none. A stacked leaf's name holds a "{}" for each dimension that is unrolled,
+            "model.layers.{}.self_attn.q_proj.weight", or is a list of names.
+        adapter: the name of an adapter in a sub-folder; "default" is in `directory` itself.
+        layouts: path to layout, as for `jlora.attach`; 2-D weights are "io" and 4-D ones "iiio".
+        kinds: path to "embedding", "conv" or "Conv1D" (of transformers) for parameters saved
+            whole whose orientation their path does not tell; anything else is "linear".
+        target_parameters: the adapted parameters of one module (experts), in the order in which
+            PyTorch declares them; needed only where their shapes do not tell.
+        alpha: α of all, for files without adapter_config.json, such as loralib's.
+
+    Returns:
+        The adapted parameters; the base weights are the very arrays that were given.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: keys missing, unexpected or of another shape; a damaged file; a pickle; another
+            method than LoRA, or a variant that jlora does not have.
+        KeyError: `names`, `layouts` or `kinds` speak of a leaf that is not there.
+        TypeError: a name that is no string.
+
+    Example:
+        See `save`.
+
+    Reference: PEFT's `PeftModel.from_pretrained`; loralib's `lora_state_dict`.
+    """
+    call = f"jlora.peft.load({str(directory)!r}, params)"
+    folder = _folder(directory, adapter, call)
+    config = _config(folder, alpha, call)
+    known = {
+        path: node.layout
+        for path, node in leaves_with_paths(params, is_adapted)
+        if isinstance(node, LoraArray)
+    }
+    base = detach(params)[0]
+    leaves = leaves_with_paths(base)
+    paths = [path for path, _ in leaves]
+    for argument, given in (("names", names), ("layouts", layouts), ("kinds", kinds)):
+        check_keys(given, paths, argument, call)
+    check_kinds(kinds or {}, call)
+    found = Found(places(leaves, names, call), known | dict(layouts or {}), dict(kinds or {}))
+    tensors = read(folder / TENSORS, call)
+    plan = assign(tensors, config, found, target_parameters or (), call)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    nodes = {path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()}
+    nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
+    _same_base(plan, dict(leaves), call)
+    adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
+    return bind(base, adapter_tree)
+
+
+def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
+    """Find the adapter's folder, and refuse a name that leads out of the directory."""
+    root = Path(directory)
+    folder = root if adapter == "default" else root / adapter
+    plain = adapter not in ("", ".", "..") and not set(adapter) & set("/\\\0")
+    if not plain or not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"`{call}`: adapter={adapter!r} leads out of the directory. Give the name of a folder "
+            "in it."
+        )
+    if (folder / TENSORS).is_file():
+        return folder
+    if (folder / PICKLE).is_file():
+        raise ValueError(
+            f"`{call}`: {PICKLE} is a pickle, which can run any program when it is read, so jlora "
+            "never reads one. Convert it in PyTorch: `safetensors.torch.save_file(torch.load("
+            f'"{PICKLE}", weights_only=True), "{TENSORS}")`.'
+        )
+    others = sorted(p.parent.name for p in root.glob(f"*/{TENSORS}")) if root.is_dir() else []
+    hint = f" Its sub-folders have the adapters {others}: give `adapter=`." if others else ""
+    raise FileNotFoundError(f"`{call}`: there is no {folder / TENSORS}.{hint}")
+
+
+def _config(folder: Path, alpha: float | int | None, call: str) -> Config | float | int:
+    """Read the configuration; where there is none, alpha is all that is known of it."""
+    if (folder / CONFIG).is_file():
+        config = parse(read_json(folder / CONFIG, call), call)
+        check_init(config, call)
+        return config
+    if alpha is None:
+        raise FileNotFoundError(
+            f"`{call}`: there is no {folder / CONFIG}, so alpha is not known. Copy it too or, for "
+            "loralib's files, give `alpha=`."
+        )
+    return alpha
+
+
+def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str) -> LoraArray:
+    """Build one node, without its base, from the tensors of all its places."""
+    first = found[0]
+    for one in found:
+        same = one.rank == first.rank and one.dtypes == first.dtypes
+        if not same:
+            raise ValueError(
+                f'`{call}`: "{path}" is one stacked leaf, with one rank and one dtype, but '
+                f'"{first.place.name}" has rank {first.rank} and "{one.place.name}" rank '
+                f"{one.rank} (dtypes {first.dtypes} and {one.dtypes}). Unstack the layers."
+            )
+    arranged = [from_torch(one.tensors, one.geometry, one.kind) for one in found]
+    lead = shape[: len(first.place.index)]
+    parts = {
+        name: jnp.asarray(
+            np.stack([x[name] for x in arranged]).reshape(*lead, *arranged[0][name].shape)
+        )
+        for name in arranged[0]
+    }
+    stack = first.geometry.stack
+    scaling = np.array([one.scaling for one in found], np.float32)
+    scaling = scaling.reshape((*lead, *(1 for _ in stack)))
+    scaling = jnp.asarray(np.broadcast_to(scaling, (*lead, *stack)))
+    return LoraArray(base=None, scaling=scaling, layout=first.geometry.layout, **parts)
+
+
+def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:
+    """Build one parameter that is trained whole, without its original."""
+    values = [
+        whole_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
+        for one in found
+    ]
+    return FullArray(base=None, value=jnp.asarray(np.stack(values).reshape(shape)))
+
+
+def _same_base(plan: Any, leaves: Mapping[str, Any], call: str) -> None:
+    """A base weight that the file repeats (PEFT saves targeted embeddings) must be ours."""
+    for one in plan.base:
+        ours = np.asarray(leaves[one.place.path])[one.place.index]
+        theirs = whole_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
+        if not np.array_equal(ours, theirs.astype(ours.dtype)):
+            raise ValueError(
+                f'`{call}`: the file also holds the base weight of "{one.place.module}", and it '
+                f'is not that of "{one.place.path}": the adapter was trained on other weights. '
+                "Put them into `params` first."
+            )

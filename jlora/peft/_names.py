@@ -1,0 +1,161 @@
+"""Where each leaf lives in PyTorch: names filled in, unrolled over stacks, and taken apart.
+
+Knows neither the file format nor the configuration.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jlora._arrays import Geometry
+from jlora._paths import describe, near_misses
+
+# A PyTorch parameter name; one with a "{}" per leading dimension that it unrolls; or one name per
+# index of the leading dimension, where they share no pattern.
+Name = str | Sequence[Any]
+KINDS = ("linear", "Conv1D", "embedding", "conv")
+Names = Mapping[str, Name | None] | Callable[[str], Name | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One PyTorch parameter, and the leaf (and the index along its leading dimensions) it is."""
+
+    path: str
+    index: tuple[int, ...]
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """The module that owns the parameter: "model.layers.3.self_attn.q_proj"."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's own name: "weight"."""
+        return self.name.rpartition(".")[2]
+
+
+def places(leaves: Sequence[tuple[str, Any]], names: Names, call: str) -> dict[str, Place]:
+    """Return every PyTorch parameter that `names` gives to a leaf, by its name, in tree order."""
+    found: dict[str, Place] = {}
+    for path, leaf in leaves:
+        name = names.get(path) if isinstance(names, Mapping) else names(path)
+        if name is None:
+            continue
+        for index, full in _unroll(name, path, leaf, tuple(leaf.shape), call):
+            if full in found:
+                raise ValueError(
+                    f'`{call}`: `names` gives "{full}" to both "{found[full].path}" and "{path}". '
+                    "A PyTorch parameter is one leaf; for tied weights give None to the other."
+                )
+            found[full] = Place(path, index, full, tuple(leaf.shape[len(index) :]))
+    depths: dict[str, int] = {}
+    for place in found.values():
+        if depths.setdefault(place.path, len(place.index)) != len(place.index):
+            raise ValueError(
+                f'`{call}`: the names of "{place.path}" unroll another number of dimensions: '
+                f"{name_of(names, place.path)!r}. Give each the same number of {{}}."
+            )
+    return found
+
+
+def name_of(names: Names, path: str) -> Name | None:
+    """Return what `names` says of one path."""
+    return names.get(path) if isinstance(names, Mapping) else names(path)
+
+
+def check_keys(given: Any, paths: Sequence[str], argument: str, call: str) -> None:
+    """Refuse a mapping that speaks of a leaf that is not there."""
+    if isinstance(given, Mapping):
+        for path in given:
+            if path not in set(paths):
+                raise KeyError(
+                    f'`{call}`: `{argument}` has "{path}", which is no parameter. '
+                    f"{near_misses(path, paths)}"
+                )
+
+
+def check_kinds(kinds: Mapping[str, str], call: str) -> None:
+    """Refuse a kind that there is not."""
+    for path, kind in kinds.items():
+        if kind not in KINDS:
+            raise ValueError(f'`{call}`: the kind of "{path}" is {kind!r}; give one of {KINDS}.')
+
+
+def _unroll(
+    name: Any, path: str, leaf: Any, shape: tuple[int, ...], call: str
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield (index, filled name) for every element of the leading dimensions a name unrolls."""
+    if isinstance(name, str):
+        pieces = name.split("{}")
+        if len(pieces) - 1 > len(shape):
+            raise ValueError(
+                f'`{call}`: the name "{name}" unrolls {len(pieces) - 1} dimensions, but '
+                f"{describe(path, leaf)} has not that many left."
+            )
+        for index in itertools.product(*map(range, shape[: len(pieces) - 1])):
+            filled = [f"{k}{piece}" for k, piece in zip(index, pieces[1:], strict=True)]
+            yield index, "".join([pieces[0], *filled])
+    elif isinstance(name, Sequence):
+        if not shape or len(name) != shape[0]:
+            raise ValueError(
+                f"`{call}`: {describe(path, leaf)} has {len(name)} names; give one for each index "
+                "of its leading dimension."
+            )
+        for k, part in enumerate(name):
+            for index, full in _unroll(part, path, leaf, shape[1:], call):
+                yield (k, *index), full
+    else:
+        raise TypeError(
+            f'`{call}`: `names` gives {name!r} for "{path}"; give the PyTorch parameter\'s name, '
+            'such as "model.layers.3.self_attn.q_proj.weight", or None.'
+        )
+
+
+def kind_of(place: Place, layout: str | None, kinds: Mapping[str, str]) -> str:
+    """Say what a parameter is in PyTorch, where no file tells: by its leaf's name and layout."""
+    leaf = place.path.rpartition("/")[2]
+    if place.path in kinds:
+        return kinds[place.path]
+    if "embedding" in leaf:
+        return "embedding"
+    dims = len(layout) if layout else len(place.shape)
+    is_window = layout is None or layout.strip("i") == "o"
+    return "conv" if dims in (4, 5) and is_window else "linear"
+
+
+def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geometry:
+    """Divide one PyTorch parameter's part of a leaf into experts, inputs and outputs."""
+    dims = len(place.shape)
+    if layout is None and kind == "conv":
+        layout = "i" * (dims - 1) + "o"
+    elif layout is None and (dims == 2 or (dims == 3 and place.parameter != "weight")):
+        layout = "io"
+    if layout is None:
+        raise ValueError(
+            f'`{call}`: which axes of {list(place.shape)} of "{place.path}" are input and which '
+            f'output, for "{place.name}"? Give `layouts=jlora.layouts(fn, params, x)`, or '
+            f'`layouts={{"{place.path}": "ioo"}}`.'
+        )
+    window = "i" * (dims - 1)
+    if kind == "conv" and layout not in (window + "o", "o" + window):
+        raise ValueError(
+            f'`{call}`: "{place.path}" is a convolution\'s kernel {list(place.shape)} with the '
+            f'layout {layout!r}; give "iiio" for HWIO or "oiii" for OIHW. Each stack dimension '
+            'needs its {} in the name. If it is no convolution, give its `kinds` as "linear".'
+        )
+    if not 0 <= dims - len(layout) <= 1:
+        raise ValueError(
+            f'`{call}`: the name "{place.name}" leaves the shape {list(place.shape)} of '
+            f'"{place.path}", and the layout {layout!r} has {len(layout)} letters. Each stack '
+            "dimension needs its {} in the name, but for one of experts in one parameter."
+        )
+    return Geometry.of(place.shape, layout)
+
+
+def is_parameter(place: Place, geometry: Geometry) -> bool:
+    """Whether PEFT adapts this through `target_parameters`, not as the weight of a module."""
+    return bool(geometry.stack) or place.parameter not in ("weight", "in_proj_weight")

@@ -1,0 +1,202 @@
+"""PEFT's configurations as jlora rules: the same weights, ranks, alphas and first values."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jlora import initializers
+from jlora._arrays import is_adapted
+from jlora._paths import leaves_with_paths, near_misses
+from jlora._spec import LoraSpec
+from jlora.peft._config import Config, read_config
+from jlora.peft._match import ends_with, first_match, targeted
+from jlora.peft._names import Names, Place, check_keys, kind_of, places
+
+# Output heads, which "all-linear" leaves out in Hugging Face's models.
+_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
+_CLASSIFIERS = ("score", "classifier")
+
+
+def rules(
+    config: Any,
+    params: PyTree,
+    *,
+    names: Names,
+    init: initializers.Initializer | None = None,
+) -> dict[str, LoraSpec | str]:
+    """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
+
+    PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. The keys are
+    the leaves' own paths, escaped. `lora_dropout` is not the rules' but `jlora.lora`'s.
+
+    Args:
+        config: adapter_config.json, its folder, or its entries as a dict
+            (`lora_config.to_dict()`).
+        params: the plain parameters, of arrays or their shapes.
+        names: from a leaf's path to its PyTorch name, as for `load`.
+        init: the initializer of all weights, in place of `init_lora_weights`.
+
+    Returns:
+        Rules for `jlora.attach`: a `LoraSpec` for each weight that PEFT would adapt, and "full"
+        for `modules_to_save` and for the biases of `bias`.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: another method than LoRA, a variant or an initializer that jlora does not have;
+            an entry that matches nothing (PEFT ignores it); layers of one stacked leaf that are
+            to be adapted differently.
+        KeyError: `names` speaks of a leaf that is not there.
+        TypeError: `config` is of another type.
+
+    Example:
+        >>> params = {"q": {"kernel": jnp.ones((4, 6))}, "k": {"kernel": jnp.ones((4, 6))}}
+        >>> names = {"q/kernel": "model.q_proj.weight", "k/kernel": "model.k_proj.weight"}
+        >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        >>> found = rules(config, params, names=names)
+        >>> list(found), found["q/kernel"].s
+        (['q/kernel'], 2.0)
+
+    Reference: PEFT's `LoraConfig` and `get_peft_model`.
+    """
+    call = "jlora.peft.rules(config, params)"
+    parsed = read_config(config, call)
+    leaves = leaves_with_paths(params, is_adapted)
+    check_keys(names, [path for path, _ in leaves], "names", call)
+    found = places(leaves, names, call)
+    chosen = _choose(parsed, found, call)
+    decided: dict[str, LoraSpec | str | None] = {}
+    for place in found.values():
+        rule = _rule(parsed, place, chosen.get(place.name), init, call)
+        if decided.setdefault(place.path, rule) != rule:
+            raise ValueError(
+                f'`{call}`: "{place.path}" is one stacked leaf, but the configuration has '
+                f'{decided[place.path]} for its first layer and {rule} for "{place.name}". '
+                "Unstack the layers, or adapt all of them alike."
+            )
+    return {re.escape(path): rule for path, rule in decided.items() if rule is not None}
+
+
+def _choose(config: Config, found: Mapping[str, Place], call: str) -> dict[str, str]:
+    """Say of every PyTorch parameter "lora", "parameter" or "full"."""
+    if config.target_modules is None and not config.target_parameters:
+        raise ValueError(
+            f"`{call}`: the configuration has no target_modules; PEFT then takes those it knows "
+            "for the architecture. Write them, as PEFT does when it saves an adapter."
+        )
+    linear = (
+        isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    )
+    chosen = {}
+    for place in found.values():
+        if ends_with(place.name, config.target_parameters):
+            chosen[place.name] = "parameter"
+        elif place.parameter in ("weight", "in_proj_weight"):
+            if _is_linear(place, config) if linear else targeted(config, place.module, call):
+                chosen[place.name] = "lora"
+    modules = {found[name].module for name in chosen}
+    _refuse_idle(config, modules, list(chosen), found, call)
+    for place in found.values():
+        parents = place.module.split(".")
+        around = [".".join(parents[: k + 1]) for k in range(len(parents))]
+        saved = tuple(config.modules_to_save)
+        is_bias = place.parameter == "bias" and (
+            config.bias == "all" or (config.bias == "lora_only" and place.module in modules)
+        )
+        if is_bias or (saved and any(module.endswith(saved) for module in around)):
+            chosen[place.name] = "full"
+    return chosen
+
+
+def _is_linear(place: Place, config: Config) -> bool:
+    """Whether "all-linear" takes a weight: of a linear layer, not an output head."""
+    heads = _HEADS + (_CLASSIFIERS if config.task_type == "SEQ_CLS" else ())
+    is_matrix = len(place.shape) >= 2 and kind_of(place, None, {}) == "linear"
+    return is_matrix and not ends_with(place.module, heads)
+
+
+def _refuse_idle(
+    config: Config, modules: set[str], chosen: list[str], found: Mapping[str, Place], call: str
+) -> None:
+    """Refuse entries that choose nothing, where PEFT would be silent."""
+    idle = [
+        e for e in sorted(config.target_parameters) if not any(ends_with(n, [e]) for n in chosen)
+    ]
+    targets = config.target_modules
+    if isinstance(targets, str):
+        idle += [] if modules else [targets]
+    else:
+        idle += [e for e in sorted(targets or ()) if not any(ends_with(m, [e]) for m in modules)]
+    every = {place.module for place in found.values()}
+    # PEFT adds the usual names of a classifier's head itself, whichever the model has.
+    own = _CLASSIFIERS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    around = {module + "." for module in every}
+    saved = [e for e in config.modules_to_save if e not in own]
+    idle += [e for e in saved if not any(f"{e}." in module for module in around)]
+    if idle:
+        known = sorted({module.rpartition(".")[2] for module in every})
+        raise ValueError(
+            f"`{call}`: {idle} of the configuration choose nothing among the parameters that "
+            f"`names` names. Take them out, or name those weights. {near_misses(idle[0], known)}"
+        )
+
+
+def _rule(
+    config: Config,
+    place: Place,
+    chosen: str | None,
+    init: initializers.Initializer | None,
+    call: str,
+) -> LoraSpec | str | None:
+    if chosen is None or chosen == "full":
+        return chosen
+    name = place.name if chosen == "parameter" else place.module
+    kind = kind_of(place, None, {})
+    return LoraSpec(
+        rank=first_match(config.rank_pattern, name, config.r, call),
+        alpha=first_match(config.alpha_pattern, name, config.lora_alpha, call),
+        scaling="rslora" if config.use_rslora else "lora",
+        init=init or _init(config, kind == "embedding", call),
+        layout=_layout(place, chosen, kind),
+    )
+
+
+def _layout(place: Place, chosen: str, kind: str) -> str | None:
+    """Return the layout of what `attach` cannot know: a leaf with stack dimensions."""
+    dims, stacked = len(place.shape), bool(place.index) or chosen == "parameter"
+    if stacked and (dims == 2 or chosen == "parameter"):
+        return "io"
+    return "i" * (dims - 1) + "o" if stacked and kind == "conv" else None
+
+
+def _init(config: Config, embedding: bool, call: str) -> initializers.Initializer:
+    """Return the initializer of PEFT's name; an embedding has its own."""
+    known = {True: initializers.kaiming, "gaussian": initializers.gaussian}
+    for name in ("orthogonal", "pissa", "olora", "loftq"):
+        if hasattr(initializers, name):
+            known[name] = getattr(initializers, name)
+    chosen = config.init_lora_weights
+    if embedding and chosen in (True, "gaussian"):
+        return embedding_init
+    if chosen not in known:
+        raise ValueError(
+            f"`{call}`: init_lora_weights={chosen!r} has no like in `jlora.initializers`. Give "
+            "`init=`, a function `(key, weight, rank, scaling, dtype) -> (A, B)`."
+        )
+    return known[chosen]
+
+
+def embedding_init(
+    key: PRNGKeyArray,
+    weight: Float[Array, "in out"],
+    rank: int,
+    scaling: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> initializers.Factors:
+    """Set A to zero and draw B from N(0, 1): what PEFT and loralib give an embedding."""
+    d_in, d_out = weight.shape
+    return jnp.zeros((d_in, rank), dtype), jax.random.normal(key, (rank, d_out), dtype)

@@ -1,0 +1,243 @@
+"""Adapters out, as PEFT's files: every tensor and key made and checked before a file is touched."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jlora._arrays import FullArray, LoraArray, check, is_adapted
+from jlora._paths import leaves_with_paths, near_misses
+from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
+from jlora.peft._describe import Adapted, describe_adapter
+from jlora.peft._keys import PREFIX, Found, in_order
+from jlora.peft._names import (
+    Names,
+    Place,
+    check_kinds,
+    geometry_of,
+    is_parameter,
+    kind_of,
+    places,
+)
+from jlora.peft._tensors import check_dtypes, parts_of, to_torch, whole_to_torch, write
+
+
+def save(
+    directory: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    names: Names,
+    layouts: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    **config: Any,
+) -> None:
+    """Write an adapter as PEFT's files: adapter_model.safetensors and adapter_config.json.
+
+    PEFT and transformers load them. The files are written beside their place and renamed;
+    an adapter that is there already is replaced, other files in the folder stay.
+
+    Args:
+        directory: the folder. For one of several adapters PEFT has a sub-folder of its name.
+        params: adapted parameters, or an adapter from `jlora.detach`.
+        names: from a leaf's path to its PyTorch name, as for `load`.
+        layouts: path to layout of parameters trained whole that have three dimensions or more.
+        kinds: path to "embedding", "conv" or "Conv1D" (of transformers) where neither the path
+            (".../embedding") nor the layout ("iiio") tells; anything else is "linear".
+        **config: entries of adapter_config.json that the parameters do not tell:
+            `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
+            `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
+            α/√r; `target_parameters`, in PyTorch's order, where one module has several.
+
+    Raises:
+        ValueError: nothing is adapted; an adapted leaf without a name; parameters trained whole
+            that make up no module; an entry of `config` that the parameters tell.
+        TypeError: a name that is no string.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, tempfile
+        >>> from jlora import LoraSpec, attach
+        >>> from jlora.peft import load
+        >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
+        >>> params = attach(base, {"q/kernel": LoraSpec(2)}, key=jax.random.key(0))
+        >>> names = {"q/kernel": "model.q_proj.weight"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, params, names=names)
+        ...     loaded = load(folder, base, names=names)
+        >>> bool((loaded["q"]["kernel"].lora_a == params["q"]["kernel"].lora_a).all())
+        True
+
+    Reference: PEFT's `save_pretrained`. `alpha` is the shortest decimal whose α/r is the scaling.
+    """
+    call = f"jlora.peft.save({str(directory)!r}, params)"
+    leaves = leaves_with_paths(params, is_adapted)
+    adapted = {path: node for path, node in leaves if is_adapted(node)}
+    if not adapted:
+        raise ValueError(
+            f"`{call}`: nothing in `params` is adapted. Give what `jlora.attach` returned, not the "
+            "merged or the base weights."
+        )
+    check_kinds(kinds or {}, call)
+    for path, node in adapted.items():
+        _check(path, node, call)
+    shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
+    found = places(shaped, names, call)
+    named = {place.path for place in found.values()}
+    for path in adapted:
+        if path not in named:
+            raise ValueError(
+                f'`{call}`: "{path}" is adapted, but `names` gives it no PyTorch name. '
+                f"{near_misses(path, named)}"
+            )
+    known = dict(layouts or {})
+    known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
+    where = Found(found, known, dict(kinds or {}))
+    parts = _parts(where, adapted, config, call)
+    wholes = _wholes(where, adapted, call)
+    entries, spelled = describe_adapter(parts, wholes, found, config, call)
+    tensors = {
+        f"{PREFIX}{one.spelled}.{ending}": x
+        for one in parts.values()
+        for ending, x in one.tensors.items()
+    }
+    tensors |= {PREFIX + spelled[place.name]: x for place, x in wholes.items()}
+    check_dtypes(tensors, call)
+    _write(Path(directory), tensors, entries)
+
+
+def _check(path: str, node: Any, call: str) -> None:
+    """Refuse a node that is in parts; one whose base is detached has its shape from A and B."""
+    if isinstance(node, FullArray):
+        if node.value is None:
+            raise ValueError(
+                f'`{call}`: the value of "{path}" is taken out. Put it together first: '
+                "`jlora.combine(trainable, frozen)`."
+            )
+        return
+    if node.base is None and node.lora_a is not None and node.lora_b is not None:
+        base = jax.ShapeDtypeStruct(shape_of(node), node.lora_a.dtype)
+        node = dataclasses.replace(node, base=base)
+    check(path, node, call)
+
+
+class _Shaped:
+    """A shape, for what only reads shapes."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.ndim, self.dtype = shape, len(shape), ""
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the shape of a weight, of a detached adapter's too."""
+    if not isinstance(node, LoraArray):
+        return tuple(np.shape(node.value if isinstance(node, FullArray) else node))
+    ins, outs = node.layout.count("i"), node.layout.count("o")
+    stack = node.lora_a.shape[: node.lora_a.ndim - ins - 1]
+    sides = {
+        "i": iter(node.lora_a.shape[len(stack) : len(stack) + ins]),
+        "o": iter(node.lora_b.shape[node.lora_b.ndim - outs :]),
+    }
+    return (*stack, *(next(sides[letter]) for letter in node.layout))
+
+
+def _parts(
+    where: Found, adapted: Mapping[str, Any], config: Mapping[str, Any], call: str
+) -> dict[Place, Adapted]:
+    """Arrange A and B of every place, and spell their keys."""
+    nodes = {
+        place: adapted[place.path]
+        for place in where.places.values()
+        if isinstance(adapted.get(place.path), LoraArray)
+    }
+    layout, rslora = where.layouts, bool(config.get("use_rslora"))
+    kinds = {p: kind_of(p, layout[p.path], where.kinds) for p in nodes}
+    sides = {p: geometry_of(p, layout[p.path], kinds[p], call) for p in nodes}
+    parameters = [p for p in nodes if is_parameter(p, sides[p])]
+    spelled = _spelled(list(nodes), parameters, config.get("target_parameters") or (), call)
+    parts = {}
+    for place, node in nodes.items():
+        endings = parts_of(kinds[place])
+        values = {part: np.asarray(getattr(node, part))[place.index] for part in endings}
+        arranged = to_torch(values, sides[place], kinds[place])
+        parts[place] = Adapted(
+            {endings[part]: x for part, x in arranged.items()},
+            node.rank,
+            alpha_of(_scaling(node, place, call), node.rank, rslora),
+            place in parameters,
+            *spelled[place],
+        )
+    return parts
+
+
+def _scaling(node: LoraArray, place: Place, call: str) -> np.float32:
+    """Return the one scaling of a place."""
+    scaling = np.asarray(node.scaling, np.float32)
+    s = np.unique(scaling[place.index] if scaling.ndim else scaling)
+    if len(s) > 1 or not np.isfinite(s).all():
+        raise ValueError(
+            f'`{call}`: the scalings of "{place.path}" are {s.tolist()}; PEFT has one finite '
+            f'alpha for "{place.name}".'
+        )
+    return s[0]
+
+
+def _spelled(
+    places: Sequence[Place], parameters: Sequence[Place], order: Sequence[str], call: str
+) -> dict[Place, tuple[str, str]]:
+    """Return each place's module in the keys, and the name by which PEFT targets it.
+
+    Of several parameters on one module the one declared last is outermost; the second projection
+    of a MultiheadAttention is inside the first's module.
+    """
+    spelled = {place: (place.module, place.module) for place in places}
+    by_name = {place.name: place for place in places}
+    for first in [p for p in places if p.parameter == "in_proj_weight"]:
+        second = by_name.get(f"{first.module}.out_proj.weight")
+        if second is None:
+            raise ValueError(
+                f'`{call}`: PEFT adapts both projections of "{first.module}" or none; adapt '
+                f'"{first.module}.out_proj.weight" too.'
+            )
+        spelled[second] = (f"{first.module}.base_layer.out_proj", first.module)
+    for module in dict.fromkeys(p.module for p in parameters):
+        inside = [p for p in parameters if p.module == module]
+        given = in_order(inside, order) if len(inside) > 1 else inside
+        if given is None:
+            raise ValueError(
+                f'`{call}`: several parameters of "{module}" are adapted, and PEFT tells them '
+                f"apart by their order alone. Give `target_parameters={[p.name for p in inside]}`, "
+                "in the order in which PyTorch declares them."
+            )
+        for depth, place in enumerate(reversed(given)):
+            spelled[place] = (module + ".base_layer" * depth, place.name)
+    return spelled
+
+
+def _wholes(where: Found, adapted: Mapping[str, Any], call: str) -> dict[Place, np.ndarray]:
+    """Arrange what is trained whole."""
+    wholes = {}
+    for place in where.places.values():
+        node = adapted.get(place.path)
+        if isinstance(node, FullArray):
+            geometry, kind = where.whole(place, call)
+            wholes[place] = whole_to_torch(np.asarray(node.value)[place.index], geometry, kind)
+    return wholes
+
+
+def _write(folder: Path, tensors: Mapping[str, np.ndarray], entries: Mapping[str, Any]) -> None:
+    """Write beside and rename; at no moment is there a configuration beside another's tensors."""
+    text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=folder) as beside:
+        write(Path(beside) / TENSORS, tensors)
+        (Path(beside) / CONFIG).write_text(text, encoding="utf-8")
+        (folder / CONFIG).unlink(missing_ok=True)
+        (Path(beside) / TENSORS).replace(folder / TENSORS)
+        (Path(beside) / CONFIG).replace(folder / CONFIG)
+        (folder / PICKLE).unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""Tensors: the safetensors file, and how A, B and whole weights are arranged in it.
+
+lora_A.weight (r, in)        = Aᵀ         lora_embedding_A (r, vocab)
+lora_B.weight (out, r)       = Bᵀ         lora_embedding_B (d, r)
+a convolution keeps its kernel in A: (r, in, k...), (out, r, 1...)
+E experts:    A (E·r, in) expert by expert, B (out, r·E) with the expert running fastest
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jlora._arrays import Geometry
+
+# The parts of a LoraArray, and what their keys end with.
+PARTS: dict[str, dict[str, str]] = {
+    "linear": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
+    "embedding": {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"},
+}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+def parts_of(kind: str) -> dict[str, str]:
+    """Return what the keys of a kind's parts end with."""
+    return PARTS["embedding" if kind == "embedding" else "linear"]
+
+
+def read(file: Path, call: str) -> dict[str, np.ndarray]:
+    """Read every tensor; the format's own checks come first, then the dtype's."""
+    try:
+        entries = safetensors.deserialize(file.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`{call}`: {file.name} is not a whole safetensors file ({error}); it may be cut off. "
+            "Copy it again."
+        ) from None
+    tensors = {}
+    for key, entry in entries:
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(
+                f'`{call}`: "{key}" in {file.name} is of dtype {entry["dtype"]}; an adapter is '
+                "float32, float16 or bfloat16. Cast it in PyTorch."
+            )
+        # Not `safetensors.numpy.load`, which knows no bfloat16.
+        flat = np.frombuffer(entry["data"], np.dtype(_DTYPES[entry["dtype"]]))
+        tensors[key] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def check_dtypes(tensors: Mapping[str, np.ndarray], call: str) -> None:
+    """Refuse what `read` would refuse."""
+    for key, x in tensors.items():
+        if x.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
+            raise ValueError(
+                f'`{call}`: "{key}" would be of dtype {x.dtype.name}; an adapter is float32, '
+                "float16 or bfloat16. Cast it first."
+            )
+
+
+def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as PEFT does; contiguous, because the writer copies memory as it lies."""
+    whole = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
+    safetensors.numpy.save_file(whole, os.fspath(file), metadata={"format": "pt"})
+
+
+def shapes(geometry: Geometry, rank: int, kind: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a node's parts in the file."""
+    experts = int(np.prod(geometry.stack, dtype=int))
+    a, b = (rank * experts, geometry.fan_in), (geometry.fan_out, rank * experts)
+    if kind == "conv":
+        channels, *window = _in_torch_order(geometry.layout, geometry.in_dims)
+        a, b = (rank, channels, *window), (geometry.fan_out, rank, *(1 for _ in window))
+    return {"lora_a": a, "lora_b": b}
+
+
+def _in_torch_order(layout: str, in_dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Put a convolution's channels before its window: last in HWIO, first already in OIHW."""
+    return (in_dims[-1], *in_dims[:-1]) if layout.endswith("o") else in_dims
+
+
+def to_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
+    """Arrange a node's parts, `(*in_dims, r)` and `(r, *out_dims)`, for the file."""
+    rank = parts["lora_a"].shape[-1]
+    a = parts["lora_a"].reshape(*geometry.stack, geometry.fan_in, rank)
+    b = parts["lora_b"].reshape(*geometry.stack, rank, geometry.fan_out)
+    shape = shapes(geometry, rank, kind)
+    if geometry.stack:
+        a, b = a.transpose(0, 2, 1), b.transpose(2, 1, 0)  # (E, r, in), (out, r, E)
+    elif kind == "conv" and geometry.layout.endswith("o"):
+        a = np.moveaxis(a.reshape(*geometry.in_dims, rank), (-1, -2), (0, 1))  # (r, in, k...)
+        b = b.T
+    else:
+        a, b = a.T, b.T
+    return {"lora_a": a.reshape(shape["lora_a"]), "lora_b": b.reshape(shape["lora_b"])}
+
+
+def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
+    """Undo `to_torch`."""
+    a, b = parts["lora_a"], parts["lora_b"]
+    if geometry.stack:
+        experts = geometry.stack[0]
+        a = a.reshape(experts, -1, geometry.fan_in).transpose(0, 2, 1)  # (E, in, r)
+        b = b.reshape(geometry.fan_out, -1, experts).transpose(2, 1, 0)  # (E, r, out)
+    elif kind == "conv" and geometry.layout.endswith("o"):
+        a, b = np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[0], -1).T  # (k..., in, r)
+    else:
+        a, b = a.reshape(a.shape[0], -1).T, b.reshape(b.shape[0], -1).T
+    rank = a.shape[-1]
+    return {
+        "lora_a": a.reshape(*geometry.stack, *geometry.in_dims, rank),
+        "lora_b": b.reshape(*geometry.stack, rank, *geometry.out_dims),
+    }
+
+
+def whole_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> tuple[int, ...]:
+    """Return the shape in the file of a parameter that is saved whole, a leaf of `shape` here."""
+    if geometry is None:
+        return (int(np.prod(shape, dtype=int)),)
+    if kind in ("embedding", "Conv1D"):
+        return shape
+    if kind == "conv":
+        return (geometry.fan_out, *_in_torch_order(geometry.layout, geometry.in_dims))
+    return (*geometry.stack, geometry.fan_out, geometry.fan_in)
+
+
+def whole_to_torch(value: np.ndarray, geometry: Geometry | None, kind: str) -> np.ndarray:
+    """Arrange a parameter that is saved whole: outputs first, inputs after; a vector as it is."""
+    return value.transpose(_axes(value.ndim, geometry, kind)).reshape(
+        whole_shape(value.shape, geometry, kind)
+    )
+
+
+def whole_from_torch(
+    value: np.ndarray, shape: tuple[int, ...], geometry: Geometry | None, kind: str
+) -> np.ndarray:
+    """Undo `whole_to_torch`; `shape` is the leaf's."""
+    axes = _axes(len(shape), geometry, kind)
+    moved = value.reshape([shape[k] for k in axes])
+    return moved.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def _axes(ndim: int, geometry: Geometry | None, kind: str) -> tuple[int, ...]:
+    """Return the order of a leaf's axes in PyTorch: stack, outputs, inputs (channels first)."""
+    if geometry is None or kind in ("embedding", "Conv1D"):
+        return tuple(range(ndim))
+    lead, layout = len(geometry.stack), geometry.layout
+    outs = [lead + k for k, c in enumerate(layout) if c == "o"]
+    ins = tuple(lead + k for k, c in enumerate(layout) if c == "i")
+    return (*range(lead), *outs, *(_in_torch_order(layout, ins) if kind == "conv" else ins))

@@ -1,0 +1,269 @@
+"""Where jlora means to give another answer than PEFT 0.21.2: each with both numbers.
+
+| what | PEFT | jlora |
+|---|---|---|
+| an entry of target_modules that matches nothing | ignored | an error |
+| "all-linear" in a plain module | takes the output head too | leaves a head of the usual names |
+| `safe_merge` over bfloat16 | rounds the delta, then the sum | rounds once |
+| unmerge | changes the weights | `detach` has them bit for bit |
+| MultiheadAttention's output projection | adds its update twice | once |
+| a convolution with groups | A sees all channels, no merge | A sees its group's, merges |
+| a dilated convolution | fails | works |
+| a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
+| the linear sum of adapters | has cross terms | A and B side by side are exact |
+| the same, of rsLoRA | s = √r where 1 is meant | exact |
+| bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from jax import lax
+from test_peft_layers import adapt, plain, quiet, randomize
+from test_peft_several import together
+from twins import Holder, Twin, attention, conv, hwio, linear, mlp
+
+import jlora.peft
+
+
+def load(twin: Twin, model: Any, folder: Any, base: Any = None, **more: Any) -> Any:
+    quiet(model.save_pretrained, folder)
+    read = dict(names=twin.names, layouts=twin.layouts, kinds=twin.kinds)
+    return jlora.peft.load(folder, base or twin.params(plain(twin)), **read, **more)
+
+
+def distance(a: Any, b: Any) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def test_an_entry_that_matches_nothing():
+    config = peft.LoraConfig(target_modules=["up", "dwon"])
+    model = quiet(peft.get_peft_model, mlp.make(), config)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 1
+    with pytest.raises(ValueError, match=r"\['dwon'\] of the configuration choose nothing.*down"):
+        jlora.peft.rules(config.to_dict(), mlp.params(mlp.make()), names=mlp.names)
+
+
+def test_all_linear_in_a_plain_module():
+    module = torch.nn.Sequential()
+    module.add_module("up", torch.nn.Linear(4, 4))
+    module.add_module("lm_head", torch.nn.Linear(4, 9))
+    config = peft.LoraConfig(target_modules="all-linear")
+    model = quiet(peft.get_peft_model, module, config)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2
+    params = {"up": jnp.ones((4, 4)), "lm_head": jnp.ones((4, 9))}
+    entries = {"peft_type": "LORA", "target_modules": "all-linear"}
+    found = jlora.peft.rules(entries, params, names=lambda path: f"{path}.weight")
+    assert list(found) == ["up"]
+
+
+def wide() -> Twin:
+    """A linear layer large enough for its rounding to show."""
+    return dataclasses.replace(linear, make=lambda: Holder(torch.nn.Linear(256, 256)))
+
+
+def test_safe_merge_rounds_twice(tmp_path):
+    twin = wide()
+    model = adapt(twin)
+    quiet(model.save_pretrained, tmp_path)
+    base = twin.params(plain(twin).to(torch.bfloat16))
+    params = jlora.peft.load(tmp_path, base, names=twin.names)
+    node = params["layer"]["kernel"]
+    a, b = np.float64(node.lora_a), np.float64(node.lora_b)
+    exact = np.float64(node.base.astype(jnp.float32)) + float(node.scaling) * a @ b
+    rounded = np.float64(jnp.asarray(exact, jnp.bfloat16).astype(jnp.float32))
+    module = plain(twin).to(torch.bfloat16)
+    theirs = quiet(peft.PeftModel.from_pretrained, module, str(tmp_path))
+    theirs = twin.params(quiet(theirs.merge_and_unload, safe_merge=True))["layer"]["kernel"]
+    ours = jlora.merge(params)["layer"]["kernel"]
+    wrong = [(np.float64(w.astype(jnp.float32)) != rounded).mean() for w in (theirs, ours)]
+    assert wrong[0] > 0.02 and wrong[1] < 0.001, wrong
+
+
+def test_unmerge_changes_the_weights(tmp_path):
+    twin = wide()
+    model = adapt(twin)
+    params = load(twin, model, tmp_path)
+    before = model.base_model.model.layer.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = model.base_model.model.layer.base_layer.weight
+    ours = jlora.detach(params)[0]["layer"]["kernel"]
+    changed = [(after != before).float().mean().item(), (ours.T != before.numpy()).mean()]
+    assert changed[0] > 0.1 and changed[1] == 0, changed
+
+
+def test_attention_adds_its_output_update_twice(tmp_path):
+    model = adapt(attention)
+    params = load(attention, model, tmp_path)
+    x = attention.x(np.random.default_rng(0))
+    theirs = model(torch.tensor(x)).detach().numpy()
+    meant = attention.fn(jlora.merge(params), x)
+    ours = jlora.lora(attention.fn)(params, x)
+    twice = jlora.lora(attention.fn)(attention.as_peft(params), x)
+    errors = [distance(theirs, meant), distance(ours, meant), distance(twice, theirs)]
+    assert errors[0] > 0.1 and errors[1] < 1e-5 and errors[2] < 1e-5, errors
+
+
+def grouped(groups: int) -> Twin:
+    """A grouped convolution as it is, HWIO with in/groups input channels."""
+
+    def fn(p: Any, x: Any) -> Any:
+        y = lax.conv_general_dilated(
+            jnp.moveaxis(x, 1, -1),
+            p["layer"]["kernel"],
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        return jnp.moveaxis(y, -1, 1)
+
+    twin = conv(2, 1, 0)
+    return dataclasses.replace(
+        twin,
+        name="grouped",
+        make=lambda: Holder(torch.nn.Conv2d(4, 6, 3, groups=groups, bias=False)),
+        fn=fn,
+        x=lambda rng: rng.normal(size=(2, 4, 8, 7)).astype(np.float32),
+        moves={"layer/kernel": ("layer.weight", hwio)},
+    )
+
+
+def test_a_convolution_with_groups(tmp_path, compare):
+    """PEFT's update fills the whole kernel: it is one of the layer written without groups."""
+    groups = 2
+    twin = grouped(groups)
+    model = adapt(twin)
+    with pytest.raises(ValueError, match=r"another shape.*lora_A.weight\" \[4, 4, 3, 3\]"):
+        load(twin, model, tmp_path)
+    with pytest.raises(NotImplementedError):
+        quiet(model.merge_and_unload)
+    dense = grouped(1)
+    kernel = twin.params(plain(twin))["layer"]["kernel"]  # (3, 3, 2, 6)
+    whole = np.zeros((3, 3, 4, 6), np.float32)
+    for g in range(groups):
+        whole[:, :, 2 * g : 2 * g + 2, 3 * g : 3 * g + 3] = kernel[..., 3 * g : 3 * g + 3]
+    layer = model.base_model.model.layer
+    a = layer.lora_A["default"].weight.detach().numpy()  # (r, in, k, k)
+    b = layer.lora_B["default"].weight.detach().numpy()[..., 0, 0]  # (out, r / groups)
+    wide = np.zeros((4, 6), np.float32)
+    for g in range(groups):
+        wide[2 * g : 2 * g + 2, 3 * g : 3 * g + 3] = b[3 * g : 3 * g + 3].T
+    lora_a = jnp.asarray(np.transpose(a, (2, 3, 1, 0)))
+    node = jlora.LoraArray(jnp.asarray(whole), lora_a, jnp.asarray(wide), jnp.float32(1.5), "iiio")
+    x = twin.x(np.random.default_rng(0))
+    tx = torch.tensor(x, requires_grad=True)
+    out = model(tx)
+    out.square().sum().backward()
+
+    def loss(a: Any, b: Any, x: Any) -> Any:
+        y = jlora.lora(dense.fn, fallback="error")(
+            {"layer": {"kernel": dataclasses.replace(node, lora_a=a, lora_b=b)}}, x
+        )
+        return (y**2).sum(), y
+
+    (ga, gb, gx), y = jax.grad(loss, (0, 1, 2), has_aux=True)(node.lora_a, node.lora_b, x)
+    compare(y, out.detach().numpy(), "forward")
+    compare(gx, tx.grad.numpy(), "gradient of the input")
+    compare(np.transpose(ga, (3, 2, 0, 1)), layer.lora_A["default"].weight.grad.numpy(), "of A")
+    inside = np.concatenate([gb[2 * g : 2 * g + 2, 3 * g : 3 * g + 3].T for g in range(groups)])
+    compare(inside, layer.lora_B["default"].weight.grad.numpy()[..., 0, 0], "of B")
+    # jlora's own grouped form: each group's A sees its own channels, and it merges.
+    base = twin.params(plain(twin))
+    rules = {".*": jlora.LoraSpec(2, init=lambda k, w, rank, **_: (w[:, :rank], w[:rank]))}
+    own = jlora.attach(base, rules, key=jax.random.key(0))
+    compare(jlora.lora(twin.fn, fallback="error")(own, x), twin.fn(jlora.merge(own), x), "merged")
+
+
+def spatial(**options: Any) -> Twin:
+    """A convolution with options that PEFT does not hand on to A."""
+
+    def fn(p: Any, x: Any) -> Any:
+        if options.get("padding_mode") == "circular":
+            x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap")
+        dilation = options.get("dilation", 1)
+        y = lax.conv_general_dilated(
+            jnp.moveaxis(x, 1, -1),
+            p["layer"]["kernel"],
+            (1, 1),
+            "VALID",
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return jnp.moveaxis(y, -1, 1)
+
+    make = lambda: Holder(torch.nn.Conv2d(5, 7, 3, bias=False, **options))  # noqa: E731
+    moves = {"layer/kernel": ("layer.weight", hwio)}
+    return dataclasses.replace(conv(2, 1, 0), make=make, fn=fn, moves=moves)
+
+
+def test_a_dilated_convolution(tmp_path, compare):
+    twin = spatial(dilation=2)
+    model = adapt(twin)
+    params = load(twin, model, tmp_path)
+    x = twin.x(np.random.default_rng(0))
+    with pytest.raises(RuntimeError, match="must match"):
+        model(torch.tensor(x))
+    meant = quiet(model.merge_and_unload)(torch.tensor(x)).detach().numpy()
+    compare(jlora.lora(twin.fn, fallback="error")(params, x), meant, "dilated")
+
+
+def test_a_padding_mode(tmp_path, compare):
+    twin = spatial(padding=1, padding_mode="circular")
+    model = adapt(twin)
+    params = load(twin, model, tmp_path)
+    x = twin.x(np.random.default_rng(0))
+    theirs = model(torch.tensor(x)).detach().numpy()
+    meant = quiet(model.merge_and_unload)(torch.tensor(x)).detach().numpy()
+    assert distance(theirs, meant) > 0.05
+    compare(jlora.lora(twin.fn, fallback="error")(params, x), meant, "circular padding")
+
+
+@pytest.mark.parametrize(("kind", "rslora"), [("linear", False), ("cat", True)])
+def test_the_sum_of_two_adapters(tmp_path, compare, kind, rslora):
+    model = adapt(linear, use_rslora=rslora)
+    config = model.peft_config["default"]
+    quiet(model.add_adapter, "other", config)
+    quiet(model.base_model.set_adapter, ["default", "other"])
+    randomize(model)
+    x = linear.x(np.random.default_rng(0))
+    meant = model(torch.tensor(x)).detach().numpy()
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type=kind)
+    params = together(
+        [load(linear, model, tmp_path, adapter=name) for name in ("default", "other")]
+    )
+    model.base_model.set_adapter("sum")
+    theirs = model(torch.tensor(x)).detach().numpy()
+    assert distance(theirs, meant) > 0.1
+    compare(jlora.lora(linear.fn)(params, x), meant, "the exact sum")
+
+
+def test_bfloat16_activations(tmp_path):
+    """Both are a rounding away from the exact result; PEFT's narrow products are in float32."""
+    twin = dataclasses.replace(
+        linear,
+        make=lambda: Holder(torch.nn.Linear(13, 7, bias=False)),
+        fn=lambda p, x: x @ p["layer"]["kernel"],
+        moves={"layer/kernel": ("layer.weight", lambda w: w.T)},
+    )
+    quiet(adapt(twin).save_pretrained, tmp_path)
+    base = twin.params(plain(twin).to(torch.bfloat16))
+    params = jlora.peft.load(tmp_path, base, names=twin.names)
+    x = jnp.asarray(twin.x(np.random.default_rng(0)), jnp.bfloat16)
+    node = params["layer"]["kernel"]
+    w, a, b = (np.float64(t.astype(jnp.float32)) for t in (node.base, node.lora_a, node.lora_b))
+    exact = np.float64(x.astype(jnp.float32)) @ (w + float(node.scaling) * a @ b)
+    module = plain(twin).to(torch.bfloat16)
+    model = quiet(peft.PeftModel.from_pretrained, module, str(tmp_path))
+    theirs = model(torch.tensor(np.float32(x)).bfloat16()).detach().float().numpy()
+    ours = [jlora.lora(twin.fn, dtype=dtype)(params, x) for dtype in (None, jnp.float32)]
+    errors = [distance(theirs, exact), *(distance(np.float32(y), exact) for y in ours)]
+    assert errors[0] < 2**-8 and errors[1] < 2**-7 and errors[2] < 2**-8, errors

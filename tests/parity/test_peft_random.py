@@ -1,0 +1,116 @@
+"""PEFT live: what is random is not bit for bit the same, but of the same distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from scipy import stats
+from test_peft_layers import adapt, plain, quiet
+from twins import conv, embedding, linear
+
+import jlora.peft
+
+RATE, DRAWS = 0.3, 4000
+
+
+def draws_of_dropout(x: np.ndarray, tmp_path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The delta of a linear layer under dropout, many times, by PEFT and by jlora; and without."""
+    model = adapt(linear, lora_dropout=RATE)
+    quiet(model.save_pretrained, tmp_path)
+    base = linear.params(plain(linear))
+    params = jlora.peft.load(tmp_path, base, names=linear.names)
+    torch.manual_seed(0)
+    rows = torch.tensor(np.repeat(x[None], DRAWS, 0))
+    with torch.no_grad():
+        whole = model.eval()(rows[:1]).numpy()
+        theirs = model.train()(rows).numpy()
+    without = np.asarray(linear.fn(base, x[None]))
+
+    def ours(key):
+        return jlora.lora(linear.fn, dropout=RATE, key=key)(params, x[None])[0]
+
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    return theirs - without, np.asarray(jax.vmap(ours)(keys)) - without, whole - without
+
+
+def test_dropout_has_the_same_mean_and_variance(tmp_path, compare):
+    x = np.random.default_rng(0).normal(size=13).astype(np.float32)
+    theirs, ours, whole = draws_of_dropout(x, tmp_path)
+    error = np.sqrt(theirs.var(0) / DRAWS)
+    assert (np.abs(theirs.mean(0) - whole[0]) < 5 * error).all()
+    assert (np.abs(ours.mean(0) - whole[0]) < 5 * error).all()
+    compare(ours.var(0), theirs.var(0), "variance under dropout", 0.1)
+    for k in range(ours.shape[1]):
+        assert stats.ks_2samp(ours[:, k], theirs[:, k]).pvalue > 1e-3
+
+
+def test_dropout_falls_on_the_input_of_a(tmp_path):
+    """With one feature that is not zero, all of the delta goes at once, or is 1/(1-p) of itself."""
+    x = np.zeros(13, np.float32)
+    x[4] = 1
+    theirs, ours, whole = draws_of_dropout(x, tmp_path)
+    for some in (theirs, ours):
+        gone = np.abs(some).max(1) < 1e-6
+        np.testing.assert_allclose(
+            some[~gone], np.repeat(whole, (~gone).sum(), 0) / (1 - RATE), 1e-4, 1e-5
+        )
+        assert abs(gone.mean() - RATE) < 5 * (RATE * (1 - RATE) / DRAWS) ** 0.5
+
+
+def test_an_embedding_has_no_dropout(tmp_path, compare):
+    model = adapt(embedding, lora_dropout=0.5)
+    quiet(model.save_pretrained, tmp_path)
+    params = jlora.peft.load(tmp_path, embedding.params(plain(embedding)), names=embedding.names)
+    x = embedding.x(np.random.default_rng(0))
+    theirs = model.train()(torch.tensor(x)).detach().numpy()
+    apply = jlora.lora(embedding.fn, dropout=0.5, key=jax.random.key(0))
+    compare(apply(params, x), theirs, "an embedding under dropout")
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+@pytest.mark.parametrize("twin", [linear, embedding, conv(2, 1, 0)], ids=repr)
+def test_initializers(twin, init):
+    """Bounds, moments and a Kolmogorov-Smirnov test of many first values of A and B."""
+    config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights=init)
+    theirs = {"lora_a": [], "lora_b": []}
+    for seed in range(150):
+        torch.manual_seed(seed)
+        layer = quiet(peft.get_peft_model, twin.make(), config).base_model.model.layer
+        is_embedding = hasattr(layer, "lora_embedding_A") and len(layer.lora_embedding_A) > 0
+        a, b = (
+            (layer.lora_embedding_A, layer.lora_embedding_B)
+            if is_embedding
+            else (
+                {"default": layer.lora_A["default"].weight},
+                {"default": layer.lora_B["default"].weight},
+            )
+        )
+        theirs["lora_a"].append(a["default"].detach().numpy().ravel())
+        theirs["lora_b"].append(b["default"].detach().numpy().ravel())
+
+    base = twin.params(plain(twin))
+    rules = jlora.peft.rules(config.to_dict(), base, names=twin.names)
+    keys = jax.random.split(jax.random.key(0), 150)
+    leaf = next(iter(rules))
+
+    def first(key):
+        node = jlora.attach(base, rules, key=key, layouts=twin.layouts)["layer"]
+        node = node[leaf.rpartition("/")[2]]
+        return node.lora_a, node.lora_b
+
+    for name, ours in zip(("lora_a", "lora_b"), jax.vmap(first)(keys), strict=True):
+        got, want = np.float64(ours).ravel(), np.float64(theirs[name]).ravel()
+        assert got.size == want.size
+        if not want.any():
+            assert not got.any()
+            continue
+        assert got.mean() == pytest.approx(want.mean(), abs=5 * want.std() / want.size**0.5)
+        assert got.std() == pytest.approx(want.std(), rel=0.02)
+        assert stats.kurtosis(got) == pytest.approx(stats.kurtosis(want), abs=0.15)
+        assert stats.ks_2samp(got, want).pvalue > 1e-3
+        if init is True and twin is not embedding:
+            bound = 1 / np.prod(jnp.shape(base["layer"]["kernel"])[:-1]) ** 0.5
+            assert 0.99 * bound < np.abs(got).max() <= bound * (1 + 1e-6)
+            assert 0.99 * bound < np.abs(want).max() <= bound * (1 + 1e-6)

@@ -1,0 +1,88 @@
+"""Damaged files, at random: they load right, or end in a ValueError."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft_cases import PREFIX, SMALL_NAMES, base, entries, load, tensors, write
+
+from jlora import LoraArray, peft
+
+
+def good_files(folder: Path) -> tuple[bytes, str]:
+    write(folder, tensors(), entries(target_modules=["q_proj", "k_proj"], alpha_pattern={"q.*": 5}))
+    file, text = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    return file.read_bytes(), text.read_text()
+
+
+edits = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=4), st.integers(0, 8)),
+    max_size=4,
+)
+
+
+def damaged(content: bytes, edits, keep: float) -> bytes:
+    for where, new, cut in edits:
+        at = int(where * len(content))
+        content = content[:at] + new + content[at + cut :]
+    return content[: int(keep * len(content))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(in_header=edits, in_config=edits, keep=st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5]))
+def test_damaged_files_load_right_or_not_at_all(in_header, in_config, keep):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights, config = good_files(folder)
+        weights = damaged(weights, in_header, keep)
+        config = damaged(config.encode(), in_config, 1.0)
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        (folder / "adapter_config.json").write_bytes(config)
+        try:
+            got = load(folder)
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            return
+        # What was read is what the files still say.
+        found, says_ = safetensors.numpy.load(weights), json.loads(config)
+        for leaf, module in (("q", "m.q_proj"), ("k", "m.k_proj")):
+            node = got[leaf]["kernel"]
+            if not isinstance(node, LoraArray):
+                assert not any(module in key for key in found)
+                continue
+            a = np.asarray(node.lora_a)
+            assert a.T.tobytes() == found[f"{PREFIX}{module}.lora_A.weight"].tobytes()
+            alphas = {says_.get("lora_alpha", 8), *says_.get("alpha_pattern", {}).values()}
+            scalings = {np.float32(x / node.rank) for x in alphas}
+            scalings |= {np.float32(x / node.rank**0.5) for x in alphas}
+            assert np.float32(node.scaling) in scalings
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+KEYS = (
+    "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora target_modules target_parameters "
+    "exclude_modules layers_to_transform layers_pattern modules_to_save bias init_lora_weights "
+    "task_type use_dora anything"
+).split()
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3))
+def test_any_json_is_read_or_refused(changes):
+    with tempfile.TemporaryDirectory() as name:
+        config = entries(target_modules=["q_proj"]) | changes
+        folder = write(Path(name), tensors(), config)
+        for use in (lambda: load(folder), lambda: peft.rules(config, base(), names=SMALL_NAMES)):
+            try:
+                use()
+            except (ValueError, KeyError, TypeError):
+                continue

@@ -1,0 +1,179 @@
+"""PEFT's configurations as rules, and the ready names."""
+
+import jax
+import jax.numpy as jnp
+import llama
+import param_tree
+import pytest
+from peft_cases import (
+    KEY,
+    LAYOUTS,
+    NAMES,
+    ORDER,
+    SMALL_NAMES,
+    adapted,
+    base,
+    drawn,
+    entries,
+    model,
+    says,
+)
+
+import jlora
+from jlora import peft
+
+
+def test_llama_names_are_those_of_the_examples_weights():
+    for tied in (True, False):
+        sizes = llama.Config(16, 8, 12, 2, 2, 1, 4, 32, tied=tied)
+        for path, _, name in param_tree.names(sizes):
+            assert peft.llama_names(path) == peft.llama_names("params/" + path) == name
+    assert (
+        peft.llama_names("layers/attn/o_proj/kernel") == "model.layers.{}.self_attn.o_proj.weight"
+    )
+    assert peft.llama_names("layers_0/attn/rope") is None and peft.llama_names("x") is None
+
+
+TUNIX = {
+    "embedder/input_embedding": "model.embed_tokens.weight",
+    "lm_head/w": "lm_head.weight",
+    "final_norm/w": "model.norm.weight",
+    "layers/12/attn/o_proj/w": "model.layers.12.self_attn.o_proj.weight",
+    "layers/1/attn/v_bias": "model.layers.1.self_attn.v_proj.bias",
+    "layers/1/attn/q_norm/w": "model.layers.1.self_attn.q_norm.weight",
+    "layers/1/mlp/down_proj/kernel": "model.layers.1.mlp.down_proj.weight",
+    "layers/1/input_layernorm/w": "model.layers.1.input_layernorm.weight",
+    "layers/1/mlp/down_proj/kernel_lora_a": None,
+}
+GEMMA3 = {
+    "embedder/input_embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "layers/3/attn/attn_vec_einsum/w": "model.layers.3.self_attn.o_proj.weight",
+    "layers/3/attn/q_einsum/w": "model.layers.3.self_attn.q_proj.weight",
+    "layers/3/attn/qkv_einsum/w": [
+        f"model.layers.3.self_attn.{x}_proj.weight" for x in ("q", "k", "v")
+    ],
+    "layers/3/attn/_key_norm/scale": "model.layers.3.self_attn.k_norm.weight",
+    "layers/3/mlp/gate_proj/kernel": "model.layers.3.mlp.gate_proj.weight",
+    "layers/3/pre_ffw_norm/scale": "model.layers.3.pre_feedforward_layernorm.weight",
+    "layers/3/unknown": None,
+}
+
+
+@pytest.mark.parametrize(("path", "name"), TUNIX.items())
+def test_tunix_names(path, name):
+    assert peft.tunix_names(path) == name
+
+
+@pytest.mark.parametrize(("path", "name"), GEMMA3.items())
+def test_tunix_gemma3_names(path, name):
+    assert peft.tunix_gemma3_names(path) == name
+
+
+def recipe(**entries):
+    return {"peft_type": "LORA", "r": 2, "lora_alpha": 5, **entries}
+
+
+def chosen(entries, names=NAMES):
+    found = peft.rules(entries, model(), names=names)
+    return {path.replace("\\", ""): rule for path, rule in found.items()}
+
+
+def test_rules_attach_what_was_saved(tmp_path):
+    params = adapted()
+    peft.save(tmp_path, params, names=NAMES, **ORDER)
+    rules = peft.rules(tmp_path, model(), names=NAMES, init=drawn)
+    again = jlora.attach(model(), rules, key=KEY, layouts=LAYOUTS)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        assert got.shape == want.shape
+    assert rules == peft.rules(tmp_path / "adapter_config.json", model(), names=NAMES, init=drawn)
+
+
+def test_rules_of_patterns_biases_and_whole_modules():
+    got = chosen(
+        recipe(
+            target_modules=["q_proj", "m.o_proj", "embed"],
+            rank_pattern={"q_proj": 4, "m.q_proj": 3},
+            alpha_pattern={"^m.o_proj": 2, "o_proj": 7},
+            modules_to_save=["head"],
+            bias="lora_only",
+            use_rslora=True,
+            init_lora_weights="gaussian",
+        )
+    )
+    assert set(got) == {
+        "query/kernel",
+        "query/bias",
+        "out/kernel",
+        "embed/embedding",
+        "head/kernel",
+    }
+    assert got["query/bias"] == got["head/kernel"] == "full"
+    query, out = got["query/kernel"], got["out/kernel"]
+    assert (query.rank, query.alpha, query.scaling) == (4, 5, "rslora")
+    assert (out.rank, out.alpha, out.init) == (2, 2, jlora.initializers.gaussian)
+    a, b = got["embed/embedding"].init(KEY, jnp.ones((500, 40)), 2)
+    assert not a.any() and float(b.std()) == pytest.approx(1, abs=0.2)
+
+
+def test_rules_of_all_linear_and_all_biases():
+    got = chosen(
+        recipe(target_modules="all-linear", bias="all", task_type="SEQ_CLS"),
+        {**NAMES, "head/kernel": "m.classifier.weight"},
+    )
+    linear = {"dense/kernel", "torch", "query/kernel", "out/kernel", "gemma", "layers/kernel"}
+    assert set(got) == linear | {"dense/bias", "query/bias"}
+
+
+def test_rules_of_a_classifier_that_peft_saved():
+    """PEFT writes both usual names of the head, of which a model has one."""
+    saved = dict(modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
+    names = {**NAMES, "head/kernel": "m.score.weight"}
+    found = chosen(recipe(target_modules=["dense"], **saved), names)
+    assert found["head/kernel"] == "full" and set(found) == {"dense/kernel", "head/kernel"}
+
+
+def test_rules_exclude_and_choose_layers():
+    both = dict(exclude_modules="m.q.*", target_modules=r"m\.(q_proj|o_proj|conv)")
+    assert set(chosen(recipe(**both))) == {"out/kernel", "conv/kernel"}
+    assert set(chosen(recipe(target_modules=["fc"], layers_to_transform=[0, 1, 2]))) == {
+        "layers/kernel"
+    }
+    names = {**NAMES, "torch": "m.layers.7.q_proj.weight"}
+    some = dict(target_modules=["q_proj"], layers_to_transform=7, layers_pattern="layers")
+    assert set(chosen(recipe(**some), names)) == {"torch"}
+
+
+RECIPES = {
+    "no_targets": (entries(), ValueError, says("has no target_modules")),
+    "idle": (
+        entries(target_modules=["q_proj", "w_proj"]),
+        ValueError,
+        says("['w_proj'] of the configuration choose nothing", "Closest", "q_proj"),
+    ),
+    "idle_pattern": (entries(target_modules="w.*"), ValueError, says("['w.*']")),
+    "idle_whole": (
+        entries(target_modules=["q_proj"], modules_to_save=["head"]),
+        ValueError,
+        says("['head']"),
+    ),
+    "init": (
+        entries(target_modules=["q_proj"], init_lora_weights="corda"),
+        ValueError,
+        says("init_lora_weights='corda' has no like", "`init=`"),
+    ),
+    "layers_pattern": (
+        entries(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="(?P<index>a)"),
+        ValueError,
+        says("'(?P<index>a)' is not a regular expression here"),
+    ),
+    "object": (3, TypeError, says("the configuration is a int", "to_dict()")),
+    "dora": (entries(target_modules=["q_proj"], use_dora=True), ValueError, says("uses DoRA")),
+}
+
+
+@pytest.mark.parametrize(("config", "error", "match"), RECIPES.values(), ids=RECIPES)
+def test_rules_refuse(config, error, match):
+    with pytest.raises(error, match=match):
+        peft.rules(config, base(), names=SMALL_NAMES)
