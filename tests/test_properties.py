@@ -21,15 +21,19 @@ RANK = 2
 
 
 def examples(strategy):
-    """Run a property over 200 examples, and over 2,000 under the marker `nightly`."""
+    """Hold 200 random programs to the law, and 2,000 under the marker `nightly`.
 
-    def decorate(check):
+    `make(*example)` gives a function, its LoraArray and its other arguments. Ten at a time are
+    compiled as one program, which is most of their cost.
+    """
+
+    def decorate(make):
         @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.nightly)])
         def run(count):
-            @settings(max_examples=count, deadline=None, derandomize=True)
-            @given(strategy)
-            def sampled(example):
-                check(*example)
+            @settings(max_examples=count // 10, deadline=None, derandomize=True)
+            @given(st.lists(strategy, min_size=10, max_size=10))
+            def sampled(batch):
+                agree([make(*example) for example in batch], batch)
 
             sampled()
 
@@ -63,30 +67,37 @@ def node_of(shape, layout, seed=0):
     )
 
 
-def agree(fn, node, *args):
+def agree(programs, drawn):
     """The law, for output and gradients of A, B and the input, with nothing materialized."""
-    trainable, frozen = jlora.partition(node)
-    real = [k for k, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
-    def by(f):
+    def by(fn, frozen, args, trainable, values):
         def loss(trainable, values):
-            filled = list(args)
-            for k, x in zip(real, values, strict=True):
-                filled[k] = x
-            out = f(jlora.combine(trainable, frozen), *filled)
+            filled = [values.get(k, x) for k, x in enumerate(args)]
+            out = fn(jlora.combine(trainable, frozen), *filled)
             return jnp.sin(out).sum(), out
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trainable, values)
+
+    inputs = []
+    for _, node, *args in programs:
+        trainable, frozen = jlora.partition(node)
+        real = {k: x for k, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)}
+        inputs.append((frozen, args, trainable, real))
 
     @jax.jit
-    def both(trainable, values):
-        ours = by(jlora.lora(fn, fallback="error"))(trainable, values)
-        return ours, by(lambda p, *a: fn(jlora.merge(p), *a))(trainable, values)
+    def both(inputs):
+        return [
+            (
+                by(jlora.lora(fn, fallback="error"), *parts),
+                by(lambda p, *a, fn=fn: fn(jlora.merge(p), *a), *parts),
+            )
+            for (fn, *_), parts in zip(programs, inputs, strict=True)
+        ]
 
-    got, want = both(trainable, [args[k] for k in real])
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        bound = 3e-4 * max(1.0, float(np.abs(w).max(initial=0)))
-        np.testing.assert_allclose(g, w, rtol=0, atol=bound)
+    for (got, want), example in zip(both(inputs), drawn, strict=True):
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            bound = 3e-4 * max(1.0, float(np.abs(w).max(initial=0)))
+            np.testing.assert_allclose(g, w, rtol=0, atol=bound, err_msg=repr(example))
 
 
 @st.composite
@@ -114,7 +125,7 @@ def test_dot_general_in_every_arrangement(shape, layout, x_shape, numbers, weigh
             return lax.dot_general(w, x, ((w_sum, x_sum), (w_batch, x_batch)))
         return lax.dot_general(x, w, ((x_sum, w_sum), (x_batch, w_batch)))
 
-    agree(fn, node_of(shape, layout), normal(9, *x_shape))
+    return fn, node_of(shape, layout), normal(9, *x_shape)
 
 
 @st.composite
@@ -134,7 +145,7 @@ def einsums(draw):
 
 @examples(einsums())
 def test_einsums(formula, shape, layout, x_shape):
-    agree(lambda w, x: jnp.einsum(formula, x, w), node_of(shape, layout), normal(9, *x_shape))
+    return lambda w, x: jnp.einsum(formula, x, w), node_of(shape, layout), normal(9, *x_shape)
 
 
 @st.composite
@@ -177,7 +188,7 @@ def test_convolutions(shape, layout, x_shape, numbers, kw):
     def fn(w, x):
         return lax.conv_general_dilated(x, w, dimension_numbers=numbers, **kw)
 
-    agree(fn, node_of(shape, layout), normal(9, *x_shape))
+    return fn, node_of(shape, layout), normal(9, *x_shape)
 
 
 @st.composite
@@ -219,7 +230,7 @@ def test_lookups(shape, layout, order, sizes, collapsed, lead, offsets, mode, mo
         return got * x
 
     out = jax.eval_shape(fn, jnp.zeros(shape), index, jnp.zeros(())).shape
-    agree(fn, node_of(shape, layout), jnp.asarray(index, jnp.int32), normal(9, *out))
+    return fn, node_of(shape, layout), jnp.asarray(index, jnp.int32), normal(9, *out)
 
 
 STEPS = {
@@ -286,7 +297,7 @@ def test_chains_of_views(shape, layout, steps, seed):
         vector = jnp.cos(jnp.arange(1.0, w.shape[axis] + 1)) * x
         return jnp.tensordot(vector, w, (0, axis))
 
-    agree(fn, node_of(shape, layout), jnp.asarray(1.5))
+    return fn, node_of(shape, layout), jnp.asarray(1.5)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
