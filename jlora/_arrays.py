@@ -188,6 +188,12 @@ def whole_b(node: LoraArray, geometry: Geometry) -> Array:
     return jnp.concatenate(rows, axis - 1)
 
 
+def unsliced(node: LoraArray) -> LoraArray:
+    """Write an update of slices as one of all outputs, of as many ranks as its slices have."""
+    whole = whole_b(node, Geometry.of(node.shape, node.layout))
+    return dataclasses.replace(node, lora_b=whole, slices=None)
+
+
 def delta(node: LoraArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Return `s · A B` in float32 (or wider), in a base weight's `shape`."""
     geometry = Geometry.of(shape, node.layout)

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
 
@@ -59,6 +60,13 @@ def scope(eqn: JaxprEqn) -> Iterator[None]:
 def source_line(eqn: JaxprEqn) -> str:
     """Return the user's `file:line (function)` that made an equation."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def varying_axes(x: Any) -> list[str]:
+    """Return the mesh axes along which an array differs inside a shard_map, as far as is told."""
+    aval = jax.typeof(x)
+    kinds = getattr(aval, "manual_axis_type", None)  # `vma` before 0.10.2
+    return sorted(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
 
 
 def manual_axes(params: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import LoraSpec, checkpoint
+from jlora import LoraSpec, checkpoint, peft
 
 SLICES = ((0, 7), (14, 18))  # of unequal widths, as with grouped queries
 SHAPES = {
@@ -90,6 +90,21 @@ def test_a_checkpoint_keeps_them(layout, shape, formula, tmp_path):
     assert jax.tree.structure(again) == jax.tree.structure(params)
     pairs = zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True)
     assert all(jnp.array_equal(a, b) for a, b in pairs)
+
+
+def test_pefts_files_have_them_as_one_update(tmp_path):
+    base, params = tree("io", (11, 21))
+    base, params = {"w": {"kernel": base["w"]}}, {"w": {"kernel": params["w"]}}
+    names = {"w/kernel": "w.weight"}
+    peft.save(tmp_path / "a", params, names=names)
+    again = peft.load(tmp_path / "a", jlora.detach(params)[0], names=names)
+    assert again["w"]["kernel"].slices is None and again["w"]["kernel"].rank == 4
+    np.testing.assert_allclose(
+        jlora.merge(again)["w"]["kernel"], jlora.merge(params)["w"]["kernel"], rtol=1e-6
+    )
+    with pytest.raises(ValueError, match=r'"w/kernel" is adapted on some slices.*jlora.bind'):
+        peft.save(tmp_path / "b", jlora.detach(params)[1], names=names)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, LoraArray, check, is_adapted
+from jlora._arrays import FullArray, LoraArray, check, is_adapted, unsliced
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
@@ -86,6 +86,7 @@ def save(
     check_kinds(kinds or {}, call)
     for path, node in adapted.items():
         _check(path, node, call)
+    adapted = {path: _plain(node) for path, node in adapted.items()}
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
     named = {place.path for place in found.values()}
@@ -120,10 +121,20 @@ def _check(path: str, node: Any, call: str) -> None:
                 "`jlora.combine(trainable, frozen)`."
             )
         return
+    if node.base is None and node.slices is not None:
+        raise ValueError(
+            f'`{call}`: "{path}" is adapted on some slices of its outputs, and how many outputs '
+            "there are only its base tells. Put it together first: `jlora.bind(base, adapter)`."
+        )
     if node.base is None and node.lora_a is not None and node.lora_b is not None:
         base = jax.ShapeDtypeStruct(shape_of(node), node.lora_a.dtype)
         node = dataclasses.replace(node, base=base)
     check(path, node, call)
+
+
+def _plain(node: Any) -> Any:
+    """Write slices as one update of the whole weight, as PEFT, which has none, would."""
+    return node if getattr(node, "slices", None) is None else unsliced(node)
 
 
 class _Shaped:

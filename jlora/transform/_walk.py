@@ -54,8 +54,8 @@ class Walk:
     key: Any = None
     where: str = ""  # the enclosing call's line, for equations that JAX's own code made
     sites: int = 0
-    # What `broadcast_in_dim` made of arrays, by variable: a mask over a stack is still one there.
-    narrow: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    # What was repeated to make an array, by variable: along axes, or over the shards of a mesh.
+    sources: dict[Any, tuple[JaxprEqn, Any]] = dataclasses.field(default_factory=dict)
 
     def next_key(self) -> Any:
         """Return a key that no other site of this level has; None without dropout."""
@@ -77,12 +77,16 @@ class Walk:
         """Return the user's line that made an equation, or that called what made it."""
         return _compat.source_line(eqn) or self.where
 
-    def drop(self, x: Any) -> Any:
-        """Apply dropout to an adapter's input."""
+    def drop(self, x: Any, atom: Any) -> Any:
+        """Apply dropout to an adapter's input, the value of `atom`."""
         if self.key is None:
             return x
-        keep = 1.0 - self.settings.dropout
-        mask = jax.random.bernoulli(self.next_key(), keep, x.shape)
+        keep, key = 1.0 - self.settings.dropout, self.next_key()
+        eqn, source = self._source(atom, "pvary")
+        # The shards of an input are not dropped alike; one that all have is dropped as one.
+        for axis in _compat.varying_axes(x if eqn is None else source):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        mask = jax.random.bernoulli(key, keep, x.shape)
         return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
     def narrow_dtype(self, x_dtype: Any, out_dtype: Any) -> Any:
@@ -127,14 +131,14 @@ class Walk:
             env.update(zip(eqn.outvars, outs, strict=True))
             for dead in last[n]:
                 env.pop(dead, None)
-                self.narrow.pop(dead, None)
+                self.sources.pop(dead, None)
         return [read(v) for v in body.outvars]
 
     def apply(self, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         """Apply one equation: its own primitive without views, else its rule, else the fallback."""
         if not any(isinstance(x, View) for x in operands):
-            if eqn.primitive.name == "broadcast_in_dim":
-                self.narrow[eqn.outvars[0]] = (eqn, operands[0])
+            if eqn.primitive.name in ("broadcast_in_dim", "pvary"):
+                self.sources[eqn.outvars[0]] = (eqn, operands[0])
             return _compat.bind(eqn, *operands)
         name = eqn.primitive.name
         if name not in TAKE_WHOLE:
@@ -149,11 +153,15 @@ class Walk:
             outs = _compat.bind(eqn, *self.arrays(eqn, operands))
         return outs
 
+    def _source(self, atom: Any, primitive: str) -> tuple[Any, Any]:
+        found = None if isinstance(atom, JaxprLiteral) else self.sources.get(atom)
+        return found if found and found[0].primitive.name == primitive else (None, None)
+
     def narrowest(self, atom: Any, x: Any) -> Any:
         """Return an operand as it was before it was broadcast: size 1 where it does not vary."""
-        if isinstance(atom, JaxprLiteral) or atom not in self.narrow:
+        eqn, source = self._source(atom, "broadcast_in_dim")
+        if eqn is None:
             return x
-        eqn, source = self.narrow[atom]
         shape = [1] * len(eqn.params["shape"])
         for k, n in zip(eqn.params["broadcast_dimensions"], jnp.shape(source), strict=True):
             shape[k] = n

@@ -51,7 +51,7 @@ def _narrow_conv(walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any) -> An
     if side.get(out_axis, 1 - inward) == inward or (window != inward and groups > 1):
         return NotImplemented
     dtype = walk.narrow_dtype(x.dtype, base.dtype)
-    x = walk.drop(x.astype(dtype))
+    x = walk.drop(x.astype(dtype), eqn.invars[0])
     # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed
     # first (as in a transposed kernel), for the inputs.
     replaced = out_axis if window == inward else in_axis

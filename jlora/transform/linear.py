@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
+from jax.sharding import AxisType
 
 from jlora._arrays import accumulator
 from jlora.transform._registry import rule
@@ -73,7 +74,8 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     if view.parts:
         dtype = walk.narrow_dtype(x.dtype, out.dtype)
         form, cost = _form(x, x_labels, view, w_labels, out_labels, dtype, eqn.params["precision"])
-        x = walk.drop(x if walk.key is None else narrowed(x, dtype))
+        atom = eqn.invars[1 if view is lhs else 0]
+        x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
         out = low_rank(out, x, view.parts, form)
     walk.used(eqn, view, cost, w_sum, w_free)
     return [out]
@@ -137,12 +139,14 @@ def _adjacent(labels: list[Any], run: list[Any]) -> bool:
 
 
 def _may_merge(x: Any, labels: list[Any], run: list[Any]) -> bool:
-    """Whether merging axes keeps a sharded array where it lies: at most the first is sharded."""
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
-    if spec is None:
-        return True
-    spec = tuple(spec) + (None,) * (len(labels) - len(tuple(spec)))
-    return all(spec[labels.index(k)] is None for k in run[1:])
+    """Whether merging axes keeps a sharded array where it lies: at most the first is sharded.
+
+    Under automatic sharding only the mesh is known, not what is sharded over it, so nothing merges.
+    """
+    sharding = jax.typeof(x).sharding
+    if any(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
+        return math.prod(sharding.mesh.axis_sizes) == 1
+    return all(sharding.spec[labels.index(k)] is None for k in run[1:])
 
 
 def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: View, rhs: View) -> Any:
@@ -299,7 +303,7 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
         numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
         z = _ragged(
             eqn,
-            walk.drop(x.astype(dtype)),
+            walk.drop(x.astype(dtype), eqn.invars[0]),
             view.factors[first].astype(dtype),
             group_sizes,
             numbers,

@@ -1,0 +1,119 @@
+"""Meshes: dropout under shard_map, explicit shardings, and no gather that the base has not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import LoraSpec
+
+X = jax.random.normal(jax.random.key(3), (4, 6, 12))
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def tree(shape=(12, 8)):
+    base = {"w": jax.random.normal(jax.random.key(0), shape)}
+    params = jlora.attach(base, {"w": LoraSpec(2)}, key=jax.random.key(1))
+    return jax.tree.map(lambda x: x + 0.1, params)
+
+
+def test_dropout_differs_where_the_input_does_and_agrees_where_it_is_one():
+    """W = 0 and A·B = 1/D: the output is the mean of the dropped input, one number a token."""
+    d, n = 12, 64
+    ones = jnp.ones((d, 1))
+    node = jlora.LoraArray(jnp.zeros((d, d)), ones / d, ones.T, jnp.ones(()), "io")
+
+    def fn(p, x):
+        specs = (P("data"), P(None, "model"))
+        run = jax.shard_map(
+            lambda x, k: x @ k, mesh=mesh(), in_specs=specs, out_specs=P("data", "model")
+        )
+        return run(x, p["w"])
+
+    out = jlora.lora(fn, dropout=0.5, key=jax.random.key(0), fallback="error")(
+        {"w": node}, jnp.ones((n, d))
+    )
+    columns = np.asarray(out)
+    assert (columns == columns[:, :1]).all(), "the shards of the outputs see one mask"
+    assert not (columns[: n // 2] == columns[n // 2 :]).all(), "the shards of the tokens do not"
+
+
+def test_sharded_tokens_are_not_merged():
+    """Two sharded token axes in one would make the partitioner gather."""
+    params, m = tree(), mesh()
+    x = jax.device_put(X, NamedSharding(m, P("data", "model")))
+
+    def collectives(fn, p):
+        text = jax.jit(fn).lower(p, x).compile().as_text()
+        return [w for w in ("all-gather", "all-to-all", "all-reduce") if w in text]
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"])
+
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        y = jax.device_put(X, P("data", "model"))
+        got = jax.jit(jlora.lora(fn, fallback="error"))(params, y)
+        assert got.sharding.spec == P("data", "model", None)
+        text = jax.jit(jlora.lora(fn)).lower(params, y).compile().as_text()
+    assert "all-gather" not in text
+    np.testing.assert_allclose(got, fn(jlora.merge(params), X), rtol=1e-5, atol=1e-5)
+    assert collectives(jlora.lora(fn, fallback="error"), params) == collectives(
+        fn, jlora.detach(params)[0]
+    )
+
+
+SPECS = {
+    "columns": (P("data"), P(None, "model"), None),
+    "rows": (P("data", None, "model"), P("model"), P("data")),
+    "replicated": (P("data"), P(), None),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_explicit_shardings(name):
+    x_spec, w_spec, out = SPECS[name]
+    params = tree()
+
+    def fn(p, x):
+        return jnp.tanh(jnp.einsum("bti,io->bto", x, p["w"], out_sharding=out))
+
+    want = jnp.tanh(X @ jlora.merge(params)["w"])
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        node = params["w"]
+        base = jax.device_put(node.base, w_spec)
+        placed = {"w": jlora.LoraArray(base, node.lora_a, node.lora_b, node.scaling, "io")}
+        x = jax.device_put(X, x_spec)
+        run = jax.jit(jlora.lora(fn, fallback="error"))
+        got = run(placed, x)
+        assert got.sharding.spec == jax.jit(fn)({"w": base}, x).sharding.spec
+        grad = jax.jit(jax.grad(lambda a: run({"w": jlora.bind(base, a)}, x).sum()))
+        assert grad(jlora.detach(placed)[1]["w"]).lora_a.shape == (12, 2)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_gathered_one_by_one():
+    """A stack of layers sharded over the data axis, each gathered when its turn comes."""
+
+    def body(x, stack):
+        def step(x, k):
+            return jnp.tanh(x @ lax.all_gather(k, "data", axis=0, tiled=True)), None
+
+        return lax.scan(step, x, stack)[0]
+
+    def fn(p, x):
+        specs = (P("data"), P(None, "data"))
+        run = jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=P("data"))
+        return run(x, p["w"])
+
+    base = {"w": jax.random.normal(jax.random.key(0), (3, 12, 12)) * 0.3}
+    params = jlora.attach(base, {"w": LoraSpec(2, layout="io")}, key=jax.random.key(1))
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    got = jax.jit(jlora.lora(fn, fallback="error"))(params, X)
+    np.testing.assert_allclose(got, fn(jlora.merge(params), X), rtol=1e-4, atol=1e-5)
