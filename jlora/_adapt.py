@@ -166,7 +166,8 @@ def _sliced(init: Any, slices: tuple[tuple[int, int], ...], geometry: Geometry) 
             init(k, matrix[:, start * per : stop * per])
             for k, (start, stop) in zip(keys, slices, strict=True)
         ]
-        return tuple(jnp.concatenate([p[k] for p in parts], axis=1) for k in (0, 1))
+        a, b = (jnp.concatenate([p[k] for p in parts], axis=1) for k in (0, 1))
+        return a, b
 
     return run
 

@@ -61,7 +61,7 @@ def nnx_stack() -> tuple[Any, Any, tuple[Any, ...]]:
 
     graph, state = nnx.split(make(nnx.Rngs(0)))
 
-    @nnx.scan(in_axes=(0, nnx.Carry))
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     def forward(layer: nnx.Linear, x: Any) -> Any:
         return jnp.tanh(layer(x))
 

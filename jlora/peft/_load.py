@@ -150,7 +150,7 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     scaling = np.array([one.scaling for one in found], np.float32)
     scaling = scaling.reshape((*lead, *(1 for _ in stack)))
     scaling = jnp.asarray(np.broadcast_to(scaling, (*lead, *stack)))
-    return LoraArray(base=None, scaling=scaling, layout=first.geometry.layout, **parts)
+    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, first.geometry.layout)
 
 
 def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:

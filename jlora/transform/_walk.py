@@ -123,13 +123,14 @@ class Walk:
             return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
 
         for n, eqn in enumerate(body.eqns):
-            if last[n] is None:
+            gone = last[n]
+            if gone is None:
                 continue
             operands = [read(v) for v in eqn.invars]
             with _compat.scope(eqn):
                 outs = self.apply(eqn, operands)
             env.update(zip(eqn.outvars, outs, strict=True))
-            for dead in last[n]:
+            for dead in gone:
                 env.pop(dead, None)
                 self.sources.pop(dead, None)
         return [read(v) for v in body.outvars]

@@ -94,7 +94,7 @@ def _pull(
     for j, view in targets.items():
         pair = [next(found), next(found)] if j in ends else []
         if pair and not any(isinstance(x, View) for x in pair):
-            parts = _factor_grads(walk, chains[j], *pair, view)
+            parts = _factor_grads(walk, chains[j], pair[0], pair[1], view)
         else:
             parts = _through(view, grads[j])
         grads[j] = dataclasses.replace(view, base=grads[j], parts=parts)

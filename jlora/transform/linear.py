@@ -11,7 +11,6 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType
 
-from jlora._arrays import accumulator
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, all_names, contract, flops, narrowed, plus, scaled
 from jlora.transform._walk import Walk
@@ -72,7 +71,7 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
 
     out, cost = walk.bind(eqn, lhs, rhs)[0], 0
     if view.parts:
-        dtype = walk.narrow_dtype(x.dtype, out.dtype)
+        dtype = walk.narrow_dtype(jnp.result_type(x), out.dtype)
         form, cost = _form(x, x_labels, view, w_labels, out_labels, dtype, eqn.params["precision"])
         atom = eqn.invars[1 if view is lhs else 0]
         x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
@@ -159,8 +158,9 @@ def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: View, rhs: View) -> Any:
         walk.used(eqn, lhs, 0, l_free, l_sum)
         walk.used(eqn, rhs, 0, r_sum, r_free)
         return [base]
-    inner = [_side(lhs, l_sum, l_batch, l_free), _side(rhs, r_sum, r_batch, r_free)]
-    if None in inner:
+    l_side = _side(lhs, l_sum, l_batch, l_free)
+    r_side = _side(rhs, r_sum, r_batch, r_free)
+    if l_side is None or r_side is None:
         return NotImplemented
     ln: list[Any] = [("l", k) for k in range(len(lhs.roles))]
     rn: list[Any] = [("r", k) for k in range(len(rhs.roles))]
@@ -174,10 +174,10 @@ def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: View, rhs: View) -> Any:
         return lax.transpose(f, [have.index(n) for n in [*out, rank]]), [*out, rank]
 
     summed_axes = batch + [ln[k] for k in l_sum]
-    b, bn = factor(lhs, ln, inner[0], "ab", summed_axes)
-    a, an = factor(lhs, ln, 1 - inner[0], "ab", left)
-    c, cn = factor(rhs, rn, inner[1], "cd", summed_axes)
-    d, _ = factor(rhs, rn, 1 - inner[1], "cd", right)
+    b, bn = factor(lhs, ln, l_side, "ab", summed_axes)
+    a, an = factor(lhs, ln, 1 - l_side, "ab", left)
+    c, cn = factor(rhs, rn, r_side, "cd", summed_axes)
+    d, _ = factor(rhs, rn, 1 - r_side, "cd", right)
     precision = eqn.params["precision"]
     w, v = (x.base.astype(base.dtype) for x in (lhs, rhs))
     bc = contract(b, bn, c, cn, [*batch, "ab", "cd"], precision).astype(base.dtype)
@@ -201,151 +201,3 @@ def _side(
     if roles[0] - {"s"} or roles[1:] not in ([{"i"}, {"o"}], [{"o"}, {"i"}]):
         return None
     return 0 if roles[1] == {"i"} else 1
-
-
-@rule("gather")
-def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
-    if not isinstance(view, View) or isinstance(indices, View):
-        return NotImplemented
-    dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    # An axis that is taken whole is kept, whatever its start: vmap of dynamic_slice asks so.
-    looked_up = {
-        *(
-            k
-            for k in dn.start_index_map
-            if sizes[k] != view.shape[k] or k in dn.collapsed_slice_dims
-        ),
-        *dn.operand_batching_dims,
-    }
-    gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
-    if any(sizes[k] != n for k, n in enumerate(view.shape) if k not in looked_up):
-        return NotImplemented
-    base = walk.bind(eqn, view, indices)[0]
-    kept = iter(k for k in range(len(view.roles)) if k not in gone)
-    batch = iter(range(indices.ndim - 1))
-    out_labels: list[Any] = [
-        ("w", next(kept)) if p in dn.offset_dims else ("n", next(batch)) for p in range(base.ndim)
-    ]
-    stack_only = all(view.roles[k] == "s" for k in looked_up)
-    if stack_only or (not view.parts and indices.ndim == 1):
-        roles = [view.new_role if kind == "n" else view.roles[k] for kind, k in out_labels]
-        factors = []
-        for k in range(len(view.parts)):
-            f, labels = _rows(eqn, view, k, indices)
-            order = [p for p in out_labels if p in labels] + [RANK]
-            factors.append(lax.transpose(f, [labels.index(p) for p in order]))
-        return [View(base, tuple(factors), tuple(roles), view.names)]
-    cost, out = 0, base
-    if view.parts:
-        dtype = walk.narrow_dtype(base.dtype, base.dtype)
-        (a, la), (b, lb) = (_rows(eqn, view, k, indices) for k in (0, 1))
-        out = plus(base, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
-        cost = 2 * base.size * a.shape[-1]
-    walk.used(eqn, view, cost, sorted(looked_up), [k for kind, k in out_labels if kind == "w"])
-    return [out]
-
-
-def _rows(eqn: JaxprEqn, view: View, k: int, indices: Any) -> tuple[Any, list[Any]]:
-    """Look the same indices up in one factor, as far as it has the indexed axes."""
-    dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    f, axes = view.factors[k], view.axes(k)
-    columns = [n for n, d in enumerate(dn.start_index_map) if d in axes]
-    batching = [
-        (axes.index(d), n)
-        for d, n in zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
-        if d in axes
-    ]
-    if not columns and not batching:
-        return f, [("w", d) for d in axes] + [RANK]
-    collapsed = [axes.index(d) for d in dn.collapsed_slice_dims if d in axes]
-    kept = [d for d in axes if d not in (*dn.collapsed_slice_dims, *dn.operand_batching_dims)]
-    lead = indices.ndim - 1
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(lead, lead + len(kept) + 1)),
-        collapsed_slice_dims=tuple(collapsed),
-        start_index_map=tuple(axes.index(dn.start_index_map[n]) for n in columns),
-        operand_batching_dims=tuple(d for d, _ in batching),
-        start_indices_batching_dims=tuple(n for _, n in batching),
-    )
-    rows = lax.gather(
-        f,
-        jnp.take(indices, jnp.asarray(columns, jnp.int32), axis=-1)
-        if len(columns) != indices.shape[-1]
-        else indices,
-        numbers,
-        slice_sizes=(*(sizes[d] for d in axes), f.shape[-1]),
-        mode=eqn.params["mode"],
-        fill_value=0,  # out of bounds the base has its own fill, and the delta adds nothing
-    )
-    return rows, [("n", n) for n in range(lead)] + [("w", d) for d in kept] + [RANK]
-
-
-@rule("ragged_dot_general")
-def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Any:
-    dn = eqn.params["ragged_dot_dimension_numbers"]
-    if not isinstance(view, View) or isinstance(x, View):
-        return NotImplemented
-    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
-    groups, ragged = [*dn.rhs_group_dimensions], [*dn.lhs_ragged_dimensions]
-    if not groups or set(ragged) & {*x_sum, *x_batch}:
-        return NotImplemented
-    free = [k for k in range(len(view.roles)) if k not in (*w_sum, *w_batch, *groups)]
-    base = walk.bind(eqn, x, view, group_sizes)[0]
-    cost, out = 0, base
-    if view.parts:
-        sides = {view.roles[k] for k in w_sum}, {view.roles[k] for k in free}
-        stacks = {view.roles[k] for k in (*groups, *w_batch)}
-        if stacks != {"s"} or sides not in (({"i"}, {"o"}), ({"o"}, {"i"})):
-            return NotImplemented
-        first = 0 if sides[0] == {"i"} else 1
-        dtype = walk.narrow_dtype(x.dtype, base.dtype)
-        axes = view.axes(first)
-        numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
-        z = _ragged(
-            eqn,
-            walk.drop(x.astype(dtype), eqn.invars[0]),
-            view.factors[first].astype(dtype),
-            group_sizes,
-            numbers,
-            ragged,
-            _at(axes, groups),
-        )
-        x_free = [k for k in range(x.ndim) if k not in (*x_sum, *x_batch)]
-        row = len(x_batch) + x_free.index(ragged[0])
-        axes = view.axes(1 - first)
-        batch = list(range(len(x_batch)))
-        numbers = (([z.ndim - 1], [len(axes)]), (batch, _at(axes, w_batch)))
-        out = plus(
-            base,
-            _ragged(
-                eqn,
-                z.astype(dtype),
-                view.factors[1 - first].astype(dtype),
-                group_sizes,
-                numbers,
-                [row],
-                _at(axes, groups),
-            ),
-        )
-        rank = view.rank
-        cost = 2 * rank * (x.size + base.size)
-    walk.used(eqn, view, cost, w_sum, free)
-    return [out]
-
-
-def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
-    return [axes.index(k) for k in wanted]
-
-
-def _ragged(
-    eqn: JaxprEqn, x: Any, w: Any, group_sizes: Any, numbers: Any, ragged: Any, groups: Any
-) -> Any:
-    return lax.ragged_dot_general(
-        x,
-        w,
-        group_sizes,
-        lax.RaggedDotDimensionNumbers(numbers, ragged, groups),
-        precision=eqn.params["precision"],
-        preferred_element_type=accumulator(x.dtype),
-        group_offset=eqn.params["group_offset"],
-    )
