@@ -120,7 +120,8 @@ def _carried(p, x):
         k, x = c
         return (k * 0.9 + 0.01, jnp.tanh(x @ k)), x.sum()
 
-    return lax.scan(step, (p["w"], x), length=3)
+    (_, x), sums = lax.scan(step, (p["w"], x), length=3)
+    return x, sums
 
 
 @plain("depthwise", {"w": w(3, 3, 4, 3)}, w(2, 5, 6, 4))
@@ -178,12 +179,12 @@ def _rows(p, x):
     return sharded(lambda x, k: lax.psum(x @ k, "model"), specs, P("data"))(x, p["w"])
 
 
-@plain("shard_map_gathered", {"w": w(12, 6)}, w(4, 12))
+@plain("shard_map_gathered", {"w": w(12, 10)}, w(4, 12))
 def _gathered(p, x):
     def body(x, k):
         whole = lax.all_gather(k, "data", axis=0, tiled=True)
         stack = lax.all_gather(k, "data", axis=0)
-        return x @ whole + x @ stack.reshape(12, 3)
+        return x @ whole + x @ stack.reshape(12, 5)
 
     return sharded(body, (P("data"), P("data", "model")), P("data", "model"))(x, p["w"])
 

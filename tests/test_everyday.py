@@ -145,9 +145,17 @@ def test_there_are_39_of_which_38_are_factored():
     assert len(NAMES) == 39 and materialized == ["r_weight_elementwise"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(FROM_THE_TABLE))
+def test_a_program_of_the_table_is_factored(name: str) -> None:
+    """That it equals the merged model, in output and gradients, is held by the laws."""
+    case = everyday(name)
+    report = jlora.explain(case.fn, adapted(case), *case.args)
+    assert report.materialized == case.materialized and not report.unused, f"\n{report}"
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
 def test_an_everyday_program(name: str) -> None:
-    """Factored, equal to the merged model eager and under jit, and in its gradients."""
+    """Factored, and equal to the merged model in output and gradients."""
     case = everyday(name)
     params = adapted(case)
     report = jlora.explain(case.fn, params, *case.args)

@@ -86,7 +86,8 @@ def save(
     check_kinds(kinds or {}, call)
     for path, node in adapted.items():
         _check(path, node, call)
-    adapted = {path: _plain(node) for path, node in adapted.items()}
+    leaves = [(path, _plain(node)) for path, node in leaves]
+    adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
     named = {place.path for place in found.values()}

@@ -18,7 +18,7 @@ from jlora.transform._walk import Walk
 
 @rule("concatenate")
 def _concatenate(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
-    axis = eqn.params["dimension"]
+    axis = int(eqn.params["dimension"])
     views = aligned(operands)
     if views is None:
         return NotImplemented
@@ -64,7 +64,7 @@ def _stacked(
 
 @rule("stack")
 def _stack(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
-    axis = eqn.params["axis"]
+    axis = int(eqn.params["axis"])
     views = aligned(operands)
     if views is None:
         return NotImplemented
