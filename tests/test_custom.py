@@ -116,7 +116,7 @@ def test_a_weight_that_the_function_closes_over():
 
     params, x = tree(), X[:, :OUT]
     close(jlora.lora(fn, fallback="error")(params, x), fn(jlora.merge(params), x))
-    # JAX refuses the weight's gradient here, or gives zero, by its release; the input's is the rule's.
+    # JAX refuses the weight's gradient here or gives zero, by release; the input's is the rule's.
     got = jax.grad(lambda x: jlora.lora(fn, fallback="error")(params, x).sum())(X[:, :OUT])
     close(got, jnp.ones((4, OUT)))
 

@@ -227,10 +227,11 @@ def test_lookups(shape, layout, order, sizes, collapsed, lead, offsets, mode, mo
 
     def fn(w, index, x):
         got = lax.gather(w, index, numbers, tuple(sizes), mode=mode, fill_value=0)
-        return got * x
+        return jnp.tensordot(got, x, (got.ndim - 1, 0)) if got.ndim else got * x[0]
 
-    out = jax.eval_shape(fn, jnp.zeros(shape), index, jnp.zeros(())).shape
-    return fn, node_of(shape, layout), jnp.asarray(index, jnp.int32), normal(9, *out)
+    lookup = lambda w: lax.gather(w, index, numbers, tuple(sizes), mode=mode)  # noqa: E731
+    out = jax.eval_shape(lookup, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+    return fn, node_of(shape, layout), jnp.asarray(index, jnp.int32), normal(9, (out or (1,))[-1])
 
 
 STEPS = {
@@ -275,7 +276,7 @@ def _span(w, axis, rng):
 
 def _along(w, axis):
     """A vector that varies along one axis only, broadcast to the weight's rank."""
-    return jnp.cos(3.0 * jnp.arange(w.shape[axis])).reshape(
+    return jnp.cos(3.0 * jnp.arange(0.0, w.shape[axis])).reshape(
         [-1 if k == axis else 1 for k in range(w.ndim)]
     )
 
