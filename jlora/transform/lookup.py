@@ -16,12 +16,14 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     if not isinstance(view, View) or isinstance(indices, View):
         return NotImplemented
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    # An axis that is taken whole is kept, whatever its start: vmap of dynamic_slice asks so.
+    # An axis that is taken whole is kept, wherever it would start: vmap of dynamic_slice asks so.
+    # Only where an index out of bounds fills the row does it matter.
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     looked_up = {
         *(
             k
             for k in dn.start_index_map
-            if sizes[k] != view.shape[k] or k in dn.collapsed_slice_dims
+            if fills or sizes[k] != view.shape[k] or k in dn.collapsed_slice_dims
         ),
         *dn.operand_batching_dims,
     }
@@ -36,28 +38,31 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     ]
     stack_only = all(view.roles[k] == "s" for k in looked_up)
     if stack_only or (not view.parts and indices.ndim == 1):
-        roles = [view.new_role if kind == "n" else view.roles[k] for kind, k in out_labels]
+        repeated = view.new_role if looked_up or not view.parts else "e"
+        roles = [repeated if kind == "n" else view.roles[k] for kind, k in out_labels]
         factors = []
         for k in range(len(view.parts)):
-            f, labels = _rows(eqn, view, k, indices)
+            f, labels = _rows(eqn, view, k, indices, looked_up)
             order = [p for p in out_labels if p in labels] + [RANK]
             factors.append(lax.transpose(f, [labels.index(p) for p in order]))
         return [View(base, tuple(factors), tuple(roles), view.names)]
     cost, out = 0, base
     if view.parts:
         dtype = walk.narrow_dtype(base.dtype, base.dtype)
-        (a, la), (b, lb) = (_rows(eqn, view, k, indices) for k in (0, 1))
+        (a, la), (b, lb) = (_rows(eqn, view, k, indices, looked_up) for k in (0, 1))
         out = plus(base, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
         cost = 2 * base.size * a.shape[-1]
     walk.used(eqn, view, cost, sorted(looked_up), [k for kind, k in out_labels if kind == "w"])
     return [out]
 
 
-def _rows(eqn: JaxprEqn, view: View, k: int, indices: Any) -> tuple[Any, list[Any]]:
+def _rows(
+    eqn: JaxprEqn, view: View, k: int, indices: Any, looked_up: set[int]
+) -> tuple[Any, list[Any]]:
     """Look the same indices up in one factor, as far as it has the indexed axes."""
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     f, axes = view.factors[k], view.axes(k)
-    columns = [n for n, d in enumerate(dn.start_index_map) if d in axes]
+    columns = [n for n, d in enumerate(dn.start_index_map) if d in axes and d in looked_up]
     batching = [
         (axes.index(d), n)
         for d, n in zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
