@@ -71,4 +71,4 @@ def varying_axes(x: Any) -> list[str]:
 
 def manual_axes(params: dict[str, Any]) -> Any:
     """Return the mesh axes that a shard_map makes manual."""
-    return params["newly_manual_axes"]
+    return params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
