@@ -4,8 +4,7 @@ Jaxpr parameters are not a stable interface (in 2026 `scan` replaced `num_consts
 `ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`), so nothing else in jlora reads them by name.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,15 +45,11 @@ def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-@contextlib.contextmanager
-def scope(eqn: JaxprEqn) -> Iterator[None]:
-    """Restore an equation's named scopes, mesh and source line, for profiles and tracebacks."""
-    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with (
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=names),
-        eqn.ctx.manager,
-    ):
-        yield
+def named_like(eqn: JaxprEqn) -> Any:
+    """Return a context that restores an equation's named scopes and source line, for profiles."""
+    source = eqn.source_info
+    names = source_info_util.current_name_stack() + source.name_stack
+    return source_info_util.user_context(source.traceback, name_stack=names)
 
 
 def source_line(eqn: JaxprEqn) -> str:

@@ -1,6 +1,7 @@
 """The walker: evaluate a jaxpr with views among its values. Knows the registry, not the rules."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -117,22 +118,24 @@ class Walk:
         env: dict[Any, Any] = {}
         env.update(zip(body.constvars, body.consts, strict=True))
         env.update(zip(body.invars, args, strict=True))
-        last = _last_uses(body)
 
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
 
-        for n, eqn in enumerate(body.eqns):
-            gone = last[n]
-            if gone is None:
-                continue
-            operands = [read(v) for v in eqn.invars]
-            with _compat.scope(eqn):
-                outs = self.apply(eqn, operands)
-            env.update(zip(eqn.outvars, outs, strict=True))
-            for dead in gone:
-                env.pop(dead, None)
-                self.sources.pop(dead, None)
+        pairs = zip(body.eqns, _last_uses(body), strict=True)
+        # Entering an equation's context (its mesh, its settings) costs more than most equations.
+        for context, group in itertools.groupby(pairs, key=lambda pair: pair[0].ctx):
+            with context.manager:
+                for eqn, gone in group:
+                    if gone is None:
+                        continue
+                    operands = [read(v) for v in eqn.invars]
+                    with _compat.named_like(eqn):
+                        outs = self.apply(eqn, operands)
+                    env.update(zip(eqn.outvars, outs, strict=True))
+                    for dead in gone:
+                        env.pop(dead, None)
+                        self.sources.pop(dead, None)
         return [read(v) for v in body.outvars]
 
     def apply(self, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:

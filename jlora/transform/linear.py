@@ -72,7 +72,9 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     out, cost = walk.bind(eqn, lhs, rhs)[0], 0
     if view.parts:
         dtype = walk.narrow_dtype(jnp.result_type(x), out.dtype)
-        form, cost = _form(x, x_labels, view, w_labels, out_labels, dtype, eqn.params["precision"])
+        sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
+        labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
+        form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
         atom = eqn.invars[1 if view is lhs else 0]
         x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
         out = low_rank(out, x, view.parts, form)
@@ -80,23 +82,28 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     return [out]
 
 
+def _factor_labels(view: View, w_labels: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    a, b = (view.labels(k, w_labels) for k in (0, 1))
+    if view.whole:  # B as it lies: (*stack, rank, *out)
+        stack = view.roles.count("s")
+        b = [*b[:stack], RANK, *b[stack:-1]]
+    return tuple(a), tuple(b)
+
+
+@functools.lru_cache(1024)  # layers of one shape share it
 def _form(
     x: Any,
-    x_labels: list[Any],
-    view: View,
-    w_labels: list[Any],
-    out_labels: list[Any],
+    weight_sizes: tuple[tuple[Any, int], ...],
+    x_labels: tuple[Any, ...],
+    labels: tuple[tuple[Any, ...], ...],
+    out_labels: tuple[Any, ...],
     dtype: Any,
     precision: Any,
 ) -> tuple[Form, int]:
-    """Choose how x meets the two factors, by fewer FLOPs, and count these."""
-    labels = [view.labels(k, w_labels) for k in (0, 1)]
-    if view.whole:  # B as it lies: (*stack, rank, *out)
-        stack = view.roles.count("s")
-        labels[1] = [*labels[1][:stack], RANK, *labels[1][stack:-1]]
-    sizes = dict(zip(x_labels, x.shape, strict=True)) | dict(zip(w_labels, view.shape, strict=True))
-    sizes[RANK] = view.rank
-    tokens = [k for k in x_labels if k not in w_labels]
+    """Choose how x (its type is given) meets the two factors, by fewer FLOPs, and count these."""
+    sizes = dict(weight_sizes)
+    tokens = [k for k in x_labels if k not in sizes]
+    sizes |= dict(zip(x_labels, x.shape, strict=True))
     if len(tokens) > 1 and _adjacent(x_labels, tokens) and _may_merge(x, x_labels, tokens):
         x_labels, out_labels = (_as_one(group, tokens) for group in (x_labels, out_labels))
         sizes[TOKENS] = math.prod(sizes[k] for k in tokens)
@@ -114,35 +121,31 @@ def _form(
 
     first = min((0, 1), key=cost)
     shape = tuple(sizes[k] for k in x_labels)
-    factors = (tuple(labels[0]), tuple(labels[1]))
-    form = Form(
-        *(tuple(x_labels), shape, factors, first, tuple(between(first)), tuple(out_labels)),
-        *(jnp.dtype(dtype), precision),
-    )
-    return form, cost(first)
+    order = (first, tuple(between(first)), out_labels)
+    return Form(x_labels, shape, labels, *order, jnp.dtype(dtype), precision), cost(first)
 
 
-def _as_one(labels: list[Any], tokens: list[Any]) -> list[Any]:
+def _as_one(labels: tuple[Any, ...], tokens: list[Any]) -> tuple[Any, ...]:
     """Replace neighboring labels by one.
 
     Contracting two token axes in the gradient of A would otherwise make XLA transpose and copy
     every saved input.
     """
     first = labels.index(tokens[0])
-    return [*labels[:first], TOKENS, *labels[first + len(tokens) :]]
+    return (*labels[:first], TOKENS, *labels[first + len(tokens) :])
 
 
-def _adjacent(labels: list[Any], run: list[Any]) -> bool:
+def _adjacent(labels: tuple[Any, ...], run: list[Any]) -> bool:
     first = labels.index(run[0])
-    return labels[first : first + len(run)] == run
+    return labels[first : first + len(run)] == tuple(run)
 
 
-def _may_merge(x: Any, labels: list[Any], run: list[Any]) -> bool:
+def _may_merge(x: Any, labels: tuple[Any, ...], run: list[Any]) -> bool:
     """Whether merging axes keeps a sharded array where it lies: at most the first is sharded.
 
     Under automatic sharding only the mesh is known, not what is sharded over it, so nothing merges.
     """
-    sharding = jax.typeof(x).sharding
+    sharding = x.sharding
     if any(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
         return math.prod(sharding.mesh.axis_sizes) == 1
     return all(sharding.spec[labels.index(k)] is None for k in run[1:])
