@@ -88,7 +88,9 @@ def test_explicit_shardings(name):
     with jax.set_mesh(mesh(AxisType.Explicit)):
         node = params["w"]
         base = jax.device_put(node.base, w_spec)
-        placed = {"w": jlora.LoraArray(base, node.lora_a, node.lora_b, node.scaling, "io")}
+        # JAX 0.10.0 has gradients only of what lies on the mesh.
+        a, b = jax.device_put((node.lora_a, node.lora_b), P())
+        placed = {"w": jlora.LoraArray(base, a, b, node.scaling, "io")}
         x = jax.device_put(X, x_spec)
         run = jax.jit(jlora.lora(fn, fallback="error"))
         got = run(placed, x)
