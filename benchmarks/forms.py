@@ -1,0 +1,153 @@
+"""Which form should an adapted product take? jlora's, against every fixed one, over a grid.
+
+    python benchmarks/forms.py [--rounds 9] [--cpu-time] [--json FILE]
+
+One product y = x W + (x A)(s B) with the gradients of x, A and B, over tokens x (in, out) x rank.
+`limit` is the frozen product with the gradient of x. The fixed forms: `tokens` (batch and time
+apart, by autodiff), `flat` (tokens merged, by autodiff), `rank first` (and A's gradient as
+(dzᵀ x)ᵀ), `dense` (x W' with W' = W + s A B built for the pass and for the gradient, A's and
+B's own gradients factored). All take turns; a ratio is a median over the rounds. `--cpu-time`
+counts the process's seconds instead of the clock's, for a busy machine (pin it to one core there).
+
+Last come the worst cell of jlora against the best factored form, and where `dense` would win:
+it is never chosen, since jlora builds W + s A B in `merge` only.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jlora
+
+BATCH, TOKENS, RANKS = 4, (32, 128, 512, 2048), (4, 8, 16, 64)
+SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576))
+
+
+def product(x, w):
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def flattened(form):
+    def run(x, w, a, b):
+        return form(x.reshape(-1, x.shape[-1]), w, a, b).reshape(*x.shape[:-1], -1)
+
+    return run
+
+
+def by_hand(weight):
+    """A product whose gradient is written out: factored, or through `weight(w, a, b)`."""
+
+    @jax.custom_vjp
+    def run(x, w, a, b):
+        return forward(x, w, a, b)[0]
+
+    def forward(x, w, a, b):
+        z = product(x, a)
+        y = product(x, weight(w, a, b)) if weight else product(x, w) + product(z, b)
+        return y, (x, w, a, b, None if weight else z)
+
+    def backward(saved, g):
+        x, w, a, b, z = saved
+        z, dz = product(x, a) if z is None else z, product(g, b.T)
+        dx = product(g, weight(w, a, b).T) if weight else product(g, w.T) + product(dz, a.T)
+        da = lax.optimization_barrier(product(dz.T, x)).T
+        return dx, jnp.zeros_like(w), da, product(z.T, g)
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def factored(x, w, a, b):
+    return product(x, w) + product(product(x, a), b)
+
+
+def by_jlora(x, w, a, b):
+    return jlora.lora(product)(x, jlora.LoraArray(w, a, b, jnp.ones(()), "io"))
+
+
+FORMS = {
+    "jlora": by_jlora,
+    "tokens": factored,
+    "flat": flattened(factored),
+    "rank first": flattened(by_hand(None)),
+    "dense": flattened(by_hand(lambda w, a, b: w + product(a, b))),
+}
+
+
+def programs(tokens, shape, rank):
+    """Return each form's compiled forward and gradient, and their arguments."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    sizes = ((BATCH, tokens // BATCH, shape[0]), shape, (shape[0], rank), (rank, shape[1]))
+    x, w, a, b = (jax.random.normal(k, s) for k, s in zip(keys, sizes, strict=False))
+    g = jax.random.normal(keys[4], (*x.shape[:2], shape[1]))
+
+    def of(form):
+        def run(x, w, a, b, g):
+            y, pull = jax.vjp(lambda x, a, b: form(x, w, a, b), x, a, b)
+            return y, pull(g)
+
+        return run
+
+    def limit(x, w, a, b, g):
+        y, pull = jax.vjp(lambda x: product(x, w), x)
+        return y, pull(g)
+
+    runs = {"limit": limit} | {name: of(form) for name, form in FORMS.items()}
+    args = (x, w, a, b, g)
+    return {name: jax.jit(run).lower(*args).compile() for name, run in runs.items()}, args
+
+
+def cell(tokens, shape, rank, rounds, clock):
+    """Return each form's time over the limit's, a median of ratios."""
+    compiled, args = programs(tokens, shape, rank)
+    repeats = max(1, round(2e9 / (tokens * shape[0] * shape[1] * 4)))
+    seconds = {name: [] for name in compiled}
+    for n in range(rounds + 1):
+        for name, run in compiled.items():
+            start = clock()
+            for _ in range(repeats):
+                jax.block_until_ready(run(*args))
+            if n:  # the first round warms up
+                seconds[name].append(clock() - start)
+    limits = seconds.pop("limit")
+    return {
+        name: statistics.median(s / limit for s, limit in zip(times, limits, strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}, {args.rounds} rounds; times over the limit's")
+    print("tokens       shape rank  " + "  ".join(f"{name:>10}" for name in FORMS))
+    rows = []
+    for tokens, shape, rank in itertools.product(TOKENS, SHAPES, RANKS):
+        ratios = cell(tokens, shape, rank, args.rounds, clock)
+        rows.append({"tokens": tokens, "shape": shape, "rank": rank, "ratios": ratios})
+        what = f"{tokens:6} {shape[0]:5}x{shape[1]:5} {rank:4}  "
+        print(what + "  ".join(f"{r:10.3f}" for r in ratios.values()), flush=True)
+    fixed = [name for name in FORMS if name not in ("jlora", "dense")]
+    worst = max(r["ratios"]["jlora"] / min(r["ratios"][f] for f in fixed) for r in rows)
+    dense = [r for r in rows if r["ratios"]["dense"] < 0.95 * r["ratios"]["jlora"]]
+    print(f"jlora over the best fixed factored form, at worst: {worst:.3f}")
+    print(f"cells of {len(rows)} where `dense` wins by more than 5 %: {len(dense)}")
+    if args.json:
+        result = {"jax": jax.__version__, "device": device, "rows": rows, "worst": worst}
+        args.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
