@@ -96,7 +96,8 @@ def adapt(
     left = {p for p in wide if any(re.fullmatch(pattern, p) for pattern in others)}
     missed = [p for p in wide if p not in layouts and p not in left]
     assert not missed, f"neither multiplied by nor named as something else: {missed}"
-    spec = jlora.LoraSpec(rank=rank)
+    types = [x.dtype for _, x in leaves_with_paths(params) if floating(x)]
+    spec = jlora.LoraSpec(rank=rank, dtype=jnp.result_type(jnp.float32, *types))
     rules = dict.fromkeys(others, None) | {re.escape(p): spec for p in wide if p not in left}
     chosen = {p: layouts[p] for p in wide if p not in left}
     # Shapes only: an initializer of each shape would take longer to compile than the model.
@@ -150,7 +151,8 @@ def weighed(outs: Any) -> jax.Array:
     total = jnp.zeros(())
     for k, x in enumerate(x for x in jax.tree.leaves(outs) if floating(x)):
         weights = np.random.default_rng(k).standard_normal(x.shape)
-        total += (x.astype(jnp.float32) * jnp.asarray(weights, jnp.float32)).sum()
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        total += (x.astype(wide) * jnp.asarray(weights, wide)).sum()
     return total
 
 
