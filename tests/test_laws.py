@@ -1,5 +1,6 @@
 """DESIGN's laws over the table of cases: `lora(f)(p, x) == f(merge(p), x)`, and what follows."""
 
+import dataclasses
 import warnings
 
 import cases_weights
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import Case
+from cases_dora import CASES
 
 import jlora
 from jlora._paths import leaves_with_paths
@@ -22,7 +24,7 @@ FACTORED = [c for c in CASES if not c.materialized]
 def adapted(case: Case, init=jlora.initializers.kaiming, random: bool = True):
     """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
     layouts = jlora.layouts(case.fn, case.params, *case.args)
-    spec = jlora.LoraSpec(rank=2, alpha=3, init=init)
+    spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora)
     params = jlora.attach(case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
     if not random:
         return params
@@ -237,11 +239,7 @@ def test_another_adapter_or_alpha_never_retraces(case):
         trainable, frozen = jlora.partition(params)
         step(jlora.combine(jax.tree.map(lambda x: x + 1, trainable), frozen), *case.args)
         doubled = jax.tree.map(
-            lambda n: (
-                jlora.LoraArray(n.base, n.lora_a, n.lora_b, n.scaling * 2, n.layout)
-                if jlora_node(n)
-                else n
-            ),
+            lambda n: dataclasses.replace(n, scaling=n.scaling * 2) if jlora_node(n) else n,
             params,
             is_leaf=jlora_node,
         )
