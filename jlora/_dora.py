@@ -3,7 +3,7 @@
     W' = g ∘ (W + s · A B)        g = m / ‖W + s · A B‖
 
 The norm is over the inputs, one per output, and a constant to the gradient (Liu et al. 2024,
-arXiv:2402.09353, eq. 5 and section 4.3). It comes from its three terms, ‖W‖² + 2 s Σ B ∘ (AᵀW) +
+arXiv:2402.09353, eq. 5 and section 4.3). It comes from its three terms, ‖W‖² + 2 s Σ B ∘ (WᵀA)ᵀ +
 s² Σ B ∘ (AᵀA B): nothing of W's own shape is made.
 """
 
@@ -87,15 +87,14 @@ def _squares(w: Array, a: Array, b: Array, s: Array, layout: str) -> tuple[Array
     dot = functools.partial(
         jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=wide
     )
-    out, b = f"{stack}{outs}", b.astype(wide)
-    aw = functools.reduce(
-        lax.add, (dot(f"{stack}{ins}R,{dims}->{stack}R{outs}", x, w) for x in _in_dtype(a, w.dtype))
-    )
-    a = a.astype(wide)
-    aa = dot(f"{stack}{ins}R,{stack}{ins}S->{stack}RS", a, a)
+    out, wide_a, b = f"{stack}{outs}", a.astype(wide), b.astype(wide)
+    # W first: XLA on CPUs multiplies no bfloat16 by a second operand of several free axes.
+    wa = [dot(f"{dims},{stack}{ins}R->{out}R", w, x) for x in _in_dtype(a, w.dtype)]
+    aa = dot(f"{stack}{ins}R,{stack}{ins}S->{stack}RS", wide_a, wide_a)
     aab = dot(f"{stack}RS,{stack}S{outs}->{stack}R{outs}", aa, b)
     ww = dot(f"{dims},{dims}->{out}", w, w)
-    cross, abab = (dot(f"{stack}R{outs},{stack}R{outs}->{out}", b, x) for x in (aw, aab))
+    cross = dot(f"{stack}R{outs},{out}R->{out}", b, functools.reduce(lax.add, wa))
+    abab = dot(f"{stack}R{outs},{stack}R{outs}->{out}", b, aab)
     s = s.astype(wide)
     s = s.reshape(*s.shape, *(1,) * (ww.ndim - s.ndim)) if s.ndim else s
     size = ww + s * s * abab

@@ -36,11 +36,6 @@ def _oi(p, x):
     return x @ p["w"].T
 
 
-@dora("left", {"w": w(11, 7)}, w(11, 5))
-def _left(p, x):
-    return p["w"].T @ x
-
-
 @dora("attention", {"q": {"w": w(11, 3, 5)}, "o": {"w": w(3, 5, 11)}}, w(2, 4, 11))
 def _attention(p, x):
     q = jnp.einsum("bti,ihd->bhtd", x, p["q"]["w"])
@@ -142,7 +137,8 @@ def _joined(p, x, y):
 
 @dora("contracted_stack", {"w": w(3, 11, 7)}, w(4, 3, 11), materialized=1)
 def _contracted_stack(p, x):
-    return jnp.einsum("tsi,sio->to", x, p["w"])
+    y = jnp.einsum("tsi,sio->tso", x, p["w"])
+    return y + jnp.einsum("tsi,sio->to", x, p["w"])[:, None]
 
 
 @dora("branch_of_weights", {"w": w(11, 7), "v": {"w": w(7, 11)}}, X, materialized=2)

@@ -16,7 +16,11 @@ from jlora._paths import leaves_with_paths
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 # What a law says of the transform as a whole is asked of each kind of model once.
-MODELS = [c for c in CASES if c.fn.__module__ != cases_weights.__name__]
+MODELS = [
+    c
+    for c in CASES
+    if c.fn.__module__ != cases_weights.__name__ and not (c.dora and c.materialized)
+]
 models = pytest.mark.parametrize("case", MODELS, ids=repr)
 FACTORED = [c for c in CASES if not c.materialized]
 
@@ -53,7 +57,9 @@ def close(got, want, scale: float = 1.0):
 
 def coarse(case: Case) -> float:
     """A program that computes in bfloat16 compares in its rounding, whatever its parameters are."""
-    return 2000.0 if case.name in ("cast", "linen_bf16_compute", "bfloat16") else 1.0
+    return (
+        2000.0 if case.name in ("cast", "linen_bf16_compute", "bfloat16", "dora_bfloat16") else 1.0
+    )
 
 
 def loss_of(case: Case, fn):
@@ -169,7 +175,7 @@ def nodes(params):
 
 
 # JAX itself cannot map `ragged_dot` over weights: "vmap over any dim but 0 - NYI".
-MAPPED = [c for c in MODELS if c.name != "ragged"]
+MAPPED = [c for c in MODELS if not c.name.endswith("ragged")]
 
 
 @pytest.mark.parametrize("case", MAPPED, ids=repr)
@@ -203,6 +209,7 @@ def test_remat_outside(case):
 NO_JVP = (
     "activations_with_rules",
     "custom_vjp_weight",
+    "dora_custom_vjp",
     "custom_vjp_of_three",
 )  # custom_vjp has none
 FORWARD = [c for c in CASES if c.name not in NO_JVP]

@@ -1,5 +1,6 @@
 """The rule for lookups: rows of A, then B; or, along a stack, whole weights."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,8 +30,9 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
         *dn.operand_batching_dims,
     }
     gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
-    if view.gain is not None and fills and eqn.params["fill_value"] is not None:
-        return NotImplemented  # a fill that is no NaN would be scaled by the gain
+    fill = eqn.params["fill_value"]
+    if view.gain is not None and fills and fill is not None and not math.isnan(fill):
+        return NotImplemented  # the gain would scale the fill
     if any(sizes[k] != n for k, n in enumerate(view.shape) if k not in looked_up):
         return NotImplemented
     base = walk.bind(eqn, view, indices)[0]
