@@ -86,9 +86,8 @@ def attach(
         stack = Geometry.of(leaf.shape, layout).stack
         scaling = jnp.full(stack, spec.s, jnp.float32)
         node = LoraArray(leaf, lora_a, lora_b, scaling, layout, spec.slices)
-        if not spec.dora:
-            return node
-        return dataclasses.replace(node, magnitude=column_norm(node).astype(spec.dtype))
+        m = column_norm(node).astype(spec.dtype) if spec.dora else None
+        return dataclasses.replace(node, magnitude=m)
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
 
@@ -247,6 +246,12 @@ def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
         )
 
 
+def _check(params: PyTree, call: str) -> None:
+    for path, node in leaves_with_paths(params, is_adapted):
+        if isinstance(node, LoraArray):
+            check(path, node, call)
+
+
 def merge(params: PyTree) -> PyTree:
     """Build the plain weights, `W + s · A B`, summed in float32 and rounded once to W's dtype.
 
@@ -269,9 +274,7 @@ def merge(params: PyTree) -> PyTree:
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
     under `safe_merge` rounds the delta and the sum separately.
     """
-    for path, node in leaves_with_paths(params, is_adapted):
-        if isinstance(node, LoraArray):
-            check(path, node, "jlora.merge")
+    _check(params, "jlora.merge")
 
     def whole(node: Any) -> Any:
         if isinstance(node, FullArray):
@@ -309,23 +312,15 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     call = "jlora.unmerge(merged, params)"
     _same_paths(merged, params, call)
     for path, node in leaves_with_paths(params, is_adapted):
-        if isinstance(node, FullArray) and node.base is None:
+        whole, dora = isinstance(node, FullArray), getattr(node, "magnitude", None) is not None
+        if (whole or dora) and node.base is None:
+            why = "was trained whole" if whole else "has a magnitude, whose norm needs it"
             raise ValueError(
-                f'`{call}`: the original of "{path}", which was trained whole, is taken out of '
-                "`params`, and nothing else has it. Give the adapted parameters, "
-                "`jlora.bind(base, adapter)`."
-            )
-        if isinstance(node, LoraArray) and node.magnitude is not None and node.base is None:
-            raise ValueError(
-                f'`{call}`: the base of "{path}" is taken out of `params`, and DoRA\'s norm is '
-                "that of the base and its update. Give the adapted parameters, "
-                "`jlora.bind(base, adapter)`."
+                f'`{call}`: the original of "{path}", which {why}, is taken out of `params`, and '
+                "nothing else has it. Give the adapted parameters, `jlora.bind(base, adapter)`."
             )
     adapter = _map(_without_base, params)
-    bound = bind(merged, adapter)
-    for path, node in leaves_with_paths(bound, is_adapted):
-        if isinstance(node, LoraArray):
-            check(path, node, "jlora.unmerge")
+    _check(bind(merged, adapter), "jlora.unmerge")
 
     def base(whole: Any, node: Any) -> Any:
         if isinstance(node, FullArray):

@@ -5,8 +5,7 @@ broadcast along it). The first factor (A) has the axes of roles s and i, the sec
 and o, each in the order of the base and with the rank last, so what happens to the base's axes
 happens to each factor's own axes in the same order.
 
-DoRA's weight is `gain ∘ (W + s·A·B)`, and the gain is laid out like the second factor, with a rank
-of 1. Rules that keep it say so (`rule(..., gain=True)`); for the others the weight is built.
+DoRA's gain, in `gain ∘ (W + s·A·B)`, is laid out like the second factor, with a rank of 1.
 
 The factors of a whole weight are made when an operation moves them; a plain product takes the
 weight's own A, B and s, as they lie.
@@ -68,7 +67,7 @@ class View:
         parts = (node.lora_a, whole_b(node, geometry), jnp.asarray(node.scaling))
         roles = ("s",) * len(geometry.stack) + tuple(node.layout)
         by = None if node.magnitude is None else gain(node)[..., None]
-        return cls(node.base, parts, roles, Names([name]), whole=True, gain=by)
+        return cls(node.base, parts, roles, Names([name]), True, by)
 
     @classmethod
     def probe(cls, base: Any, name: str) -> "View":
@@ -125,12 +124,11 @@ class View:
     @property
     def laid(self) -> tuple[Any, ...]:
         """All that is laid out as the base is: A, s·B and, of DoRA's, the gain."""
-        return self.factors if self.gain is None else (*self.factors, self.gain)
+        return (*self.factors, *(() if self.gain is None else (self.gain,)))
 
     def remade(self, base: Any, laid: Sequence[Any], roles: Sequence[Any]) -> "View":
         """Return the view of what `laid` has become."""
-        gain = laid[GAIN] if len(laid) > GAIN else None
-        return View(base, tuple(laid[:GAIN]), tuple(roles), self.names, gain=gain)
+        return View(base, tuple(laid[:GAIN]), tuple(roles), self.names, False, *laid[GAIN:])
 
     def over(self, base: Any) -> "View":
         """Return the same update over another base of the same shape."""
@@ -160,10 +158,7 @@ class View:
         return self.remade(self.base, [move(f, k) for k, f in enumerate(self.laid)], roles)
 
     def folded(self, axis: int, side: int) -> "View":
-        """Make a stack axis one of a side's: a block per stack element, the ranks added up.
-
-        A gain, which has the axes of the outputs too, is as it was where they become the stack's.
-        """
+        """Make a stack axis one of a side's: a block per stack element, the ranks added up."""
         n, rank = self.shape[axis], self.rank * self.shape[axis]
         one, other = self.factors[side], self.factors[1 - side]
         where = [1] * one.ndim
@@ -175,8 +170,8 @@ class View:
             other.reshape(*other.shape[:-2], rank),
         ]
         roles = (*self.roles[:axis], "io"[side], *self.roles[axis + 1 :])
-        pair = tuple(pair if side == 0 else pair[::-1])
-        return View(self.base, pair, roles, self.names, gain=self.gain)
+        pair = pair if side == 0 else pair[::-1]
+        return self.remade(self.base, [*pair, *self.laid[GAIN:]], roles)
 
     def delta(self) -> Any:
         """Build `s · A B` in float32 or wider."""
@@ -192,11 +187,12 @@ class View:
         if not self.parts:
             return self.base
         view = self.settled()
-        update = view.delta()
-        weight = self.base.astype(update.dtype) + update
+        weight = self.base.astype(accumulator(self.base.dtype)) + view.delta()
         if view.gain is not None:
-            across = [n if k in view.axes(GAIN) else 1 for k, n in enumerate(view.shape)]
-            weight = weight * lax.reshape(view.gain, across)
+            has = view.axes(GAIN)
+            weight *= lax.reshape(
+                view.gain, [n if k in has else 1 for k, n in enumerate(self.shape)]
+            )
         return weight.astype(self.base.dtype)
 
 

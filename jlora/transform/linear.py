@@ -115,9 +115,10 @@ def _gained(
     out_labels: list[Any],
 ) -> Any:
     """Multiply by DoRA's weight: the same products, and a gain at one end."""
-    gain, result = placed(view, w_labels, x_labels, out_labels), eqn.outvars[0].aval
+    gain = placed(view, w_labels, x_labels, out_labels)
     if gain is None:
         return NotImplemented
+    result: Any = eqn.outvars[0].aval
     dtype = walk.narrow_dtype(jnp.result_type(x), result.dtype)
     sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
     labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))

@@ -29,7 +29,8 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
         stacks = {view.roles[k] for k in (*groups, *w_batch)}
         if stacks != {"s"} or sides not in (({"i"}, {"o"}), ({"o"}, {"i"})):
             return NotImplemented
-    first, result = int(sides[0] == {"o"}), eqn.outvars[0].aval
+    result: Any = eqn.outvars[0].aval
+    first = int(sides[0] == {"o"})
     dtype = walk.narrow_dtype(x.dtype, result.dtype)
 
     def product(x: Any) -> Any:
