@@ -185,6 +185,6 @@ def refuse_variants(
         what = "an embedding"
     else:
         return
-    for word, on in (("DoRA (use_dora=True)", dora), ("a bias of lora_B (lora_bias=True)", bias)):
+    for word, on in (("DoRA (use_dora=True)", dora), ("bias of lora_B (lora_bias=True)", bias)):
         if on:
             raise ValueError(f'`{call}`: PEFT has no {word} for {what}, such as "{place.name}".')
