@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jlora import _compat
@@ -83,10 +85,15 @@ def _squares(w: Array, a: Array, b: Array, s: Array, layout: str) -> tuple[Array
     dims = string.ascii_lowercase[: w.ndim]
     stack, own = dims[: w.ndim - len(layout)], dims[w.ndim - len(layout) :]
     ins, outs = ("".join(c for c, k in zip(own, layout, strict=True) if k == side) for side in "io")
-    wide = accumulator(w.dtype)
-    dot = functools.partial(
-        jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=wide
-    )
+    wide, axes = accumulator(w.dtype), _mesh_axes(w, dims)
+
+    def dot(formula: str, x: Array, y: Array) -> Array:
+        to = None if axes is None else P(*(axes.get(c) for c in formula.partition("->")[2]))
+        highest = lax.Precision.HIGHEST
+        return jnp.einsum(
+            formula, x, y, precision=highest, preferred_element_type=wide, out_sharding=to
+        )
+
     out, wide_a, b = f"{stack}{outs}", a.astype(wide), b.astype(wide)
     # W first: XLA on CPUs multiplies no bfloat16 by a second operand of several free axes.
     wa = [dot(f"{dims},{stack}{ins}R->{out}R", w, x) for x in _in_dtype(a, w.dtype)]
@@ -99,6 +106,17 @@ def _squares(w: Array, a: Array, b: Array, s: Array, layout: str) -> tuple[Array
     s = s.reshape(*s.shape, *(1,) * (ww.ndim - s.ndim)) if s.ndim else s
     size = ww + s * s * abab
     return size + 2.0 * s * cross, size
+
+
+def _mesh_axes(w: Array, dims: str) -> dict[str, Any] | None:
+    """Return the mesh axes of W's own, where the mesh is explicit: a sum over them has to be told.
+
+    What is summed over several devices comes out as W's outputs lie.
+    """
+    sharding = jax.typeof(w).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return dict(zip(dims, sharding.spec, strict=True))
 
 
 def _in_dtype(a: Array, dtype: Any) -> list[Array]:

@@ -325,3 +325,36 @@ def test_a_magnitude_of_another_shape():
     x = dataclasses.replace(node(), magnitude=jnp.ones(11))
     with pytest.raises(ValueError, match=r"needs a magnitude of shape \(7,\), one per output; got"):
         jlora.merge(x)
+
+
+@pytest.mark.parametrize("name", ["columns", "rows", "replicated"])
+@pytest.mark.parametrize("factors", [True, False], ids=["as_the_weight", "everywhere"])
+def test_explicit_shardings(name, factors):
+    """The norm's sums over a sharded axis are told where to come out."""
+    kinds = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds)
+    spec, out = {
+        "columns": (P(None, "model"), None),
+        "rows": (P("model"), P("data")),
+        "replicated": (P(), None),
+    }[name]
+    x = node((12, 8))
+    y = jax.random.normal(jax.random.key(4), (4, 12))
+    want = y @ paper(x)
+
+    def fn(p, y):
+        return jnp.einsum("ti,io->to", y, p["w"], out_sharding=out)
+
+    with jax.set_mesh(mesh):
+        rows, columns = (*spec, None, None)[:2]
+        specs = (P(rows), P(None, columns), P(columns)) if factors else (P(), P(), P())
+        a, b, m = jax.device_put((x.lora_a, x.lora_b, x.magnitude), specs)
+        placed = {
+            "w": jlora.LoraArray(jax.device_put(x.base, spec), a, b, x.scaling, "io", magnitude=m)
+        }
+        y = jax.device_put(y, P("data", "model" if name == "rows" and not factors else None))
+        run = jax.jit(jlora.lora(fn, fallback="error"))
+        np.testing.assert_allclose(run(placed, y), want, rtol=1e-4, atol=1e-5)
+        t, f = jlora.partition(placed)
+        grads = jax.jit(jax.grad(lambda t: run(jlora.combine(t, f), y).sum()))(t)["w"]
+    assert grads.magnitude.shape == (8,) and np.isfinite(grads.magnitude).all()
