@@ -120,6 +120,21 @@ def _conv_transpose(p, x):
     )
 
 
+@dora("depthwise", {"w": w(3, 3, 4, 3)}, w(2, 5, 6, 4))
+def _depthwise(p, x):
+    kernel = p["w"].reshape(3, 3, 1, 12)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=4
+    )
+
+
+@dora("short_axes", {"w": w(1, 11, 7, 1)}, X, w(5, 7))
+def _short_axes(p, x, y):
+    one = p["w"].reshape(11, 7)
+    return jnp.einsum("ti,aiob->to", x, p["w"]), y @ one.T
+
+
 linen("grouped_conv", nn.Conv(6, (3, 3), feature_group_count=2), w(2, 7, 5, 4))
 linen("linen_attention", nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=10), w(2, 3, 11))
 

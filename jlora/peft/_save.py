@@ -61,7 +61,8 @@ def save(
 
     Raises:
         ValueError: nothing is adapted; an adapted leaf without a name; parameters trained whole
-            that make up no module; an entry of `config` that the parameters tell.
+            that make up no module; magnitudes in some adapted layers only, or of experts or
+            MultiheadAttention; an entry of `config` that the parameters tell.
         TypeError: a name that is no string.
 
     Example:

@@ -43,11 +43,13 @@ def placed(
     """Find where a view's gain goes, given the labels of the axes of all; None if nowhere."""
     if view.gain is None:
         return Gain()
-    labels = [w_labels[k] for k in view.axes(GAIN)]
+    short = [n for n, k in enumerate(view.axes(GAIN)) if view.shape[k] == 1]
+    labels = [w_labels[k] for k in view.axes(GAIN) if view.shape[k] != 1]
+    gain = lax.squeeze(view.gain, short)
     if set(labels) <= set(out_labels):
-        return Gain(after=spread(view.gain, labels, out_labels))
+        return Gain(after=spread(gain, labels, out_labels))
     if set(labels) <= set(x_labels):
-        return Gain(before=spread(view.gain, labels, x_labels))
+        return Gain(before=spread(gain, labels, x_labels))
     return None
 
 
