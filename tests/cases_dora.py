@@ -167,6 +167,11 @@ def _padded(p, x):
     return x @ jnp.pad(p["w"], ((0, 0), (0, 2)))
 
 
+@dora("sums", {"w": w(11, 7)}, X, materialized=1)
+def _sums(p, x):
+    return x[:, :1] * p["w"].sum(0)[None], x * p["w"].sum(1)[None]
+
+
 @dora("product", {"w": w(11, 7), "v": {"w": w(7, 5)}}, X, materialized=1)
 def _product(p, x):
     return x @ (p["w"] @ p["v"]["w"])

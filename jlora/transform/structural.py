@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora.transform._registry import rule
-from jlora.transform._view import View, on_factor, varying_sides
+from jlora.transform._view import GAIN, View, on_factor, varying_sides
 from jlora.transform._walk import Walk
 
 
@@ -240,9 +240,11 @@ def _pad(walk: Walk, eqn: JaxprEqn, view: Any, value: Any) -> Any:
     return [view.moved(walk.bind(eqn, view, value)[0], view.roles, move)]
 
 
-@rule("reduce_sum")
+@rule("reduce_sum", gain=True)
 def _sum(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     gone = list(eqn.params["axes"])
+    if view.gain is not None and any(view.shape[k] > 1 for k in view.axes(GAIN) if k in gone):
+        return NotImplemented  # a sum of outputs, each with a gain of its own
 
     def move(f: Any, axes: list[int]) -> Any:
         f = f.sum([n for n, k in enumerate(axes) if k in gone and view.roles[k] != "s"])
