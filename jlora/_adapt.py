@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jlora._arrays import FullArray, Geometry, LoraArray, check, delta, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted
+from jlora._dora import base_of, column_norm, weight
 from jlora._paths import describe, leaves_with_paths, near_misses, path_str
 from jlora._spec import LoraSpec, check_layout, resolve
 
@@ -25,6 +26,8 @@ def attach(
     layouts: Mapping[str, str] | None = None,
 ) -> PyTree:
     """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
+
+    Under `LoraSpec(dora=True)` it is `m · (W + s · A B) / ‖W + s · A B‖`, and m begins as the norm.
 
     The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
 
@@ -82,7 +85,9 @@ def attach(
         lora_a, lora_b = _factors(leaf_key, leaf, spec, layout)
         stack = Geometry.of(leaf.shape, layout).stack
         scaling = jnp.full(stack, spec.s, jnp.float32)
-        return LoraArray(leaf, lora_a, lora_b, scaling, layout, spec.slices)
+        node = LoraArray(leaf, lora_a, lora_b, scaling, layout, spec.slices)
+        m = column_norm(node).astype(spec.dtype) if spec.dora else None
+        return dataclasses.replace(node, magnitude=m)
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
 
@@ -241,8 +246,16 @@ def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
         )
 
 
+def _check(params: PyTree, call: str) -> None:
+    for path, node in leaves_with_paths(params, is_adapted):
+        if isinstance(node, LoraArray):
+            check(path, node, call)
+
+
 def merge(params: PyTree) -> PyTree:
     """Build the plain weights, `W + s · A B`, summed in float32 and rounded once to W's dtype.
+
+    DoRA's are `m · (W + s · A B) / ‖W + s · A B‖`, whose norm is a constant to the gradient.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
@@ -261,13 +274,22 @@ def merge(params: PyTree) -> PyTree:
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
     under `safe_merge` rounds the delta and the sum separately.
     """
-    return _add_delta(params, +1.0, "jlora.merge")
+    _check(params, "jlora.merge")
+
+    def whole(node: Any) -> Any:
+        if isinstance(node, FullArray):
+            return node.value
+        return weight(node).astype(node.dtype) if isinstance(node, LoraArray) else node
+
+    return _map(whole, params)
 
 
 def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     """Take an adapter out of merged weights again: the base is `W' - s · A B`, in float32.
 
-    Rounding makes it close to the original base, not equal; `detach(params)` has it bit for bit.
+    DoRA's is `W' · ‖W + s · A B‖ / m - s · A B`, with the norm over the base in `params`, which is
+    also what an output of magnitude 0, whose weight is lost, gets back. Rounding makes it close to
+    the original base, not equal; `detach(params)` has it bit for bit.
 
     Args:
         merged: plain parameters that `merge` made, perhaps changed since.
@@ -277,7 +299,8 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
         Adapted parameters whose `merge` is `merged`.
 
     Raises:
-        ValueError: the trees have other paths; a "full" parameter whose original is taken out.
+        ValueError: the trees have other paths; a "full" parameter whose original is taken out;
+            DoRA's weight whose base is.
 
     Example:
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
@@ -289,30 +312,19 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     call = "jlora.unmerge(merged, params)"
     _same_paths(merged, params, call)
     for path, node in leaves_with_paths(params, is_adapted):
-        if isinstance(node, FullArray) and node.base is None:
+        whole, dora = isinstance(node, FullArray), getattr(node, "magnitude", None) is not None
+        if (whole or dora) and node.base is None:
+            why = "was trained whole" if whole else "has a magnitude, whose norm needs it"
             raise ValueError(
-                f'`{call}`: the original of "{path}", which was trained whole, is taken out of '
-                "`params`, and nothing else has it. Give the adapted parameters, "
-                "`jlora.bind(base, adapter)`."
+                f'`{call}`: the original of "{path}", which {why}, is taken out of `params`, and '
+                "nothing else has it. Give the adapted parameters, `jlora.bind(base, adapter)`."
             )
     adapter = _map(_without_base, params)
-    bound = bind(merged, adapter)
-    base = _add_delta(bound, -1.0, "jlora.unmerge")
-    base = _map(lambda w, x: x.base if isinstance(x, FullArray) else w, base, params)
-    return bind(base, adapter)
+    _check(bind(merged, adapter), "jlora.unmerge")
 
-
-def _add_delta(params: PyTree, sign: float, call: str) -> PyTree:
-    for path, node in leaves_with_paths(params, is_adapted):
-        if isinstance(node, LoraArray):
-            check(path, node, call)
-
-    def summed(node: Any) -> Any:
+    def base(whole: Any, node: Any) -> Any:
         if isinstance(node, FullArray):
-            return node.value
-        if not isinstance(node, LoraArray):
-            return node
-        update = delta(node, node.shape)
-        return (node.base.astype(update.dtype) + sign * update).astype(node.dtype)
+            return node.base
+        return base_of(whole, node).astype(whole.dtype) if isinstance(node, LoraArray) else whole
 
-    return _map(summed, params)
+    return bind(_map(base, merged, params), adapter)

@@ -17,7 +17,7 @@ from jlora._paths import describe
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("base", "lora_a", "lora_b", "scaling"),
+    data_fields=("base", "lora_a", "lora_b", "scaling", "magnitude"),
     meta_fields=("layout", "slices"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +34,8 @@ class LoraArray:
             range has an update of its own: `lora_a` is `(*stack, *in_dims, n · rank)`, the ranges'
             A side by side, and `lora_b` has the ranges' widths, side by side, for that dimension.
             loralib's `MergedLinear`, transposed.
+        magnitude: DoRA's m, `(*stack, *out_dims)`, or `None`: with it the weight is
+            `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `lora_magnitude_vector`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -41,7 +43,7 @@ class LoraArray:
         >>> w.shape, w.rank
         ((3, 4), 2)
 
-    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5.
     """
 
     base: Any
@@ -50,6 +52,7 @@ class LoraArray:
     scaling: Any
     layout: str
     slices: tuple[tuple[int, int], ...] | None = None
+    magnitude: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,6 +158,12 @@ class Geometry:
             (*self.stack, rank, width, *self.out_dims[1:]),
         )
 
+    def across(self, outputs: Array) -> Array:
+        """Arrange `(*stack, *out_dims)` to broadcast against a weight."""
+        rest = iter(outputs.shape[len(self.stack) :])
+        dims = (next(rest) if letter == "o" else 1 for letter in self.layout)
+        return outputs.reshape(*self.stack, *dims)
+
     @property
     def _sorted_axes(self) -> tuple[int, ...]:
         split = len(self.stack)
@@ -226,4 +235,10 @@ def check(path: str, node: LoraArray, call: str) -> None:
         raise ValueError(
             f"`{call}`: {describe(path, node.base)} needs a scaling of shape () or "
             f"{geometry.stack}; got {jnp.shape(node.scaling)}."
+        )
+    outs = (*geometry.stack, *geometry.out_dims)
+    if node.magnitude is not None and jnp.shape(node.magnitude) != outs:
+        raise ValueError(
+            f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs a magnitude "
+            f"of shape {outs}, one per output; got {jnp.shape(node.magnitude)}."
         )

@@ -11,7 +11,7 @@ from jlora._arrays import FullArray, LoraArray, is_adapted
 
 
 def labels(params: PyTree) -> PyTree:
-    """Label every leaf "adapter" (A, B, a full parameter's value) or "frozen" (all else).
+    """Label every leaf "adapter" (A, B, m, a full parameter's value) or "frozen" (all else).
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes, of arrays or of anything.
@@ -37,6 +37,7 @@ def labels(params: PyTree) -> PyTree:
                 lora_a=fill(node.lora_a, "adapter"),
                 lora_b=fill(node.lora_b, "adapter"),
                 scaling=fill(node.scaling, "frozen"),
+                magnitude=fill(node.magnitude, "adapter"),
             )
         if isinstance(node, FullArray):
             return FullArray(fill(node.base, "frozen"), fill(node.value, "adapter"))

@@ -23,15 +23,17 @@ class LoraSpec:
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`.
         layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
-        dtype: of A and B, a floating type; float32 also over a bfloat16 base.
+        dtype: of A, B and m, a floating type; float32 also over a bfloat16 base.
         slices: `(start, stop)` ranges of the first output dimension, each with an update of its
             own; what lies between has none. For the query and value of a fused kernel of width
             3 · 768: `slices=((0, 768), (1536, 2304))`. loralib's `MergedLinear(enable_lora=...)`.
+        dora: also train a magnitude m per output (of all outputs, where there are slices), in
+            `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `use_dora`.
 
     Raises:
         ValueError: rank below 1, alpha not finite, unknown scaling, a layout of other letters,
             slices that are empty, overlap or go backwards.
-        TypeError: rank not an integer, init not callable, dtype not floating.
+        TypeError: rank not an integer, init not callable, dtype not floating, dora not a bool.
 
     Example:
         >>> LoraSpec(rank=8, alpha=16).s
@@ -39,7 +41,8 @@ class LoraSpec:
         >>> LoraSpec(rank=16, alpha=16, scaling="rslora").s
         4.0
 
-    References: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732.
+    References: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023,
+    arXiv:2312.03732; Liu et al. 2024, arXiv:2402.09353.
     """
 
     rank: int = 8
@@ -49,6 +52,7 @@ class LoraSpec:
     layout: str | None = None
     dtype: DTypeLike = jnp.float32
     slices: tuple[tuple[int, int], ...] | None = None
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool):
@@ -70,6 +74,8 @@ class LoraSpec:
                 f"`LoraSpec(init={self.init!r})`: give a function, e.g. "
                 "`init=jlora.initializers.kaiming`."
             )
+        if not isinstance(self.dora, bool):
+            raise TypeError(f"`LoraSpec(dora={self.dora!r})`: give True or False.")
         if self.layout is not None:
             check_layout(self.layout, f"LoraSpec(layout={self.layout!r})")
         if self.slices is not None:

@@ -72,6 +72,8 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
                 "lora_b": node.lora_b,
                 "scaling": jax.numpy.asarray(node.scaling),
             }
+            if node.magnitude is not None:
+                arrays[str(n)]["magnitude"] = node.magnitude
         else:
             index[path] = {"kind": "full", "leaf": str(n)}
             arrays[str(n)] = {"value": node.value}
@@ -173,10 +175,14 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
     if entry["kind"] == "full" and set(saved) == {"value"}:
         shapes, want = [saved["value"].shape], [leaf.shape]
         node = FullArray(None, saved["value"])
-    elif entry["kind"] == "lora" and set(saved) == {"lora_a", "lora_b", "scaling"}:
+    elif entry["kind"] == "lora" and set(saved) - {"magnitude"} == {"lora_a", "lora_b", "scaling"}:
         node = LoraArray(None, **saved, layout=entry["layout"], slices=entry.get("slices"))
         shapes = [node.lora_a.shape, node.lora_b.shape]
-        want = list(Geometry.of(leaf.shape, node.layout).factor_shapes(node.rank, node.slices))
+        geometry = Geometry.of(leaf.shape, node.layout)
+        want = list(geometry.factor_shapes(node.rank, node.slices))
+        if node.magnitude is not None:
+            shapes.append(node.magnitude.shape)
+            want.append((*geometry.stack, *geometry.out_dims))
     else:
         raise ValueError(
             f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.'

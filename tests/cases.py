@@ -22,6 +22,7 @@ class Case:
     args: tuple[Any, ...]
     rules: str = r".*(w|kernel|embedding)"
     materialized: int = 0
+    dora: bool = False
 
     def __repr__(self) -> str:
         return self.name

@@ -14,7 +14,7 @@ from jlora import checkpoint, initializers, peft
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat"},
-    {"_arrays", "initializers"},
+    {"_arrays", "_dora", "initializers"},
     {"_spec"},
     {"_adapt", "_partition", "_report", "transform"},
     {"checkpoint", "peft"},

@@ -1,5 +1,6 @@
 """DESIGN's laws over the table of cases: `lora(f)(p, x) == f(merge(p), x)`, and what follows."""
 
+import dataclasses
 import warnings
 
 import cases_weights
@@ -7,14 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import Case
+from cases_dora import CASES
 
 import jlora
 from jlora._paths import leaves_with_paths
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 # What a law says of the transform as a whole is asked of each kind of model once.
-MODELS = [c for c in CASES if c.fn.__module__ != cases_weights.__name__]
+# Of DoRA's, those that are models, not what is done to a weight.
+DORA = [
+    f"dora_{name}" for name in ("io", "attention", "tied", "scanned", "experts", "ragged", "conv")
+]
+MODELS = [
+    c for c in CASES if c.fn.__module__ != cases_weights.__name__ and (not c.dora or c.name in DORA)
+]
 models = pytest.mark.parametrize("case", MODELS, ids=repr)
 FACTORED = [c for c in CASES if not c.materialized]
 
@@ -22,7 +30,7 @@ FACTORED = [c for c in CASES if not c.materialized]
 def adapted(case: Case, init=jlora.initializers.kaiming, random: bool = True):
     """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
     layouts = jlora.layouts(case.fn, case.params, *case.args)
-    spec = jlora.LoraSpec(rank=2, alpha=3, init=init)
+    spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora)
     params = jlora.attach(case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
     if not random:
         return params
@@ -51,7 +59,9 @@ def close(got, want, scale: float = 1.0):
 
 def coarse(case: Case) -> float:
     """A program that computes in bfloat16 compares in its rounding, whatever its parameters are."""
-    return 2000.0 if case.name in ("cast", "linen_bf16_compute", "bfloat16") else 1.0
+    return (
+        2000.0 if case.name in ("cast", "linen_bf16_compute", "bfloat16", "dora_bfloat16") else 1.0
+    )
 
 
 def loss_of(case: Case, fn):
@@ -167,7 +177,7 @@ def nodes(params):
 
 
 # JAX itself cannot map `ragged_dot` over weights: "vmap over any dim but 0 - NYI".
-MAPPED = [c for c in MODELS if c.name != "ragged"]
+MAPPED = [c for c in MODELS if not c.name.endswith("ragged")]
 
 
 @pytest.mark.parametrize("case", MAPPED, ids=repr)
@@ -201,6 +211,7 @@ def test_remat_outside(case):
 NO_JVP = (
     "activations_with_rules",
     "custom_vjp_weight",
+    "dora_custom_vjp",
     "custom_vjp_of_three",
 )  # custom_vjp has none
 FORWARD = [c for c in CASES if c.name not in NO_JVP]
@@ -237,11 +248,7 @@ def test_another_adapter_or_alpha_never_retraces(case):
         trainable, frozen = jlora.partition(params)
         step(jlora.combine(jax.tree.map(lambda x: x + 1, trainable), frozen), *case.args)
         doubled = jax.tree.map(
-            lambda n: (
-                jlora.LoraArray(n.base, n.lora_a, n.lora_b, n.scaling * 2, n.layout)
-                if jlora_node(n)
-                else n
-            ),
+            lambda n: dataclasses.replace(n, scaling=n.scaling * 2) if jlora_node(n) else n,
             params,
             is_leaf=jlora_node,
         )

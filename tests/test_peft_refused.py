@@ -79,9 +79,14 @@ FILES = {
     "magnitude": (
         tensors(m__q_proj__lora_magnitude_vector=zeros(4)),
         {},
-        says("is of DoRA's magnitudes, which jlora does not have yet"),
+        says("1 keys are unexpected", "m.q_proj.lora_magnitude_vector"),
     ),
-    "bias_of_b": (tensors(m__q_proj__lora_B__bias=zeros(4)), {}, says("is of a bias on lora_B")),
+    "bias_of_b": (
+        tensors(m__q_proj__lora_B__bias=zeros(4)),
+        {},
+        says("1 keys are unexpected", "m.q_proj.lora_B.bias"),
+    ),
+    "bias_of_a": (tensors(m__q_proj__lora_A__bias=zeros(2)), {}, says("is of a bias on lora_A")),
     "kasa": (tensors(m__q_proj__lora_diag=zeros(2)), {}, says("is of KaSA")),
     "velora": (tensors(m__q_proj__lora_velora_embed=zeros(2)), {}, says("is of VeLoRA")),
     "monteclora": (
@@ -96,9 +101,13 @@ FILES = {
     ),
     "peft_type_missing": (tensors(), {"peft_type": None}, says('has no "peft_type"')),
     "peft_type": (tensors(), {"peft_type": "LOHA"}, says("peft_type 'LOHA' is another method")),
-    "dora": (tensors(), {"use_dora": True}, says("uses DoRA (use_dora=True)", "other numbers")),
+    "dora": (
+        tensors(),
+        {"use_dora": True},
+        says("2 keys are missing", "m.q_proj.lora_magnitude_vector"),
+    ),
     "qalora": (tensors(), {"use_qalora": True}, says("uses QALoRA")),
-    "lora_bias": (tensors(), {"lora_bias": True}, says("uses a bias on lora_B")),
+    "lora_bias": (tensors(), {"lora_bias": True}, says("2 keys are missing", "q_proj.lora_B.bias")),
     "alora": (tensors(), {"alora_invocation_tokens": [3]}, says("uses activated LoRA")),
     "arrow": (tensors(), {"arrow_config": {"top_k": 3}}, says("uses Arrow")),
     "bdlora": (tensors(), {"use_bdlora": {"nblocks": 2}}, says("uses block-diagonal LoRA")),

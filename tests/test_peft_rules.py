@@ -169,7 +169,11 @@ RECIPES = {
         says("'(?P<index>a)' is not a regular expression here"),
     ),
     "object": (3, TypeError, says("the configuration is a int", "to_dict()")),
-    "dora": (entries(target_modules=["q_proj"], use_dora=True), ValueError, says("uses DoRA")),
+    "qalora": (
+        entries(target_modules=["q_proj"], use_qalora=True),
+        ValueError,
+        says("uses QALoRA"),
+    ),
 }
 
 

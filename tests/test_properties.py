@@ -3,6 +3,7 @@
 `nightly` runs each with 2,000 examples: `python -m pytest -m nightly tests/test_properties.py`.
 """
 
+import dataclasses
 import string
 
 import jax
@@ -23,17 +24,28 @@ RANK = 2
 def examples(strategy):
     """Hold 200 random programs to the law, and 2,000 under the marker `nightly`.
 
+    There 200 are of DoRA too, whose weights are built where a gain has no place.
     `make(*example)` gives a function, its LoraArray and its other arguments. Ten at a time are
     compiled as one program, which is most of their cost.
     """
 
     def decorate(make):
-        @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.nightly)])
-        def run(count):
+        night = pytest.mark.nightly
+        counts = [
+            pytest.param(200, False, id="200"),
+            pytest.param(2000, False, marks=night, id="2000"),
+            pytest.param(200, True, marks=night, id="dora"),
+        ]
+
+        @pytest.mark.parametrize(("count", "dora"), counts)
+        def run(count, dora):
             @settings(max_examples=count // 10, deadline=None, derandomize=True)
             @given(st.lists(strategy, min_size=10, max_size=10))
             def sampled(batch):
-                agree([make(*example) for example in batch], batch)
+                programs = [make(*example) for example in batch]
+                if dora:
+                    programs = [(fn, with_magnitude(node), *args) for fn, node, *args in programs]
+                agree(programs, batch, fallback="materialize" if dora else "error")
 
             sampled()
 
@@ -67,8 +79,14 @@ def node_of(shape, layout, seed=0):
     )
 
 
-def agree(programs, drawn):
-    """The law, for output and gradients of A, B and the input, with nothing materialized."""
+def with_magnitude(node):
+    outs = node.lora_b.shape[len(node.shape) - len(node.layout) + 1 :]
+    stack = node.shape[: len(node.shape) - len(node.layout)]
+    return dataclasses.replace(node, magnitude=normal(8, *stack, *outs))
+
+
+def agree(programs, drawn, fallback):
+    """The law, for output and gradients of all that trains and the input."""
 
     def by(fn, frozen, args, trainable, values):
         def loss(trainable, values):
@@ -88,7 +106,7 @@ def agree(programs, drawn):
     def both(inputs):
         return [
             (
-                by(jlora.lora(fn, fallback="error"), *parts),
+                by(jlora.lora(fn, fallback=fallback), *parts),
                 by(lambda p, *a, fn=fn: fn(jlora.merge(p), *a), *parts),
             )
             for (fn, *_), parts in zip(programs, inputs, strict=True)

@@ -8,9 +8,9 @@ import numpy as np
 
 from jlora._paths import near_misses
 from jlora.peft._config import Config
-from jlora.peft._keys import PREFIX, Found, Groups, Owner, Tensors, owners, sort
+from jlora.peft._keys import BIAS, PREFIX, Found, Groups, Owner, Tensors, owners, sort
 from jlora.peft._match import first_match, targeted
-from jlora.peft._names import Place, kind_of
+from jlora.peft._names import Place, bias_of, is_parameter, kind_of, refuse_variants
 from jlora.peft._tensors import parts_of, shapes, whole_shape
 
 _SHOWN = 5
@@ -40,6 +40,7 @@ class Plan:
     lora: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
     full: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
     base: list[Assignment] = dataclasses.field(default_factory=list)
+    biases: list[Assignment] = dataclasses.field(default_factory=list)  # of lora_B, at its layer's
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     misshaped: list[str] = dataclasses.field(default_factory=list)
@@ -101,28 +102,53 @@ def _assign_lora(
     """Check one module's parts, and note them under their leaf."""
     place, name = owner
     kind = "embedding" if "embedding" in kinds else "linear"
-    keys, wanted = kinds[kind], parts_of(kind)
-    plan.unexpected += [k for other in kinds if other != kind for k in kinds[other].values()]
-    lacking = [f"{PREFIX}{spelled}.{wanted[part]}" for part in wanted if part not in keys]
-    plan.missing += lacking
-    if lacking or len(place.shape) < 2:
-        plan.unexpected += [] if lacking else keys.values()
+    keys = _of_kind(plan, spelled, kinds, kind, config)
+    if keys is None or len(place.shape) < 2:
+        plan.unexpected += (keys or {}).values()
         return
-    parts = {part: tensors[keys[part]] for part in wanted}
+    parts = {part: tensors[key] for part, key in keys.items()}
     kind = "conv" if kind == "linear" and parts["lora_a"].ndim > 2 else kind
     geometry = found.geometry(place, kind, call)
     if isinstance(config, Config):
         rank = first_match(config.rank_pattern, name, config.r, call)
         alpha = first_match(config.alpha_pattern, name, config.lora_alpha, call)
         scaling = config.scaling(alpha, rank)
+        parameter = is_parameter(place, geometry)
+        refuse_variants(place, parameter, kind, config.use_dora, config.lora_bias, call)
     else:
         rank = max(1, parts["lora_a"].shape[0] if parts["lora_a"].ndim else 1)
         scaling = config / rank
+    bias = parts.pop("bias", None)
+    if bias is not None:
+        of = bias_of(place, found.places, call)
+        plan.check_shape(keys["bias"], bias, (geometry.fan_out,), of)
+        plan.biases.append(Assignment(of, {"value": bias}, None, kind, rank, scaling))
     want = shapes(geometry, rank, kind)
-    for part in wanted:
-        plan.check_shape(keys[part], parts[part], want[part], place)
+    for part, x in parts.items():
+        plan.check_shape(keys[part], x, want[part], place)
     one = Assignment(place, parts, geometry, kind, rank, scaling)
     plan.lora.setdefault(place.path, []).append(one)
+
+
+def _of_kind(
+    plan: Plan,
+    spelled: str,
+    kinds: Mapping[str, Mapping[str, str]],
+    kind: str,
+    config: Config | float | int,
+) -> dict[str, str] | None:
+    """Return the keys of a module's parts; note what is too much or missing: then None."""
+    dora, bias = (
+        (config.use_dora, config.lora_bias) if isinstance(config, Config) else (False, False)
+    )
+    wanted = parts_of(kind, dora) | ({"bias": BIAS} if bias else {})
+    given = {**kinds.get(kind, {}), **kinds.get("any", {})}
+    others = [k for other in kinds if other not in (kind, "any") for k in kinds[other].values()]
+    plan.unexpected += others + [key for part, key in given.items() if part not in wanted]
+    keys = {part: key for part, key in given.items() if part in wanted}
+    lacking = [f"{PREFIX}{spelled}.{wanted[part]}" for part in wanted if part not in keys]
+    plan.missing += lacking
+    return None if lacking else keys
 
 
 def _note_missing(

@@ -21,12 +21,10 @@ _VARIANTS = {
     "ensure_weight_tying": "adapters of tied layers that stay tied",
     "kasa_config": "KaSA",
     "layer_replication": "layers replicated from shared weights",
-    "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
     "trainable_token_indices": "trainable tokens",
     "use_bdlora": "block-diagonal LoRA (BD-LoRA)",
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
@@ -38,8 +36,8 @@ _HARMLESS = {
 }
 _READ = {
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
-    *("layers_to_transform", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern"),
-    *("target_modules", "target_parameters", "use_rslora"),
+    *("layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r"),
+    *("rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora"),
 }
 # Initializers that move the base weights: their A and B mean nothing on the plain ones.
 _MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -54,6 +52,8 @@ class Config:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     target_modules: str | frozenset[str] | None = None
     target_parameters: frozenset[str] = frozenset()
     exclude_modules: str | frozenset[str] = frozenset()
@@ -165,6 +165,8 @@ def _typed(key: str, value: Any, call: str) -> Any:
         "rank_pattern": (lambda v: _is_map(v, _is_rank), "an object of integers of at least 1"),
         "alpha_pattern": (lambda v: _is_map(v, _is_alpha), "an object of finite numbers"),
         "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+        "use_dora": (lambda v: isinstance(v, bool), "true or false"),
+        "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
         "target_modules": (_is_names, "a string or a list of strings"),
         "exclude_modules": (_is_names, "a string or a list of strings"),
         "layers_to_transform": (lambda v: v is None or _is_list(v, int), "a list of integers"),

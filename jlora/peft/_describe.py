@@ -11,6 +11,7 @@ import numpy as np
 from jlora._paths import near_misses
 from jlora.peft._match import ends_with
 from jlora.peft._names import Place
+from jlora.peft._tensors import MAGNITUDE
 
 # What the caller may say, and what is written if not.
 _GIVEN = {
@@ -19,6 +20,7 @@ _GIVEN = {
     "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
+    "lora_bias": False,
     "lora_dropout": 0.0,
     "peft_version": None,
     "revision": None,
@@ -59,6 +61,8 @@ def describe_adapter(
             f"`{call}`: init_lora_weights={init!r} makes PEFT move the base weights when it loads "
             "the adapter. Leave it out."
         )
+    if given.get("lora_bias") and init not in (True, False):
+        raise ValueError(f"`{call}`: PEFT has no lora_bias=True beside init_lora_weights={init!r}.")
     try:
         json.dumps(dict(given), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -88,13 +92,25 @@ def describe_adapter(
         "rank_pattern": _pattern(ranks, rank),
         "target_modules": _targets(modules, found),
         "target_parameters": _parameters(parameters, found, call),
-        "use_dora": False,
+        "use_dora": _dora(parts, call),
     }
     spelled = {place.name: place.name for place in wholes}
     for place in wholes:
         if bias != "none" and place.parameter == "bias" and place.module in layers:
             spelled[place.name] = f"{layers[place.module].spelled}.base_layer.bias"
     return entries, spelled
+
+
+def _dora(parts: Mapping[Place, Adapted], call: str) -> bool:
+    """Whether all have magnitudes; PEFT has them everywhere or nowhere."""
+    without = [place.path for place, one in parts.items() if MAGNITUDE not in one.tensors]
+    if without and len(without) < len(parts):
+        raise ValueError(
+            f"`{call}`: PEFT has DoRA in all adapted layers or in none; here {len(without)} of "
+            f'{len(parts)} have no magnitude, the first "{without[0]}". Give all '
+            "`LoraSpec(dora=True)`."
+        )
+    return bool(parts) and not without
 
 
 def _commonest(values: Iterable[Any], default: Any) -> Any:

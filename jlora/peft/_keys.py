@@ -11,16 +11,17 @@ import numpy as np
 from jlora._arrays import Geometry
 from jlora.peft._match import ends_with
 from jlora.peft._names import Place, geometry_of, kind_of
-from jlora.peft._tensors import PARTS
+from jlora.peft._tensors import MAGNITUDE, PARTS
 
 PREFIX = "base_model.model."
 
 Tensors = Mapping[str, np.ndarray]
 
+BIAS = "lora_B.bias"
+
 # What the keys of variants that jlora lacks end with.
 _LACKED = {
-    r"lora_magnitude_vector(\.weight)?": "DoRA's magnitudes",
-    r"lora_[AB]\.bias": "a bias on lora_B (lora_bias)",
+    r"lora_A\.bias": "a bias on lora_A",
     r"lora_diag": "KaSA",
     r"lora_velora_embed": "VeLoRA",
     r"lora_monteclora_sampler\.\w+": "MonteCLoRA",
@@ -29,6 +30,8 @@ _LACKED = {
 _ENDINGS = [
     *((kind, part, ending) for kind, parts in PARTS.items() for part, ending in parts.items()),
     *(("linear", "lora_a", "lora_A"), ("linear", "lora_b", "lora_B")),  # loralib's
+    *(("any", "magnitude", MAGNITUDE), ("any", "magnitude", MAGNITUDE + ".weight")),
+    ("any", "bias", BIAS),
 ]
 
 

@@ -32,8 +32,10 @@ def load(
 ) -> PyTree:
     """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
 
-    What is read keeps the dtype of the file. Weights stay in Flax's orientation: kernels (in, out)
-    or HWIO, embeddings (vocab, d); attention kernels of three dimensions are reshaped by layout.
+    DoRA's m is `lora_magnitude_vector`. A bias of lora_B (`lora_bias`) becomes a part of the
+    layer's own, a `FullArray` of value bias + s · b. What is read keeps the dtype of the file.
+    Weights stay in Flax's orientation: kernels (in, out) or HWIO, embeddings (vocab, d); attention
+    kernels of three dimensions are reshaped by layout.
 
     Args:
         directory: the folder with adapter_config.json and adapter_model.safetensors.
@@ -85,6 +87,7 @@ def load(
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
     nodes = {path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()}
     nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
+    nodes |= _biases(plan, dict(leaves), nodes)
     _same_base(plan, dict(leaves), call)
     adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
     return bind(base, adapter_tree)
@@ -150,7 +153,8 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     scaling = np.array([one.scaling for one in found], np.float32)
     scaling = scaling.reshape((*lead, *(1 for _ in stack)))
     scaling = jnp.asarray(np.broadcast_to(scaling, (*lead, *stack)))
-    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, first.geometry.layout)
+    m, layout = parts.get("magnitude"), first.geometry.layout
+    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, layout, magnitude=m)
 
 
 def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:
@@ -160,6 +164,18 @@ def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:
         for one in found
     ]
     return FullArray(base=None, value=jnp.asarray(np.stack(values).reshape(shape)))
+
+
+def _biases(plan: Any, leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> dict[str, FullArray]:
+    """Add what lora_B adds to a layer's bias, s·b, to that bias, which trains whole."""
+    values: dict[str, np.ndarray] = {}
+    for one in plan.biases:
+        path, index = one.place.path, one.place.index
+        bias = getattr(nodes.get(path), "value", leaves[path])
+        value = values.setdefault(path, np.asarray(bias).astype(np.float32))
+        added = np.float32(one.scaling) * one.tensors["value"].astype(np.float32)
+        value[index] += added.reshape(value[index].shape)
+    return {p: FullArray(None, jnp.asarray(v, leaves[p].dtype)) for p, v in values.items()}
 
 
 def _same_base(plan: Any, leaves: Mapping[str, Any], call: str) -> None:

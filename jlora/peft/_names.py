@@ -159,3 +159,32 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
 def is_parameter(place: Place, geometry: Geometry) -> bool:
     """Whether PEFT adapts this through `target_parameters`, not as the weight of a module."""
     return bool(geometry.stack) or place.parameter not in ("weight", "in_proj_weight")
+
+
+def bias_of(place: Place, found: Mapping[str, Place], call: str) -> Place:
+    """Return the bias of the layer whose weight this is: where a bias of lora_B goes."""
+    name = f"{place.module}.bias"
+    if name not in found:
+        raise ValueError(
+            f'`{call}`: under lora_bias=True lora_B of "{place.module}" has a bias, which goes to '
+            f'that of the layer, and `names` names no "{name}". Name it; if the layer has none, '
+            "PEFT cannot merge such an adapter either."
+        )
+    return found[name]
+
+
+def refuse_variants(
+    place: Place, parameter: bool, kind: str, dora: bool, bias: bool, call: str
+) -> None:
+    """Refuse what PEFT does not have: DoRA or a bias on lora_B of other things than layers."""
+    if dora and bias:
+        raise ValueError(f"`{call}`: PEFT has no lora_bias=True together with use_dora=True.")
+    if parameter or place.parameter == "in_proj_weight":
+        what = "MultiheadAttention" if place.parameter == "in_proj_weight" else "a parameter"
+    elif bias and kind == "embedding":
+        what = "an embedding"
+    else:
+        return
+    for word, on in (("DoRA (use_dora=True)", dora), ("bias of lora_B (lora_bias=True)", bias)):
+        if on:
+            raise ValueError(f'`{call}`: PEFT has no {word} for {what}, such as "{place.name}".')

@@ -15,7 +15,15 @@ from jlora._paths import leaves_with_paths, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._match import ends_with, first_match, targeted
-from jlora.peft._names import Names, Place, check_keys, kind_of, places
+from jlora.peft._names import (
+    Names,
+    Place,
+    bias_of,
+    check_keys,
+    kind_of,
+    places,
+    refuse_variants,
+)
 
 # Output heads, which "all-linear" leaves out in Hugging Face's models.
 _HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
@@ -43,7 +51,7 @@ def rules(
 
     Returns:
         Rules for `jlora.attach`: a `LoraSpec` for each weight that PEFT would adapt, and "full"
-        for `modules_to_save` and for the biases of `bias`.
+        for `modules_to_save` and for the biases of `bias` and `lora_bias`.
 
     Raises:
         FileNotFoundError: no file there.
@@ -100,6 +108,8 @@ def _choose(config: Config, found: Mapping[str, Place], call: str) -> dict[str, 
                 chosen[place.name] = "lora"
     modules = {found[name].module for name in chosen}
     _refuse_idle(config, modules, list(chosen), found, call)
+    if config.lora_bias:
+        chosen |= {bias_of(found[name], found, call).name: "full" for name in list(chosen)}
     for place in found.values():
         parents = place.module.split(".")
         around = [".".join(parents[: k + 1]) for k in range(len(parents))]
@@ -156,10 +166,12 @@ def _rule(
         return chosen
     name = place.name if chosen == "parameter" else place.module
     kind = kind_of(place, None, {})
+    refuse_variants(place, chosen == "parameter", kind, config.use_dora, config.lora_bias, call)
     return LoraSpec(
         rank=first_match(config.rank_pattern, name, config.r, call),
         alpha=first_match(config.alpha_pattern, name, config.lora_alpha, call),
         scaling="rslora" if config.use_rslora else "lora",
+        dora=config.use_dora,
         init=init or _init(config, kind == "embedding", call),
         layout=_layout(place, chosen, kind),
     )

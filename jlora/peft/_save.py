@@ -16,15 +16,17 @@ from jlora._arrays import FullArray, LoraArray, check, is_adapted, unsliced
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._keys import PREFIX, Found, in_order
+from jlora.peft._keys import BIAS, PREFIX, Found, in_order
 from jlora.peft._names import (
     Names,
     Place,
+    bias_of,
     check_kinds,
     geometry_of,
     is_parameter,
     kind_of,
     places,
+    refuse_variants,
 )
 from jlora.peft._tensors import check_dtypes, parts_of, to_torch, whole_to_torch, write
 
@@ -53,11 +55,14 @@ def save(
         **config: entries of adapter_config.json that the parameters do not tell:
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
             `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
-            α/√r; `target_parameters`, in PyTorch's order, where one module has several.
+            α/√r; `lora_bias=True` to write the biases of adapted layers, which train whole, as
+            biases of lora_B, (value - original) / s; `target_parameters`, in PyTorch's order,
+            where one module has several.
 
     Raises:
         ValueError: nothing is adapted; an adapted leaf without a name; parameters trained whole
-            that make up no module; an entry of `config` that the parameters tell.
+            that make up no module; magnitudes in some adapted layers only, or of experts or
+            MultiheadAttention; an entry of `config` that the parameters tell.
         TypeError: a name that is no string.
 
     Example:
@@ -102,6 +107,8 @@ def save(
     where = Found(found, known, dict(kinds or {}))
     parts = _parts(where, adapted, config, call)
     wholes = _wholes(where, adapted, call)
+    if config.get("lora_bias"):
+        parts, wholes = _with_biases(parts, wholes, where, adapted, call)
     entries, spelled = describe_adapter(parts, wholes, found, config, call)
     tensors = {
         f"{PREFIX}{one.spelled}.{ending}": x
@@ -168,13 +175,16 @@ def _parts(
         if isinstance(adapted.get(place.path), LoraArray)
     }
     layout, rslora = where.layouts, bool(config.get("use_rslora"))
+    bias = bool(config.get("lora_bias"))
     kinds = {p: kind_of(p, layout[p.path], where.kinds) for p in nodes}
     sides = {p: geometry_of(p, layout[p.path], kinds[p], call) for p in nodes}
     parameters = [p for p in nodes if is_parameter(p, sides[p])]
     spelled = _spelled(list(nodes), parameters, config.get("target_parameters") or (), call)
     parts = {}
     for place, node in nodes.items():
-        endings = parts_of(kinds[place])
+        dora = node.magnitude is not None
+        refuse_variants(place, place in parameters, kinds[place], dora, bias, call)
+        endings = parts_of(kinds[place], dora)
         values = {part: np.asarray(getattr(node, part))[place.index] for part in endings}
         arranged = to_torch(values, sides[place], kinds[place])
         parts[place] = Adapted(
@@ -240,6 +250,33 @@ def _wholes(where: Found, adapted: Mapping[str, Any], call: str) -> dict[Place, 
             geometry, kind = where.whole(place, call)
             wholes[place] = whole_to_torch(np.asarray(node.value)[place.index], geometry, kind)
     return wholes
+
+
+def _with_biases(
+    parts: Mapping[Place, Adapted],
+    wholes: Mapping[Place, np.ndarray],
+    where: Found,
+    adapted: Mapping[str, Any],
+    call: str,
+) -> tuple[dict[Place, Adapted], dict[Place, np.ndarray]]:
+    """Write what a layer's bias has become as the bias of its lora_B."""
+    made, left = {}, dict(wholes)
+    for place, one in parts.items():
+        of = bias_of(place, where.places, call)
+        node, s = adapted.get(of.path), _scaling(adapted[place.path], place, call)
+        if not isinstance(node, FullArray) or node.base is None or s == 0:
+            why = (
+                "its scaling is 0" if s == 0 else f'"{of.path}" does not train beside its original'
+            )
+            raise ValueError(
+                f"`{call}`: lora_bias=True writes (value - original) / s of the bias of "
+                f'"{place.module}", but {why}. Give it the rule "full", and the base weights with '
+                "`jlora.bind(base, adapter)`; or leave lora_bias out."
+            )
+        value, base = (np.asarray(x, np.float32)[of.index] for x in (node.value, node.base))
+        made[place] = one._replace(tensors={**one.tensors, BIAS: ((value - base) / s).reshape(-1)})
+        left.pop(of)
+    return made, left
 
 
 def _write(folder: Path, tensors: Mapping[str, np.ndarray], entries: Mapping[str, Any]) -> None:

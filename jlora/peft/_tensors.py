@@ -3,6 +3,7 @@
 lora_A.weight (r, in)        = Aᵀ         lora_embedding_A (r, vocab)
 lora_B.weight (out, r)       = Bᵀ         lora_embedding_B (d, r)
 a convolution keeps its kernel in A: (r, in, k...), (out, r, 1...)
+lora_magnitude_vector (out,) = m, of DoRA's; a convolution's is (1, out, 1...)
 E experts:    A (E·r, in) expert by expert, B (out, r·E) with the expert running fastest
 """
 
@@ -26,9 +27,13 @@ PARTS: dict[str, dict[str, str]] = {
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
-def parts_of(kind: str) -> dict[str, str]:
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def parts_of(kind: str, dora: bool = False) -> dict[str, str]:
     """Return what the keys of a kind's parts end with."""
-    return PARTS["embedding" if kind == "embedding" else "linear"]
+    parts = PARTS["embedding" if kind == "embedding" else "linear"]
+    return parts | ({"magnitude": MAGNITUDE} if dora else {})
 
 
 def read(file: Path, call: str) -> dict[str, np.ndarray]:
@@ -73,10 +78,12 @@ def shapes(geometry: Geometry, rank: int, kind: str) -> dict[str, tuple[int, ...
     """Return the shapes of a node's parts in the file."""
     experts = int(np.prod(geometry.stack, dtype=int))
     a, b = (rank * experts, geometry.fan_in), (geometry.fan_out, rank * experts)
+    m: tuple[int, ...] = (geometry.fan_out,)
     if kind == "conv":
         channels, *window = _in_torch_order(geometry.layout, geometry.in_dims)
         a, b = (rank, channels, *window), (geometry.fan_out, rank, *(1 for _ in window))
-    return {"lora_a": a, "lora_b": b}
+        m = (1, *m, *(1 for _ in window))
+    return {"lora_a": a, "lora_b": b, "magnitude": m}
 
 
 def _in_torch_order(layout: str, in_dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -85,7 +92,7 @@ def _in_torch_order(layout: str, in_dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
-    """Arrange a node's parts, `(*in_dims, r)` and `(r, *out_dims)`, for the file."""
+    """Arrange a node's parts, `(*in_dims, r)`, `(r, *out_dims)` and `out_dims`, for the file."""
     rank = parts["lora_a"].shape[-1]
     a = parts["lora_a"].reshape(*geometry.stack, geometry.fan_in, rank)
     b = parts["lora_b"].reshape(*geometry.stack, rank, geometry.fan_out)
@@ -97,7 +104,7 @@ def to_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> 
         b = b.T
     else:
         a, b = a.T, b.T
-    return {"lora_a": a.reshape(shape["lora_a"]), "lora_b": b.reshape(shape["lora_b"])}
+    return {name: x.reshape(shape[name]) for name, x in {**parts, "lora_a": a, "lora_b": b}.items()}
 
 
 def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
@@ -112,10 +119,12 @@ def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -
     else:
         a, b = a.reshape(a.shape[0], -1).T, b.reshape(b.shape[0], -1).T
     rank = a.shape[-1]
-    return {
-        "lora_a": a.reshape(*geometry.stack, *geometry.in_dims, rank),
-        "lora_b": b.reshape(*geometry.stack, rank, *geometry.out_dims),
+    shape = {
+        "lora_a": (*geometry.stack, *geometry.in_dims, rank),
+        "lora_b": (*geometry.stack, rank, *geometry.out_dims),
+        "magnitude": (*geometry.stack, *geometry.out_dims),
     }
+    return {name: x.reshape(shape[name]) for name, x in {**parts, "lora_a": a, "lora_b": b}.items()}
 
 
 def whole_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> tuple[int, ...]:

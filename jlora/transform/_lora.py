@@ -29,13 +29,16 @@ def lora(
 
     `lora(fn)(params, x) == fn(jlora.merge(params), x)`, and `W + s · A B` is never built. The
     function is traced, as by `jax.jit`; it may be any JAX function of pytrees, and the result
-    composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`.
+    composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. Of DoRA's
+    weights the gain `m / ‖W + s · A B‖`, a constant to the gradient but for m, scales what comes
+    out of a product, or what goes in where the outputs are contracted, as a tied head does.
 
     Args:
         fn: a function of pytrees, such as a Flax `module.apply`. Arrays among its arguments are
             traced; other leaves (bools, ints, floats, strings, callables) stay what they are.
         dropout: the rate at which elements of the adapter's input are dropped while training. An
-            embedding lookup has no input to drop. PEFT's `lora_dropout`.
+            embedding lookup has no input to drop. What DoRA's gain changes of `x W` sees the
+            dropped input too, which costs one more product. PEFT's `lora_dropout`.
         key: a PRNG key for dropout; each use of a weight, at each step of a loop, draws its own.
         fallback: what happens where an operation needs a weight whole: "warn" (it is built, and
             the warning says where and what it costs), "error", or "materialize" (silently).
@@ -57,7 +60,8 @@ def lora(
         >>> jax.jit(lora(lambda p, x: x @ p["w"]))(params, jnp.ones((3, 4))).shape
         (3, 6)
 
-    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    References: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5
+    and section 4.3. PEFT's `LoraLayer` and `DoraLinearLayer`.
     """
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"`jlora.lora(dropout={dropout})`: the rate must be in [0, 1).")

@@ -5,6 +5,8 @@ broadcast along it). The first factor (A) has the axes of roles s and i, the sec
 and o, each in the order of the base and with the rank last, so what happens to the base's axes
 happens to each factor's own axes in the same order.
 
+DoRA's gain, in `gain ∘ (W + s·A·B)`, is laid out like the second factor, with a rank of 1.
+
 The factors of a whole weight are made when an operation moves them; a plain product takes the
 weight's own A, B and s, as they lie.
 
@@ -23,9 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._arrays import Geometry, LoraArray, accumulator, whole_b
+from jlora._dora import gain
 
 RANK = "rank"
-SIDES = (("s", "i"), ("s", "o"))
+SIDES = (("s", "i"), ("s", "o"), ("s", "o"))  # of A, of s·B, of the gain
+GAIN = 2
 
 
 class Names(tuple[str, ...]):
@@ -42,7 +46,7 @@ class Names(tuple[str, ...]):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("base", "parts"),
+    data_fields=("base", "parts", "gain"),
     meta_fields=("roles", "names", "whole"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +58,7 @@ class View:
     roles: tuple[Any, ...]
     names: Names
     whole: bool = False  # whether the parts are still the weight's own
+    gain: Any = None  # DoRA's, m / ‖W + s·A·B‖
 
     @classmethod
     def of(cls, node: LoraArray, name: str) -> "View":
@@ -61,7 +66,8 @@ class View:
         geometry = Geometry.of(node.shape, node.layout)
         parts = (node.lora_a, whole_b(node, geometry), jnp.asarray(node.scaling))
         roles = ("s",) * len(geometry.stack) + tuple(node.layout)
-        return cls(node.base, parts, roles, Names([name]), whole=True)
+        by = None if node.magnitude is None else gain(node)[..., None]
+        return cls(node.base, parts, roles, Names([name]), True, by)
 
     @classmethod
     def probe(cls, base: Any, name: str) -> "View":
@@ -115,6 +121,15 @@ class View:
         b = lax.transpose(b, [*range(stack), *range(stack + 1, b.ndim), stack])
         return a, scaled(b, s)
 
+    @property
+    def laid(self) -> tuple[Any, ...]:
+        """All that is laid out as the base is: A, s·B and, of DoRA's, the gain."""
+        return (*self.factors, *(() if self.gain is None else (self.gain,)))
+
+    def remade(self, base: Any, laid: Sequence[Any], roles: Sequence[Any]) -> "View":
+        """Return the view of what `laid` has become."""
+        return View(base, tuple(laid[:GAIN]), tuple(roles), self.names, False, *laid[GAIN:])
+
     def over(self, base: Any) -> "View":
         """Return the same update over another base of the same shape."""
         return dataclasses.replace(self, base=base)
@@ -123,8 +138,7 @@ class View:
         self, base: Any, roles: Sequence[Any], move: Callable[[Any, list[int]], Any]
     ) -> "View":
         """Return the view after an operation: `move(factor, its axes)` does it to each factor."""
-        factors = tuple(move(f, self.axes(k)) for k, f in enumerate(self.factors))
-        return View(base, factors, tuple(roles), self.names)
+        return self.remade(base, [move(f, self.axes(k)) for k, f in enumerate(self.laid)], roles)
 
     def settled(self, roles: Sequence[Any] = ()) -> "View":
         """Make the factors, and give each `e` axis the role asked for, or s."""
@@ -132,16 +146,16 @@ class View:
             return self
         roles = roles or ["s"] * len(self.roles)
         roles = tuple(r if r != "e" else w for r, w in zip(self.roles, roles, strict=True))
-        new = View(self.base, self.factors, roles, self.names)
+        new = View(self.base, (), roles, self.names)
 
-        def move(k: int) -> Any:
-            before, after, f = self.axes(k), new.axes(k), new.parts[k]
+        def move(f: Any, k: int) -> Any:
+            before, after = self.axes(k), new.axes(k)
             if before == after:
                 return f
             where = [after.index(n) for n in before] + [len(after)]
-            return lax.broadcast_in_dim(f, [*(self.shape[n] for n in after), self.rank], where)
+            return lax.broadcast_in_dim(f, [*(self.shape[n] for n in after), f.shape[-1]], where)
 
-        return dataclasses.replace(new, parts=(move(0), move(1)))
+        return self.remade(self.base, [move(f, k) for k, f in enumerate(self.laid)], roles)
 
     def folded(self, axis: int, side: int) -> "View":
         """Make a stack axis one of a side's: a block per stack element, the ranks added up."""
@@ -156,7 +170,8 @@ class View:
             other.reshape(*other.shape[:-2], rank),
         ]
         roles = (*self.roles[:axis], "io"[side], *self.roles[axis + 1 :])
-        return View(self.base, tuple(pair if side == 0 else pair[::-1]), roles, self.names)
+        pair = pair if side == 0 else pair[::-1]
+        return self.remade(self.base, [*pair, *self.laid[GAIN:]], roles)
 
     def delta(self) -> Any:
         """Build `s · A B` in float32 or wider."""
@@ -168,11 +183,17 @@ class View:
         )
 
     def dense(self) -> Any:
-        """Build `W + s · A B`, summed in float32 and rounded once to the base's dtype."""
+        """Build the weight, in float32 and rounded once to the base's dtype."""
         if not self.parts:
             return self.base
-        update = self.settled().delta()
-        return (self.base.astype(update.dtype) + update).astype(self.base.dtype)
+        view = self.settled()
+        weight = self.base.astype(accumulator(self.base.dtype)) + view.delta()
+        if view.gain is not None:
+            has = view.axes(GAIN)
+            weight *= lax.reshape(
+                view.gain, [n if k in has else 1 for k, n in enumerate(self.shape)]
+            )
+        return weight.astype(self.base.dtype)
 
 
 def varying_sides(view: View, x: Any) -> list[int]:

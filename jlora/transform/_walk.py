@@ -14,7 +14,7 @@ from jax.extend.core import Literal as JaxprLiteral
 
 from jlora import _compat
 from jlora._paths import describe
-from jlora.transform._registry import KNOW_EQUAL, RULES, TAKE_WHOLE
+from jlora.transform._registry import KNOW_EQUAL, KNOW_GAIN, RULES, TAKE_WHOLE
 from jlora.transform._view import View
 
 Fallback = Literal["warn", "error", "materialize"]
@@ -151,7 +151,8 @@ class Walk:
                 x.settled("e" * x.ndim if equal else ()) if isinstance(x, View) else x
                 for x in operands
             ]
-        rule = RULES.get(name)
+        gained = any(isinstance(x, View) and x.gain is not None for x in operands)
+        rule = None if gained and name not in KNOW_GAIN else RULES.get(name)
         outs = rule(self, eqn, *operands) if rule else NotImplemented
         if outs is NotImplemented:
             outs = _compat.bind(eqn, *self.arrays(eqn, operands))

@@ -17,7 +17,7 @@ from jlora.transform._view import SIDES, View, aligned, all_names, even, summed
 from jlora.transform._walk import Walk
 
 
-@rule("jit", "pjit", whole=True)
+@rule("jit", "pjit", whole=True, gain=True)
 def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     def wrap(walked: Callable[..., Any]) -> Any:
         walked.__name__ = eqn.params["name"]
@@ -26,7 +26,7 @@ def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return walk.jitted(eqn, wrap)(walk.next_key(), *operands)
 
 
-@rule("remat2", "checkpoint", "remat", whole=True)
+@rule("remat2", "checkpoint", "remat", whole=True, gain=True)
 def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     def walked(key: Any, *operands: Any) -> list[Any]:
         return walk.inside(eqn, key).evaluate(eqn.params["jaxpr"], operands)
@@ -39,13 +39,14 @@ def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 def _peel(view: View) -> tuple[Any, Callable[[Any], View]]:
     """Split a view into what a scan over its first axis slices, and how to see one slice."""
-    has = [view.roles[0] in SIDES[k] for k in range(len(view.parts))]
-    scanned = [f for f, h in zip(view.factors, has, strict=True) if h]
+    laid = view.laid
+    has = [view.roles[0] in SIDES[k] for k in range(len(laid))]
+    scanned = [f for f, h in zip(laid, has, strict=True) if h]
 
     def rebuild(piece: Any) -> View:
         base, sliced = piece[0], iter(piece[1])
-        factors = tuple(next(sliced) if h else f for f, h in zip(view.factors, has, strict=True))
-        return View(base, factors, view.roles[1:], view.names)
+        pieces = [next(sliced) if h else f for f, h in zip(laid, has, strict=True)]
+        return view.remade(base, pieces, view.roles[1:])
 
     return (view.base, scanned), rebuild
 
@@ -103,7 +104,7 @@ def _alike(x: Any, y: Any) -> bool:
     )
 
 
-@rule("scan")
+@rule("scan", gain=True)
 def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
     body = _compat.body(p["jaxpr"])
@@ -134,13 +135,12 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
         step, carry.init, (steps, scanned), p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     stacked = [
-        View(y.base, y.factors, (y.new_role, *y.roles), y.names) if isinstance(y, View) else y
-        for y in ys
+        y.remade(y.base, y.laid, (y.new_role, *y.roles)) if isinstance(y, View) else y for y in ys
     ]
     return [*carry.full(final), *stacked]
 
 
-@rule("while")
+@rule("while", gain=True)
 def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -173,7 +173,7 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return carry.full(lax.while_loop(going, step, (start, carry.init))[1])
 
 
-@rule("cond")
+@rule("cond", gain=True)
 def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
     settle = _agreement(walk, eqn, operands)
 
@@ -202,7 +202,7 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
         return arrays
     quiet = walk.quiet()
     kinds = [jax.eval_shape(lambda *xs, b=b: quiet.evaluate(b, xs), *operands) for b in branches]
-    plans = [aligned(outs) if _any_view(outs) else None for outs in zip(*kinds, strict=True)]
+    plans = [aligned(outs) if _joinable(outs) else None for outs in zip(*kinds, strict=True)]
     if not any(plans):
         return arrays
 
@@ -224,8 +224,10 @@ def _like(plan: Sequence[Any], x: Any) -> View:
     return View(out.base, out.factors, out.roles, all_names(views))
 
 
-def _any_view(values: Sequence[Any]) -> bool:
-    return any(isinstance(x, View) for x in values)
+def _joinable(values: Sequence[Any]) -> bool:
+    """Whether there are views that one view may stand for: weights of two gains are not one."""
+    views = [x for x in values if isinstance(x, View)]
+    return bool(views) and all(x.gain is None for x in views)
 
 
 def _may_return_views(body: _compat.Body, operands: Sequence[Any]) -> bool:

@@ -8,48 +8,84 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
+from jlora.transform._gain import gained, placed
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, contract, plus
 from jlora.transform._walk import Walk
 
 
-@rule("conv_general_dilated", equal=True)
+@rule("conv_general_dilated", equal=True, gain=True)
 def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     if not isinstance(view, View):
         return NotImplemented
     if isinstance(lhs, View):
         lhs = walk.materialize(eqn, lhs)
-    p = eqn.params
-    out_axis, in_axis, *spatial = p["dimension_numbers"].rhs_spec
-    base = walk.bind(eqn, lhs, view)[0]
-    cost, out = 0, base
+    out_axis, in_axis, *spatial = eqn.params["dimension_numbers"].rhs_spec
+    cost, sides = 0, _sides(eqn, view) if view.parts else (0, 0)
+    if sides is None:
+        return NotImplemented
+    if view.gain is not None:
+        out = _gained(walk, eqn, lhs, view, sides)
+    else:
+        out = walk.bind(eqn, lhs, view)[0]
+        if view.parts:
+            out = plus(out, _narrow_conv(walk, eqn, lhs, view, out, sides))
+    if out is NotImplemented:
+        return out
     if view.parts:
-        delta = _narrow_conv(walk, eqn, lhs, view, base)
-        if delta is NotImplemented:
-            return NotImplemented
-        out = plus(base, delta)
         window = math.prod(view.shape) // view.shape[out_axis]
         rank = view.rank
-        cost = 2 * base.size // view.shape[out_axis] * rank * (window + view.shape[out_axis])
+        cost = 2 * out.size // view.shape[out_axis] * rank * (window + view.shape[out_axis])
     walk.used(eqn, view, cost, [in_axis, *spatial], [out_axis])
     return [out]
 
 
-def _narrow_conv(walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any) -> Any:
-    """Convolve with the factor that has the window, and multiply by the other at each position."""
-    p, dn = eqn.params, eqn.params["dimension_numbers"]
-    out_axis, in_axis, *spatial = dn.rhs_spec
+def _gained(walk: Walk, eqn: JaxprEqn, x: Any, view: View, sides: tuple[int, int]) -> Any:
+    """Convolve with DoRA's kernel: the same convolutions, and a gain of the channels at one end."""
+    dn, quiet = eqn.params["dimension_numbers"], walk.quiet()
+    w_labels: list[Any] = [("w", k) for k in range(view.ndim)]
+    x_labels, out_labels = ([(name, k) for k in range(view.ndim)] for name in ("x", "out"))
+    out_labels[dn.out_spec[1]] = w_labels[dn.rhs_spec[0]]
+    if eqn.params["feature_group_count"] == 1:
+        x_labels[dn.lhs_spec[1]] = w_labels[dn.rhs_spec[1]]
+    gain = placed(view, w_labels, x_labels, out_labels)
+    if gain is None:
+        return NotImplemented
+
+    def product(x: Any) -> Any:
+        return walk.bind(eqn, x, view)[0]
+
+    def updated(base: Any, x: Any) -> Any:
+        return plus(base, _narrow_conv(quiet, eqn, x, view, base, sides))
+
+    return gained(walk, eqn.invars[0], x, gain, product, updated)
+
+
+def _sides(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
+    """Return the factor that has the window and the one that meets the input; None if neither."""
+    p = eqn.params
+    out_axis, in_axis, *spatial = p["dimension_numbers"].rhs_spec
     big = {k: r for k, r in enumerate(view.roles) if view.shape[k] > 1}
     side = {k: "io".index(r) for k, r in big.items() if r in ("i", "o")}
     windows = {side[k] for k in spatial if k in side}
     groups = p["feature_group_count"]
     if len(side) < len(big) or len(windows) > 1 or p["batch_group_count"] > 1:
-        return NotImplemented
+        return None
     # An axis of size 1 may be on either side: the channels are opposite, the window is one's own.
     inward = side.get(in_axis, 1 - side[out_axis] if out_axis in side else 0)
     window = windows.pop() if windows else inward
     if side.get(out_axis, 1 - inward) == inward or (window != inward and groups > 1):
-        return NotImplemented
+        return None
+    return window, inward
+
+
+def _narrow_conv(
+    walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any, sides: tuple[int, int]
+) -> Any:
+    """Convolve with the factor that has the window, and multiply by the other at each position."""
+    p, dn = eqn.params, eqn.params["dimension_numbers"]
+    out_axis, in_axis, *_ = dn.rhs_spec
+    groups, (window, inward) = p["feature_group_count"], sides
     dtype = walk.narrow_dtype(x.dtype, base.dtype)
     x = walk.drop(x.astype(dtype), eqn.invars[0])
     # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed

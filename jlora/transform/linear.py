@@ -11,6 +11,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType
 
+from jlora.transform._gain import gained, placed
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, all_names, contract, flops, narrowed, plus, scaled
 from jlora.transform._walk import Walk
@@ -67,7 +68,7 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     return plus(base, lax.reshape(y, base.shape))
 
 
-@rule("dot_general", whole=True)
+@rule("dot_general", whole=True, gain=True)
 def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     lhs, rhs = (x.settled() if isinstance(x, View) and "e" in x.roles else x for x in (lhs, rhs))
     if isinstance(lhs, View) and isinstance(rhs, View):
@@ -88,6 +89,8 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     kept = [w_labels[k] for k in w_free]
     out_labels = [w_labels[k] for k in w_batch] + (kept + x_free if view is lhs else x_free + kept)
 
+    if view.gain is not None:
+        return _gained(walk, eqn, x, view, view is lhs, x_labels, w_labels, out_labels)
     out, cost = walk.bind(eqn, lhs, rhs)[0], 0
     if view.parts:
         dtype = walk.narrow_dtype(jnp.result_type(x), out.dtype)
@@ -98,6 +101,37 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
         x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
         out = low_rank(out, x, view.parts, form)
     walk.used(eqn, view, cost, w_sum, w_free)
+    return [out]
+
+
+def _gained(
+    walk: Walk,
+    eqn: JaxprEqn,
+    x: Any,
+    view: View,
+    flipped: bool,
+    x_labels: list[Any],
+    w_labels: list[Any],
+    out_labels: list[Any],
+) -> Any:
+    """Multiply by DoRA's weight: the same products, and a gain at one end."""
+    gain = placed(view, w_labels, x_labels, out_labels)
+    if gain is None:
+        return NotImplemented
+    result: Any = eqn.outvars[0].aval
+    dtype = walk.narrow_dtype(jnp.result_type(x), result.dtype)
+    sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
+    labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
+    form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
+
+    def product(x: Any) -> Any:
+        return walk.bind(eqn, *((view, x) if flipped else (x, view)))[0]
+
+    def updated(base: Any, x: Any) -> Any:
+        return low_rank(base, x, view.parts, form)
+
+    out = gained(walk, eqn.invars[1 if flipped else 0], x, gain, product, updated)
+    walk.used(eqn, view, cost, (), ())
     return [out]
 
 
@@ -172,6 +206,8 @@ def _may_merge(x: Any, labels: tuple[Any, ...], run: list[Any]) -> bool:
 
 def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: View, rhs: View) -> Any:
     """Multiply two weights: (W + AB)(V + CD) = WV + [WC + A(BC) | A] [D ; BV], again a view."""
+    if lhs.gain is not None or rhs.gain is not None:
+        return NotImplemented
     (l_sum, r_sum), (l_batch, r_batch) = eqn.params["dimension_numbers"]
     l_free = [k for k in range(len(lhs.roles)) if k not in (*l_sum, *l_batch)]
     r_free = [k for k in range(len(rhs.roles)) if k not in (*r_sum, *r_batch)]

@@ -1,17 +1,19 @@
 """The rule for lookups: rows of A, then B; or, along a stack, whole weights."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from jlora.transform._gain import spread, times
 from jlora.transform._registry import rule
-from jlora.transform._view import RANK, View, contract, plus
+from jlora.transform._view import GAIN, RANK, View, contract, plus
 from jlora.transform._walk import Walk
 
 
-@rule("gather")
+@rule("gather", gain=True)
 def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     if not isinstance(view, View) or isinstance(indices, View):
         return NotImplemented
@@ -28,6 +30,9 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
         *dn.operand_batching_dims,
     }
     gone = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
+    fill = eqn.params["fill_value"]
+    if view.gain is not None and fills and fill is not None and not math.isnan(fill):
+        return NotImplemented  # the gain would scale the fill
     if any(sizes[k] != n for k, n in enumerate(view.shape) if k not in looked_up):
         return NotImplemented
     base = walk.bind(eqn, view, indices)[0]
@@ -40,18 +45,21 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     if stack_only or (not view.parts and indices.ndim == 1):
         repeated = view.new_role if looked_up or not view.parts else "e"
         roles = [repeated if kind == "n" else view.roles[k] for kind, k in out_labels]
-        factors = []
-        for k in range(len(view.parts)):
+        laid = []
+        for k in range(len(view.laid)):
             f, labels = _rows(eqn, view, k, indices, looked_up)
             order = [p for p in out_labels if p in labels] + [RANK]
-            factors.append(lax.transpose(f, [labels.index(p) for p in order]))
-        return [View(base, tuple(factors), tuple(roles), view.names)]
+            laid.append(lax.transpose(f, [labels.index(p) for p in order]))
+        return [view.remade(base, laid, roles)]
     cost, out = 0, base
     if view.parts:
         dtype = walk.narrow_dtype(base.dtype, base.dtype)
         (a, la), (b, lb) = (_rows(eqn, view, k, indices, looked_up) for k in (0, 1))
         out = plus(base, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
         cost = 2 * base.size * a.shape[-1]
+        if view.gain is not None:
+            by, labels = _rows(eqn, view, GAIN, indices, looked_up)
+            out = times(out, spread(by, labels[:-1], out_labels))
     walk.used(eqn, view, cost, sorted(looked_up), [k for kind, k in out_labels if kind == "w"])
     return [out]
 
@@ -61,7 +69,7 @@ def _rows(
 ) -> tuple[Any, list[Any]]:
     """Look the same indices up in one factor, as far as it has the indexed axes."""
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    f, axes = view.factors[k], view.axes(k)
+    f, axes = view.laid[k], view.axes(k)
     columns = [n for n, d in enumerate(dn.start_index_map) if d in axes and d in looked_up]
     batching = [
         (axes.index(d), n)
@@ -88,6 +96,7 @@ def _rows(
         numbers,
         slice_sizes=(*(sizes[d] for d in axes), f.shape[-1]),
         mode=eqn.params["mode"],
-        fill_value=0,  # out of bounds the base has its own fill, and the delta adds nothing
+        # Out of bounds the base has its own fill: the delta adds nothing, and the gain is 1.
+        fill_value=int(k == GAIN),
     )
     return rows, [("n", n) for n in range(lead)] + [("w", d) for d in kept] + [RANK]

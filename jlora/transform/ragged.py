@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
+from jlora.transform._gain import Gain, gained, spread
 from jlora.transform._registry import rule
-from jlora.transform._view import View, plus
+from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
 
 
-@rule("ragged_dot_general")
+@rule("ragged_dot_general", gain=True)
 def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Any:
     dn = eqn.params["ragged_dot_dimension_numbers"]
     if not isinstance(view, View) or isinstance(x, View):
@@ -22,47 +24,74 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
     if not groups or set(ragged) & {*x_sum, *x_batch}:
         return NotImplemented
     free = [k for k in range(len(view.roles)) if k not in (*w_sum, *w_batch, *groups)]
-    base = walk.bind(eqn, x, view, group_sizes)[0]
-    cost, out = 0, base
+    sides = {view.roles[k] for k in w_sum}, {view.roles[k] for k in free}
     if view.parts:
-        sides = {view.roles[k] for k in w_sum}, {view.roles[k] for k in free}
         stacks = {view.roles[k] for k in (*groups, *w_batch)}
         if stacks != {"s"} or sides not in (({"i"}, {"o"}), ({"o"}, {"i"})):
             return NotImplemented
-        first = 0 if sides[0] == {"i"} else 1
-        dtype = walk.narrow_dtype(x.dtype, base.dtype)
-        axes = view.axes(first)
-        numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
-        z = _ragged(
-            eqn,
-            walk.drop(x.astype(dtype), eqn.invars[0]),
-            view.factors[first].astype(dtype),
-            group_sizes,
-            numbers,
-            ragged,
-            _at(axes, groups),
-        )
-        x_free = [k for k in range(x.ndim) if k not in (*x_sum, *x_batch)]
-        row = len(x_batch) + x_free.index(ragged[0])
-        axes = view.axes(1 - first)
-        batch = list(range(len(x_batch)))
-        numbers = (([z.ndim - 1], [len(axes)]), (batch, _at(axes, w_batch)))
-        out = plus(
-            base,
-            _ragged(
-                eqn,
-                z.astype(dtype),
-                view.factors[1 - first].astype(dtype),
-                group_sizes,
-                numbers,
-                [row],
-                _at(axes, groups),
-            ),
-        )
-        rank = view.rank
-        cost = 2 * rank * (x.size + base.size)
-    walk.used(eqn, view, cost, w_sum, free)
+    result: Any = eqn.outvars[0].aval
+    first = int(sides[0] == {"o"})
+    dtype = walk.narrow_dtype(x.dtype, result.dtype)
+
+    def product(x: Any) -> Any:
+        return walk.bind(eqn, x, view, group_sizes)[0]
+
+    def updated(base: Any, x: Any) -> Any:
+        return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
+
+    if view.gain is not None:
+        gain = _gain(eqn, x, view, first, group_sizes)
+        out = gained(walk, eqn.invars[0], x, gain, product, updated)
+    else:
+        out = product(x)
+        if view.parts:
+            out = updated(out, walk.drop(x.astype(dtype), eqn.invars[0]))
+    walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
+
+
+def _narrow(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Any:
+    """Multiply by one factor and then by the other; x is of the narrow products' dtype."""
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
+    axes = view.axes(first)
+    numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
+    factor, groups = view.factors[first].astype(x.dtype), _at(axes, dn.rhs_group_dimensions)
+    z = _ragged(eqn, x, factor, group_sizes, numbers, [*dn.lhs_ragged_dimensions], groups)
+    x_free = [k for k in range(x.ndim) if k not in (*x_sum, *x_batch)]
+    row = len(x_batch) + x_free.index(dn.lhs_ragged_dimensions[0])
+    return _out_of_rank(eqn, z.astype(x.dtype), view, 1 - first, group_sizes, row)
+
+
+def _out_of_rank(
+    eqn: JaxprEqn, z: Any, view: View, k: int, group_sizes: Any, row: int, precision: Any = None
+) -> Any:
+    """Multiply (batch, ..., rows, ..., rank) by what has the rank last: a factor, or the gain."""
+    dn, axes = eqn.params["ragged_dot_dimension_numbers"], view.axes(k)
+    _, (x_batch, w_batch) = dn.dot_dimension_numbers
+    batch, factor = list(range(len(x_batch))), view.laid[k].astype(z.dtype)
+    numbers = (([z.ndim - 1], [len(axes)]), (batch, _at(axes, w_batch)))
+    groups = _at(axes, dn.rhs_group_dimensions)
+    return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
+
+
+def _gain(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Gain:
+    """Give every row its expert's gain: of the outputs, or of the inputs where it meets them."""
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
+    row, batch = dn.lhs_ragged_dimensions[0], len(x_batch)
+    ones = jnp.ones((*(x.shape[k] for k in x_batch), x.shape[row], 1), accumulator(x.dtype))
+    highest = lax.Precision.HIGHEST
+    rows = _out_of_rank(eqn, ones, view, GAIN, group_sizes, batch, highest)[..., None]
+    lead = [*w_batch, *dn.rhs_group_dimensions]
+    labels = [*x_batch, row, *(("w", k) for k in view.axes(GAIN) if k not in lead)]
+    x_labels: list[Any] = list(range(x.ndim))
+    if first == 0:
+        x_free = [k for k in x_labels if k not in (*x_sum, *x_batch)]
+        return Gain(after=spread(rows, labels, [*x_batch, *x_free, *labels[batch + 1 :]]))
+    for k, n in zip(x_sum, w_sum, strict=True):
+        x_labels[k] = ("w", n)
+    return Gain(before=spread(rows, labels, x_labels))
 
 
 def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
@@ -70,14 +99,21 @@ def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
 
 
 def _ragged(
-    eqn: JaxprEqn, x: Any, w: Any, group_sizes: Any, numbers: Any, ragged: Any, groups: Any
+    eqn: JaxprEqn,
+    x: Any,
+    w: Any,
+    group_sizes: Any,
+    numbers: Any,
+    ragged: Any,
+    groups: Any,
+    precision: Any = None,
 ) -> Any:
     return lax.ragged_dot_general(
         x,
         w,
         group_sizes,
         lax.RaggedDotDimensionNumbers(numbers, ragged, groups),
-        precision=eqn.params["precision"],
+        precision=precision or eqn.params["precision"],
         preferred_element_type=accumulator(x.dtype),
         group_offset=eqn.params["group_offset"],
     )

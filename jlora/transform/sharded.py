@@ -22,11 +22,11 @@ from jlora.transform._walk import Walk
 def _spread(view: View, spec: Any) -> View:
     """Return the partition specs of a view's parts, given the base's."""
     spec = [*spec, *(None,) * (len(view.roles) - len(spec))]
-    factors = tuple(P(*(spec[n] for n in view.axes(k)), None) for k in range(len(view.parts)))
-    return View(P(*spec), factors, view.roles, view.names)
+    laid = [P(*(spec[n] for n in view.axes(k)), None) for k in range(len(view.laid))]
+    return view.remade(P(*spec), laid, view.roles)
 
 
-@rule("shard_map")
+@rule("shard_map", gain=True)
 def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
     specs = [
@@ -47,7 +47,7 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     )(walk.next_key(), list(operands))
 
 
-@rule("pvary", "ppermute")
+@rule("pvary", "ppermute", gain=True)
 def _each(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     def move(f: Any, axes: list[int]) -> Any:
         return _compat.bind(eqn, f)[0]
@@ -55,7 +55,7 @@ def _each(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
-@rule("all_gather")
+@rule("all_gather", gain=True)
 def _all_gather(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     p = eqn.params
     axis, groups = p["all_gather_dimension"], p["axis_index_groups"]
@@ -74,12 +74,12 @@ def _all_gather(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(base, roles, lambda f, axes: gather(f, sum(n < axis for n in axes)))]
 
 
-@rule("reshard")
+@rule("reshard", gain=True)
 def _reshard(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     target = eqn.params["dst_sharding"]
     parts = _spread(view, target.spec)
-    factors = tuple(
+    laid = [
         jax.reshard(f, NamedSharding(target.mesh, spec))
-        for f, spec in zip(view.factors, parts.factors, strict=True)
-    )
-    return [View(walk.bind(eqn, view)[0], factors, view.roles, view.names)]
+        for f, spec in zip(view.laid, parts.laid, strict=True)
+    ]
+    return [view.remade(walk.bind(eqn, view)[0], laid, view.roles)]

@@ -9,11 +9,11 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora.transform._registry import rule
-from jlora.transform._view import View, on_factor, varying_sides
+from jlora.transform._view import GAIN, View, on_factor, varying_sides
 from jlora.transform._walk import Walk
 
 
-@rule("transpose", equal=True)
+@rule("transpose", equal=True, gain=True)
 def _transpose(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [_transposed(view, walk.bind(eqn, view)[0], eqn.params["permutation"])]
 
@@ -25,7 +25,7 @@ def _transposed(view: View, base: Any, perm: Sequence[int]) -> View:
     return view.moved(base, [view.roles[p] for p in perm], move)
 
 
-@rule("convert_element_type", whole=True)
+@rule("convert_element_type", whole=True, gain=True)
 def _cast(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
@@ -36,22 +36,23 @@ def _cast(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
 @rule(
     *("copy", "copy_p", "name", "sharding_constraint", "layout_constraint", "reduce_precision"),
     whole=True,
+    gain=True,
 )
 def _same(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.over(walk.bind(eqn, view)[0])]
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", gain=True)
 def _stop_gradient(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, lambda f, axes: lax.stop_gradient(f))]
 
 
-@rule("optimization_barrier")
+@rule("optimization_barrier", gain=True)
 def _barrier(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return lax.optimization_barrier(list(operands))
 
 
-@rule("squeeze", equal=True)
+@rule("squeeze", equal=True, gain=True)
 def _squeeze(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     gone = [d % len(view.roles) for d in eqn.params["dimensions"]]
 
@@ -62,7 +63,7 @@ def _squeeze(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], roles, move)]
 
 
-@rule("broadcast_in_dim", equal=True)
+@rule("broadcast_in_dim", equal=True, gain=True)
 def _broadcast(walk: Walk, eqn: JaxprEqn, view: View, *sizes: Any) -> Any:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     base = walk.bind(eqn, view, *sizes)[0]
@@ -77,7 +78,7 @@ def _broadcast(walk: Walk, eqn: JaxprEqn, view: View, *sizes: Any) -> Any:
     return [view.moved(base, roles, move)]
 
 
-@rule("reshape", equal=True)
+@rule("reshape", equal=True, gain=True)
 def _reshape(walk: Walk, eqn: JaxprEqn, view: View, *sizes: Any) -> Any:
     new, base = eqn.params["new_sizes"], walk.bind(eqn, view, *sizes)[0]
     perm = eqn.params["dimensions"]
@@ -99,12 +100,12 @@ def _reshape(walk: Walk, eqn: JaxprEqn, view: View, *sizes: Any) -> Any:
             for p in after:
                 if new[p] > 1:
                     roles[p] = big[0] if view.parts else frozenset().union(*big)
-    out = View(base, view.factors, tuple(roles), view.names)
-    factors = tuple(
-        lax.reshape(f, [*(new[p] for p in out.axes(k)), view.rank])
-        for k, f in enumerate(view.factors)
-    )
-    return [View(base, factors, out.roles, view.names)]
+    out = View(base, (), tuple(roles), view.names)
+    laid = [
+        lax.reshape(f, [*(new[p] for p in out.axes(k)), f.shape[-1]])
+        for k, f in enumerate(view.laid)
+    ]
+    return [view.remade(base, laid, roles)]
 
 
 def _of_one_role(view: View, group: Sequence[int]) -> View | None:
@@ -119,6 +120,8 @@ def _of_one_role(view: View, group: Sequence[int]) -> View | None:
         return view
     view = view.settled([role if k in big else "e" for k in range(len(view.roles))])
     stack = [k for k in big if view.roles[k] != role]
+    if stack and role == "i" and view.gain is not None:
+        return None  # outputs would have another gain in each block of the inputs
     blocks = math.prod(view.shape[k] for k in stack)
     roles = [role if k in stack else r for k, r in enumerate(view.roles)]
     most = min(
@@ -150,7 +153,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return groups
 
 
-@rule("slice")
+@rule("slice", gain=True)
 def _slice(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     p = eqn.params
     starts, limits, strides = p["start_indices"], p["limit_indices"], p["strides"]
@@ -165,7 +168,7 @@ def _slice(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
-@rule("dynamic_slice")
+@rule("dynamic_slice", gain=True)
 def _dynamic_slice(walk: Walk, eqn: JaxprEqn, view: Any, *starts: Any) -> Any:
     if any(isinstance(s, View) for s in starts) or len(starts) != len(view.roles):
         return NotImplemented
@@ -186,29 +189,28 @@ def _pieces(view: View, axis: int, bases: Sequence[Any], roles: Any, cut: Any) -
     """Cut each factor that has an axis into as many pieces as the base; the other is shared."""
     cuts = [
         cut(f, view.axes(k).index(axis)) if axis in view.axes(k) else [f] * len(bases)
-        for k, f in enumerate(view.factors)
+        for k, f in enumerate(view.laid)
     ]
     return [
-        View(base, tuple(pieces[n] for pieces in cuts), tuple(roles), view.names)
-        for n, base in enumerate(bases)
+        view.remade(base, [pieces[n] for pieces in cuts], roles) for n, base in enumerate(bases)
     ]
 
 
-@rule("split")
+@rule("split", gain=True)
 def _split(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     sizes, axis = [int(n) for n in eqn.params["sizes"]], eqn.params["axis"]
     bases = walk.bind(eqn, view)
     return _pieces(view, axis, bases, view.roles, lambda f, k: lax.split(f, sizes, k))
 
 
-@rule("unstack")
+@rule("unstack", gain=True)
 def _unstack(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     axis, bases = eqn.params["axis"], walk.bind(eqn, view)
     roles = [r for k, r in enumerate(view.roles) if k != axis]
     return _pieces(view, axis, bases, roles, lambda f, k: jnp.unstack(f, axis=k))
 
 
-@rule("rev")
+@rule("rev", gain=True)
 def _rev(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     def move(f: Any, axes: list[int]) -> Any:
         return lax.rev(f, [axes.index(d) for d in eqn.params["dimensions"] if d in axes])
@@ -216,7 +218,7 @@ def _rev(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
-@rule("tile")
+@rule("tile", gain=True)
 def _tile(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     reps = eqn.params["reps"]
 
@@ -238,9 +240,11 @@ def _pad(walk: Walk, eqn: JaxprEqn, view: Any, value: Any) -> Any:
     return [view.moved(walk.bind(eqn, view, value)[0], view.roles, move)]
 
 
-@rule("reduce_sum")
+@rule("reduce_sum", gain=True)
 def _sum(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     gone = list(eqn.params["axes"])
+    if view.gain is not None and any(view.shape[k] > 1 for k in view.axes(GAIN) if k in gone):
+        return NotImplemented  # a sum of outputs, each with a gain of its own
 
     def move(f: Any, axes: list[int]) -> Any:
         f = f.sum([n for n, k in enumerate(axes) if k in gone and view.roles[k] != "s"])
@@ -255,12 +259,12 @@ def _sum(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], roles, move)]
 
 
-@rule("neg")
+@rule("neg", gain=True)
 def _neg(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [_scaled(view, walk.bind(eqn, view)[0], 1, lambda f: -f)]
 
 
-@rule("mul", "div")
+@rule("mul", "div", gain=True)
 def _scale(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
     """Scale by what varies on one side only: the factor of that side takes it."""
     divide = eqn.primitive.name == "div"
@@ -283,5 +287,5 @@ def _scale(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
 
 
 def _scaled(view: View, base: Any, side: int, scale: Any) -> View:
-    factors = tuple(scale(f) if k == side else f for k, f in enumerate(view.factors))
-    return View(base, factors, view.roles, view.names)
+    laid = [scale(f) if k == side else f for k, f in enumerate(view.laid)]
+    return view.remade(base, laid, view.roles)

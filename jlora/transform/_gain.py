@@ -1,0 +1,79 @@
+"""What a product does with DoRA's gain: it scales the outputs, or the inputs where it meets them.
+
+x·(g ∘ V) is g ∘ (x·V) where the outputs are kept, and (x ∘ g)·V where they are contracted, as a
+tied head does; never a scaled copy of the weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jax import lax
+
+from jlora._arrays import accumulator
+from jlora.transform._view import GAIN, View, narrowed
+from jlora.transform._walk import Walk
+
+
+class Gain(NamedTuple):
+    """The factors of x and of the result, arranged to broadcast; None for none."""
+
+    before: Any = None
+    after: Any = None
+
+
+def spread(gain: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
+    """Arrange a gain, its axes labeled, to broadcast against an array whose axes are `among`."""
+    have = [k for k in among if k in labels]
+    gain = lax.transpose(lax.squeeze(gain, [len(labels)]), [list(labels).index(k) for k in have])
+    sizes = dict(zip(have, gain.shape, strict=True))
+    return lax.reshape(gain, [sizes.get(k, 1) for k in among])
+
+
+def times(x: Any, gain: Any) -> Any:
+    """Multiply in float32 or wider; None multiplies by nothing."""
+    if gain is None:
+        return x
+    wide = accumulator(x.dtype)
+    return narrowed(narrowed(x, wide) * narrowed(gain, wide), x.dtype)
+
+
+def placed(
+    view: View, w_labels: Sequence[Any], x_labels: Sequence[Any], out_labels: Sequence[Any]
+) -> Gain | None:
+    """Find where a view's gain goes, given the labels of the axes of all; None if nowhere."""
+    if view.gain is None:
+        return Gain()
+    short = [n for n, k in enumerate(view.axes(GAIN)) if view.shape[k] == 1]
+    labels = [w_labels[k] for k in view.axes(GAIN) if view.shape[k] != 1]
+    gain = lax.squeeze(view.gain, short)
+    if set(labels) <= set(out_labels):
+        return Gain(after=spread(gain, labels, out_labels))
+    if set(labels) <= set(x_labels):
+        return Gain(before=spread(gain, labels, x_labels))
+    return None
+
+
+def gained(
+    walk: Walk,
+    atom: Any,
+    x: Any,
+    gain: Gain,
+    product: Callable[[Any], Any],
+    updated: Callable[[Any, Any], Any],
+) -> Any:
+    """Return x·(g ∘ V), given `product(x) = x·W` and `updated(x·W, x) = x·V`, V = W + s·A·B.
+
+    Under dropout, which drops x to x̃, it is x·W + x̃·(g ∘ V - W), as in PEFT: what the gain changes
+    of the base product is an update too, so it sees the dropped input, at the cost of a product.
+    """
+
+    def whole(x: Any) -> Any:
+        x = times(x, gain.before)
+        return times(updated(product(x), x), gain.after)
+
+    if walk.key is None:
+        return whole(x)
+    out, dropped = product(x), walk.drop(x, atom)
+    wide = accumulator(out.dtype)
+    full, base = (y.astype(wide) for y in (whole(dropped), product(dropped)))
+    return narrowed(out.astype(wide) + (full - base), out.dtype)
