@@ -1,5 +1,6 @@
 """LoRA for JAX: a function transform that takes low-rank-adapted weights for plain ones."""
 
+from jlora import arithmetic as arithmetic
 from jlora import initializers as initializers
 from jlora._adapt import attach as attach
 from jlora._adapt import bind as bind

@@ -27,6 +27,8 @@ def attach(
     """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
 
     The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
+    Where A B starts as a part of W (`pissa`, `olora`, `milora`), the node's `base` is a new array,
+    the residual `W - s · A B` in W's dtype, and that is what `detach` gives back.
 
     Args:
         params: any pytree of arrays; it is not changed.
@@ -79,10 +81,11 @@ def attach(
             return FullArray(leaf, jnp.array(leaf, copy=True))
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         spec, layout = planned
-        lora_a, lora_b = _factors(leaf_key, leaf, spec, layout)
+        lora_a, lora_b, *rest = _factors(leaf_key, leaf, spec, layout)
         stack = Geometry.of(leaf.shape, layout).stack
         scaling = jnp.full(stack, spec.s, jnp.float32)
-        return LoraArray(leaf, lora_a, lora_b, scaling, layout, spec.slices)
+        base = rest[0] if rest else leaf
+        return LoraArray(base, lora_a, lora_b, scaling, layout, spec.slices, bool(rest))
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
 
@@ -140,8 +143,11 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tuple[Any, Any]:
-    """Call the initializer on `(in, out)` matrices, one per stack element, and arrange."""
+def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tuple[Any, ...]:
+    """Call the initializer on `(in, out)` matrices, one per stack element, and arrange.
+
+    Returns A and B and, of an initializer that moves the base, what is left of the weight.
+    """
     geometry = Geometry.of(weight.shape, layout)
     init = functools.partial(spec.init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
     matrices, keys = geometry.to_matrix(weight), key
@@ -152,22 +158,24 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
     for _ in geometry.stack:
         init = jax.vmap(init)
     shapes = geometry.factor_shapes(spec.rank, spec.slices)
-    a, b = init(keys, matrices)
-    return a.reshape(shapes[0]), b.reshape(shapes[1])
+    a, b, *rest = init(keys, matrices)
+    return a.reshape(shapes[0]), b.reshape(shapes[1]), *map(geometry.from_matrix, rest)
 
 
 def _sliced(init: Any, slices: tuple[tuple[int, int], ...], geometry: Geometry) -> Any:
     """Initialize each range of outputs as a weight of its own."""
     per = geometry.fan_out // geometry.out_dims[0]  # columns per element of the sliced dimension
 
-    def run(key: PRNGKeyArray, matrix: Any) -> tuple[Any, Any]:
+    def run(key: PRNGKeyArray, matrix: Any) -> tuple[Any, ...]:
         keys = jax.random.split(key, len(slices))
-        parts = [
-            init(k, matrix[:, start * per : stop * per])
-            for k, (start, stop) in zip(keys, slices, strict=True)
-        ]
+        columns = [slice(start * per, stop * per) for start, stop in slices]
+        parts = [init(k, matrix[:, some]) for k, some in zip(keys, columns, strict=True)]
         a, b = (jnp.concatenate([p[k] for p in parts], axis=1) for k in (0, 1))
-        return a, b
+        if len(parts[0]) == 2:
+            return a, b
+        for some, part in zip(columns, parts, strict=True):
+            matrix = matrix.at[:, some].set(part[2])
+        return a, b, matrix
 
     return run
 
@@ -178,6 +186,9 @@ def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
 
 def detach(params: PyTree) -> tuple[PyTree, PyTree]:
     """Split adapted parameters into the base weights, bit for bit, and the adapter.
+
+    Of a node that is `residual` the base is its own, the residual: the original weights are in
+    what `attach` was given.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.

@@ -18,7 +18,7 @@ from jlora._paths import describe
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "lora_a", "lora_b", "scaling"),
-    meta_fields=("layout", "slices"),
+    meta_fields=("layout", "slices", "residual"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
@@ -34,6 +34,8 @@ class LoraArray:
             range has an update of its own: `lora_a` is `(*stack, *in_dims, n · rank)`, the ranges'
             A side by side, and `lora_b` has the ranges' widths, side by side, for that dimension.
             loralib's `MergedLinear`, transposed.
+        residual: whether `base` is not the model's own weight but what an initializer left of it,
+            `W - s · A B` of the first A and B; see `jlora.arithmetic.residual_to_lora`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,6 +52,7 @@ class LoraArray:
     scaling: Any
     layout: str
     slices: tuple[tuple[int, int], ...] | None = None
+    residual: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

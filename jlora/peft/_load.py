@@ -1,5 +1,6 @@
 """PEFT's files in: which key is which leaf, and everything refused before anything is built."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from jaxtyping import PyTree
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, path_str
-from jlora.peft._assign import Assignment, Found, assign
+from jlora.initializers import Initializer
+from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse, read_json
+from jlora.peft._initial import REPEATED, residual
 from jlora.peft._names import Names, check_keys, check_kinds, places
 from jlora.peft._tensors import from_torch, read, whole_from_torch
 
@@ -34,6 +37,8 @@ def load(
 
     What is read keeps the dtype of the file. Weights stay in Flax's orientation: kernels (in, out)
     or HWIO, embeddings (vocab, d); attention kernels of three dimensions are reshaped by layout.
+    An adapter that began as "pissa" or "olora" stands, as in PEFT, over the residual that this
+    leaves of the given weights; its nodes are `residual`.
 
     Args:
         directory: the folder with adapter_config.json and adapter_model.safetensors.
@@ -51,12 +56,13 @@ def load(
         alpha: α of all, for files without adapter_config.json, such as loralib's.
 
     Returns:
-        The adapted parameters; the base weights are the very arrays that were given.
+        The adapted parameters; the base weights are the very arrays that were given, but for
+        residuals.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: keys missing, unexpected or of another shape; a damaged file; a pickle; another
-            method than LoRA, or a variant that jlora does not have.
+            method than LoRA, or a variant that jlora does not have; `params` over a residual.
         KeyError: `names`, `layouts` or `kinds` speak of a leaf that is not there.
         TypeError: a name that is no string.
 
@@ -73,6 +79,7 @@ def load(
         for path, node in leaves_with_paths(params, is_adapted)
         if isinstance(node, LoraArray)
     }
+    _refuse_residuals(params, call)
     base = detach(params)[0]
     leaves = leaves_with_paths(base)
     paths = [path for path, _ in leaves]
@@ -86,8 +93,46 @@ def load(
     nodes = {path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()}
     nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
     _same_base(plan, dict(leaves), call)
+    init = REPEATED.get(getattr(config, "init_lora_weights", None))
+    if init is not None:
+        base = _residuals(base, nodes, plan, init, call)
+        nodes = {
+            path: dataclasses.replace(x, residual=True) if path in plan.lora else x
+            for path, x in nodes.items()
+        }
     adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
     return bind(base, adapter_tree)
+
+
+def _refuse_residuals(params: PyTree, call: str) -> None:
+    """Refuse base weights that are not the model's own."""
+    for path, node in leaves_with_paths(params, is_adapted):
+        if getattr(node, "residual", False):
+            raise ValueError(
+                f'`{call}`: the base of "{path}" is a residual, W less its first A and B '
+                "(`pissa`, `olora`, `milora`). Give the original weights, what `jlora.attach` was "
+                "given."
+            )
+
+
+def _residuals(
+    base: PyTree, nodes: Mapping[str, Any], plan: Plan, init: Initializer, call: str
+) -> PyTree:
+    """Take out of the base weights what PEFT takes out when it loads such an adapter."""
+    for path, parts in plan.lora.items():
+        first = parts[0]
+        if first.kind != "linear" or first.geometry.stack or min(p.scaling for p in parts) <= 0:
+            raise ValueError(
+                f'`{call}`: PEFT begins with "pissa" and "olora" on linear layers alone and with '
+                f'an alpha above 0, and "{path}" is {first.kind} with the scaling {first.scaling}. '
+                "The configuration is not of this file."
+            )
+
+    def moved(key_path: Any, weight: Any) -> Any:
+        path = path_str(key_path)
+        return residual(init, jnp.asarray(weight), nodes[path]) if path in plan.lora else weight
+
+    return jax.tree_util.tree_map_with_path(moved, base)
 
 
 def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:

@@ -56,8 +56,9 @@ def save(
             α/√r; `target_parameters`, in PyTorch's order, where one module has several.
 
     Raises:
-        ValueError: nothing is adapted; an adapted leaf without a name; parameters trained whole
-            that make up no module; an entry of `config` that the parameters tell.
+        ValueError: nothing is adapted; an adapted leaf without a name, or over a residual;
+            parameters trained whole that make up no module; an entry of `config` that the
+            parameters tell.
         TypeError: a name that is no string.
 
     Example:
@@ -122,6 +123,12 @@ def _check(path: str, node: Any, call: str) -> None:
                 "`jlora.combine(trainable, frozen)`."
             )
         return
+    if node.residual:
+        raise ValueError(
+            f'`{call}`: the base of "{path}" is a residual, W less its first A and B (`pissa`, '
+            "`olora`, `milora`), so on the model's own weights this adapter gives other numbers. "
+            "Convert it: `jlora.arithmetic.residual_to_lora(params, initial, base)`."
+        )
     if node.base is None and node.slices is not None:
         raise ValueError(
             f'`{call}`: "{path}" is adapted on some slices of its outputs, and how many outputs '

@@ -1,5 +1,8 @@
 """PEFT live: what is random is not bit for bit the same, but of the same distribution."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from test_peft_layers import adapt, plain, quiet
-from twins import conv, embedding, linear
+from twins import Holder, conv, embedding, linear
 
 import jlora.peft
 
@@ -69,8 +72,19 @@ def test_an_embedding_has_no_dropout(tmp_path, compare):
     compare(apply(params, x), theirs, "an embedding under dropout")
 
 
-@pytest.mark.parametrize("init", [True, "gaussian"])
-@pytest.mark.parametrize("twin", [linear, embedding, conv(2, 1, 0)], ids=repr)
+# Enough numbers for their moments to be told apart.
+wide = dataclasses.replace(linear, make=lambda: Holder(torch.nn.Linear(130, 70)))
+wide_embedding = dataclasses.replace(embedding, make=lambda: Holder(torch.nn.Embedding(170, 60)))
+
+
+@pytest.mark.parametrize(
+    ("twin", "init"),
+    [
+        *itertools.product((wide, wide_embedding, conv(2, 1, 0)), (True, False, "gaussian")),
+        (wide, "orthogonal"),  # PEFT has it for linear layers alone
+    ],
+    ids=repr,
+)
 def test_initializers(twin, init):
     """Bounds, moments and a Kolmogorov-Smirnov test of many first values of A and B."""
     config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights=init)
@@ -110,7 +124,8 @@ def test_initializers(twin, init):
         assert got.std() == pytest.approx(want.std(), rel=0.02)
         assert stats.kurtosis(got) == pytest.approx(stats.kurtosis(want), abs=0.15)
         assert stats.ks_2samp(got, want).pvalue > 1e-3
-        if init is True and twin is not embedding:
-            bound = 1 / np.prod(jnp.shape(base["layer"]["kernel"])[:-1]) ** 0.5
+        if isinstance(init, bool) and twin is not wide_embedding:
+            fan_in = np.prod(jnp.shape(base["layer"]["kernel"])[:-1])
+            bound = 1 / (fan_in if name == "lora_a" else 4) ** 0.5
             assert 0.99 * bound < np.abs(got).max() <= bound * (1 + 1e-6)
             assert 0.99 * bound < np.abs(want).max() <= bound * (1 + 1e-6)
