@@ -30,6 +30,7 @@ def load(
     adapter: str = "default",
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
+    slices: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
     target_parameters: Sequence[str] | None = None,
     alpha: float | int | None = None,
 ) -> PyTree:
@@ -37,6 +38,7 @@ def load(
 
     What is read keeps the dtype of the file. Weights stay in Flax's orientation: kernels (in, out)
     or HWIO, embeddings (vocab, d); attention kernels of three dimensions are reshaped by layout.
+    PEFT's update of a convolution with groups fills the whole kernel: write the layer without.
     An adapter that began as "pissa" or "olora" stands, as in PEFT, over the residual that this
     leaves of the given weights; its nodes are `residual`.
 
@@ -51,6 +53,8 @@ def load(
         layouts: path to layout, as for `jlora.attach`; 2-D weights are "io" and 4-D ones "iiio".
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) for parameters saved
             whole whose orientation their path does not tell; anything else is "linear".
+        slices: path to the (start, stop) ranges of outputs that a MergedLinear of loralib's adapts,
+            as in `LoraSpec`; needed only where they are not all.
         target_parameters: the adapted parameters of one module (experts), in the order in which
             PyTorch declares them; needed only where their shapes do not tell.
         alpha: α of all, for files without adapter_config.json, such as loralib's.
@@ -83,12 +87,23 @@ def load(
     base = detach(params)[0]
     leaves = leaves_with_paths(base)
     paths = [path for path, _ in leaves]
-    for argument, given in (("names", names), ("layouts", layouts), ("kinds", kinds)):
+    for argument, given in {
+        "names": names,
+        "layouts": layouts,
+        "kinds": kinds,
+        "slices": slices,
+    }.items():
         check_keys(given, paths, argument, call)
     check_kinds(kinds or {}, call)
-    found = Found(places(leaves, names, call), known | dict(layouts or {}), dict(kinds or {}))
+    found = Found(
+        places(leaves, names, call),
+        known | dict(layouts or {}),
+        dict(kinds or {}),
+        dict(slices or {}),
+    )
     tensors = read(folder / TENSORS, call)
     plan = assign(tensors, config, found, target_parameters or (), call)
+    _refuse_idle_slices(plan, slices or {}, call)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
     nodes = {path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()}
     nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
@@ -102,6 +117,17 @@ def load(
         }
     adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
     return bind(base, adapter_tree)
+
+
+def _refuse_idle_slices(plan: Plan, slices: Mapping[str, Any], call: str) -> None:
+    """Refuse slices of what the file does not adapt in slices."""
+    for path, given in slices.items():
+        found = {one.slices for one in plan.lora.get(path, [])}
+        if found != {tuple(map(tuple, given))}:
+            raise ValueError(
+                f'`{call}`: `slices` has "{path}", which the file does not adapt in slices; a '
+                "MergedLinear of loralib's is. Leave it out."
+            )
 
 
 def _refuse_residuals(params: PyTree, call: str) -> None:
@@ -195,7 +221,8 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     scaling = np.array([one.scaling for one in found], np.float32)
     scaling = scaling.reshape((*lead, *(1 for _ in stack)))
     scaling = jnp.asarray(np.broadcast_to(scaling, (*lead, *stack)))
-    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, first.geometry.layout)
+    layout, slices = first.geometry.layout, first.slices
+    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, layout, slices)
 
 
 def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, LoraArray, check, is_adapted, unsliced
+from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted, unsliced
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
+from jlora.peft._forms import even
 from jlora.peft._keys import PREFIX, Found, in_order
 from jlora.peft._names import (
     Names,
@@ -49,7 +50,8 @@ def save(
         names: from a leaf's path to its PyTorch name, as for `load`.
         layouts: path to layout of parameters trained whole that have three dimensions or more.
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) where neither the path
-            (".../embedding") nor the layout ("iiio") tells; anything else is "linear".
+            (".../embedding") nor the layout ("iiio") tells; anything else is "linear". "grouped"
+            is a convolution with groups in PyTorch, whose kernel here is written without them.
         **config: entries of adapter_config.json that the parameters do not tell:
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
             `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
@@ -87,7 +89,7 @@ def save(
     check_kinds(kinds or {}, call)
     for path, node in adapted.items():
         _check(path, node, call)
-    leaves = [(path, _plain(node)) for path, node in leaves]
+    leaves = [(path, _plain(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
@@ -140,9 +142,19 @@ def _check(path: str, node: Any, call: str) -> None:
     check(path, node, call)
 
 
-def _plain(node: Any) -> Any:
-    """Write slices as one update of the whole weight, as PEFT, which has none, would."""
-    return node if getattr(node, "slices", None) is None else unsliced(node)
+def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
+    """Write slices as one update of the whole weight, as PEFT would, but for those of groups."""
+    if kind != "grouped" or not is_adapted(node):
+        return node if getattr(node, "slices", None) is None else unsliced(node)
+    slices = getattr(node, "slices", None)
+    outs = Geometry.of(node.shape, node.layout).out_dims if slices else (0,)
+    if slices is None or slices != even(outs[0], len(slices)):
+        raise ValueError(
+            f'`{call}`: the kind of "{path}" is "grouped", whose update is of equal slices of all '
+            f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, or "
+            "leave the kind out."
+        )
+    return node
 
 
 class _Shaped:
@@ -183,11 +195,12 @@ def _parts(
     for place, node in nodes.items():
         endings = parts_of(kinds[place])
         values = {part: np.asarray(getattr(node, part))[place.index] for part in endings}
+        rank = node.lora_a.shape[-1]  # of groups together
         arranged = to_torch(values, sides[place], kinds[place])
         parts[place] = Adapted(
             {endings[part]: x for part, x in arranged.items()},
-            node.rank,
-            alpha_of(_scaling(node, place, call), node.rank, rslora),
+            rank,
+            alpha_of(_scaling(node, place, call), rank, rslora),
             place in parameters,
             *spelled[place],
         )

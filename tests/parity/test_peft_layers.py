@@ -119,6 +119,8 @@ def hold(twin: Twin, model: Any, folder: Path, compare: Any, **config: Any) -> N
     # MultiheadAttention's forward pass merges and unmerges, which is not exact.
     compare(reloaded(tx).detach().numpy(), out.detach().numpy(), "PEFT", 1e-6 if twin.slopes else 0)
 
+    if not twin.merges:
+        return
     merged = twin.params(quiet(model.merge_and_unload))
     ours = dict(jax.tree.leaves_with_path(jlora.merge(computed)))
     for path, want in jax.tree.leaves_with_path(merged):
