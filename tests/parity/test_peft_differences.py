@@ -7,11 +7,16 @@
 | `safe_merge` over bfloat16 | rounds the delta, then the sum | rounds once |
 | unmerge | changes the weights | `detach` has them bit for bit |
 | MultiheadAttention's output projection | adds its update twice | once |
-| a convolution with groups | A sees all channels, no merge | A sees its group's, merges |
+| MultiheadAttention's lora_dropout | ignored | falls on A's input |
+| lora_dropout of expert parameters | refused | falls on A's input |
+| a convolution with groups | A sees all channels, no merge | so without groups; with, its group's |
 | a dilated convolution | fails | works |
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
 | the linear sum of adapters | has cross terms | A and B side by side are exact |
 | the same, of rsLoRA | s = √r where 1 is meant | exact |
+| "olora" on transformers' Conv1D | fails | works |
+| "pissa_niter_4" in a file | other random numbers, another base | refused |
+| "pissa" over bfloat16 | rounds A and B too (test_peft_initial) | rounds the residual alone |
 | bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
 """
 
@@ -27,7 +32,7 @@ import torch
 from jax import lax
 from test_peft_layers import adapt, plain, quiet, randomize
 from test_peft_several import together
-from twins import Holder, Twin, attention, conv, hwio, linear, mlp
+from twins import Holder, Twin, attention, conv, conv1d_hf, experts, hwio, linear, mlp
 
 import jlora.peft
 
@@ -110,6 +115,52 @@ def test_attention_adds_its_output_update_twice(tmp_path):
     twice = jlora.lora(attention.fn)(attention.as_peft(params), x)
     errors = [distance(theirs, meant), distance(ours, meant), distance(twice, theirs)]
     assert errors[0] > 0.1 and errors[1] < 1e-5 and errors[2] < 1e-5, errors
+
+
+@pytest.mark.parametrize("twin", [attention, experts(True)], ids=repr)
+def test_dropout_where_peft_has_none(twin, tmp_path):
+    if twin is attention:
+        model = adapt(twin, lora_dropout=0.5).train()
+        x = torch.tensor(twin.x(np.random.default_rng(0)))
+        assert torch.equal(model(x), model(x))
+    else:
+        with pytest.raises(ValueError, match="does not work with lora_dropout"):
+            adapt(twin, lora_dropout=0.5)
+    params = load(twin, adapt(twin), tmp_path)
+    x = twin.x(np.random.default_rng(0))
+    whole, some = (
+        jlora.lora(twin.fn, dropout=rate, key=jax.random.key(0))(params, x) for rate in (0.0, 0.5)
+    )
+    assert distance(some, whole) > 0.01
+
+
+def test_olora_on_conv1d_of_transformers(compare):
+    """PEFT takes the weight for (out, in), so A and B have each other's widths."""
+    options = dict(r=4, target_modules=["layer"], init_lora_weights="olora", **conv1d_hf.config)
+    config, x = peft.LoraConfig(**options), conv1d_hf.x(np.random.default_rng(0))
+    with pytest.raises(RuntimeError):
+        quiet(peft.get_peft_model, plain(conv1d_hf), config)(torch.tensor(x))
+    base = conv1d_hf.params(plain(conv1d_hf))
+    rules = jlora.peft.rules(config.to_dict(), base, names=conv1d_hf.names)
+    params = jlora.attach(base, rules, key=jax.random.key(0))
+    compare(jlora.lora(conv1d_hf.fn)(params, x), conv1d_hf.fn(base, x), "as it was", 1e-6)
+
+
+def test_a_randomized_decomposition_is_not_in_its_file(tmp_path):
+    options = dict(r=4, target_modules=["layer"], init_lora_weights="pissa_niter_4")
+    model = quiet(peft.get_peft_model, wide().make(), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(1)
+    x = torch.randn(3, 256)
+    quiet(model.save_pretrained, tmp_path)
+    with torch.no_grad():
+        module = wide().make()
+        layer = model.base_model.model.layer
+        module.layer.weight.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+        module.layer.bias.copy_(layer.base_layer.bias)
+        again = quiet(peft.PeftModel.from_pretrained, module, str(tmp_path)).eval()
+        assert distance(again(x), model(x)) > 0.01
+    with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4', which moves the base"):
+        load(wide(), model, tmp_path)
 
 
 def grouped(groups: int) -> Twin:

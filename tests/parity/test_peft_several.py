@@ -33,6 +33,7 @@ def together(adapters: list[Any]) -> Any:
     def join(*nodes: Any) -> Any:
         if not isinstance(nodes[0], jlora.LoraArray):
             return nodes[0]
+        nodes = [n if n.slices is None else jlora._arrays.unsliced(n) for n in nodes]
         first = nodes[0]
         rank_axis = first.lora_b.ndim - first.layout.count("o") - 1
         b = [
@@ -53,11 +54,11 @@ def together(adapters: list[Any]) -> Any:
     return jax.tree.map(join, *adapters, is_leaf=is_leaf)
 
 
-@pytest.mark.parametrize("twin", TWINS, ids=repr)
+@pytest.mark.parametrize("twin", [*TWINS, grouped(2, 2)], ids=repr)
 def test_several_active_adapters(twin, tmp_path, compare):
     model = adapt(twin)
     config = peft.LoraConfig(
-        r=3,
+        r=2,
         lora_alpha=5,
         use_rslora=True,
         target_modules=list(twin.targets) or None,
@@ -79,6 +80,8 @@ def test_several_active_adapters(twin, tmp_path, compare):
     x = twin.x(np.random.default_rng(0))
     y = jlora.lora(twin.fn, fallback="error")(params, x)
     compare(y, quiet(model, torch.tensor(x)).detach().numpy(), "the sum of two adapters")
+    if not twin.merges:
+        return
     merged = dict(jax.tree.leaves_with_path(jlora.merge(params)))
     theirs = twin.params(quiet(model.merge_and_unload))
     for path, want in jax.tree.leaves_with_path(theirs):
