@@ -1,16 +1,18 @@
-"""The forms of one module's A and B, brought to PEFT's ungrouped one: groups, and loralib's own.
+"""The forms of A and B: with groups, loralib's, and of leaves that are several parameters.
 
 PEFT, g groups      A (r, in, k...) sees all channels, B (out, r/g, 1...): g slices of the outputs
 MergedLinear        A (n·r, in), B (n·h, r): n slices of the outputs
 loralib's Conv2d    W = B A read as (out, in, k, k), A (r·k, in·k), B (out·k, r·k)
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from jlora._arrays import Geometry
+from jlora._arrays import Geometry, LoraArray
 from jlora._spec import LoraSpec
 from jlora.peft._names import Place
 from jlora.peft._tensors import in_torch_order, shapes
@@ -114,3 +116,25 @@ def _convolution(a: np.ndarray, b: np.ndarray, geometry: Geometry, place: Place,
         "lora_b": wide_b.reshape(out, -1, *(1 for _ in window)),
     }
     return Form(tensors, rank, None, wanted)
+
+
+def unrolled(node: LoraArray, depth: int) -> LoraArray:
+    """Make stack of the leading `depth` dimensions, each a parameter of its own in PyTorch.
+
+    Where they are outputs (Gemma's keys and values in one kernel, read as "ooio") the parameters
+    share A, and where they are inputs B: each gets a copy.
+    """
+    while len(stack := node.lora_a.shape[: node.lora_a.ndim - node.layout.count("i") - 1]) < depth:
+        at, a, b = len(stack), node.lora_a, node.lora_b
+        if node.layout[0] == "o":
+            b = jnp.moveaxis(b, at + 1, at)  # (*stack, n, rank, ...)
+            n = b.shape[at]
+            a = jnp.broadcast_to(jnp.expand_dims(a, at), (*stack, n, *a.shape[at:]))
+        else:
+            n = a.shape[at]
+            b = jnp.broadcast_to(jnp.expand_dims(b, at), (*stack, n, *b.shape[at:]))
+        s = jnp.asarray(node.scaling)
+        s = jnp.broadcast_to(jnp.expand_dims(s, -1), (*s.shape, n)) if s.ndim else s
+        layout = node.layout[1:]
+        node = dataclasses.replace(node, lora_a=a, lora_b=b, scaling=s, layout=layout)
+    return node

@@ -16,7 +16,7 @@ from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted, uns
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import even
+from jlora.peft._forms import even, unrolled
 from jlora.peft._keys import PREFIX, Found, in_order
 from jlora.peft._names import (
     Names,
@@ -100,6 +100,11 @@ def save(
                 f'`{call}`: "{path}" is adapted, but `names` gives it no PyTorch name. '
                 f"{near_misses(path, named)}"
             )
+    depths = {place.path: len(place.index) for place in found.values()}
+    adapted = {
+        path: unrolled(x, depths[path]) if isinstance(x, LoraArray) else x
+        for path, x in adapted.items()
+    }
     known = dict(layouts or {})
     known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
     where = Found(found, known, dict(kinds or {}))
