@@ -217,7 +217,7 @@ def check_init(config: Config, call: str) -> None:
             "`path_initial_model_for_weight_conversion=...`, which makes it plain LoRA."
         )
     plain = ("gaussian", "eva", "orthogonal", "mica")
-    if isinstance(init, str) and init not in (*plain, "pissa", "olora"):
+    if isinstance(init, str) and init.lower() not in (*plain, "pissa", "olora"):
         raise ValueError(
             f"`{call}`: the adapter began with init_lora_weights={init!r}, which jlora does not "
             "have yet; it may be more than the first values of A and B."

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,9 @@ _LACKED = {
     "lora_ga": "is computed from gradients",
     "mica": "trains A alone, which rules cannot say",
 }
+_Splitting = Callable[..., initializers.Split]
 # Those that PEFT applies again when it loads an adapter, so that it stands over the same residual.
-REPEATED = {"pissa": initializers.pissa, "olora": initializers.olora}
+REPEATED: dict[str, _Splitting] = {"pissa": initializers.pissa, "olora": initializers.olora}
 
 
 def initializer(chosen: bool | str, embedding: bool, call: str) -> initializers.Initializer:
@@ -79,7 +81,7 @@ def embedding_normal(
     return a, jax.random.normal(of_b, (rank, d_out), dtype)
 
 
-def residual(init: initializers.Initializer, weight: Array, node: LoraArray) -> Array:
+def residual(init: _Splitting, weight: Array, node: LoraArray) -> Array:
     """Return what an initializer leaves of a weight, for a node of the weight's own A and B."""
     geometry = Geometry.of(weight.shape, node.layout)
 

@@ -14,7 +14,6 @@ from jaxtyping import PyTree
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, path_str
-from jlora.initializers import Initializer
 from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse, read_json
 from jlora.peft._initial import REPEATED, residual
@@ -78,45 +77,36 @@ def load(
     call = f"jlora.peft.load({str(directory)!r}, params)"
     folder = _folder(directory, adapter, call)
     config = _config(folder, alpha, call)
-    known = {
-        path: node.layout
-        for path, node in leaves_with_paths(params, is_adapted)
-        if isinstance(node, LoraArray)
-    }
     _refuse_residuals(params, call)
     base = detach(params)[0]
     leaves = leaves_with_paths(base)
-    paths = [path for path, _ in leaves]
-    for argument, given in {
-        "names": names,
-        "layouts": layouts,
-        "kinds": kinds,
-        "slices": slices,
-    }.items():
-        check_keys(given, paths, argument, call)
+    given = {"names": names, "layouts": layouts, "kinds": kinds, "slices": slices}
+    for argument, value in given.items():
+        check_keys(value, [path for path, _ in leaves], argument, call)
     check_kinds(kinds or {}, call)
-    found = Found(
-        places(leaves, names, call),
-        known | dict(layouts or {}),
-        dict(kinds or {}),
-        dict(slices or {}),
-    )
+    known = _layouts(params) | dict(layouts or {})
+    where = places(leaves, names, call)
+    found = Found(where, known, dict(kinds or {}), dict(slices or {}))
     tensors = read(folder / TENSORS, call)
     plan = assign(tensors, config, found, target_parameters or (), call)
     _refuse_idle_slices(plan, slices or {}, call)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
-    nodes = {path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()}
-    nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
+    nodes: dict[str, Any] = {
+        path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()
+    }
     _same_base(plan, dict(leaves), call)
-    init = REPEATED.get(getattr(config, "init_lora_weights", None))
-    if init is not None:
-        base = _residuals(base, nodes, plan, init, call)
-        nodes = {
-            path: dataclasses.replace(x, residual=True) if path in plan.lora else x
-            for path, x in nodes.items()
-        }
+    if isinstance(config, Config) and str(config.init_lora_weights).lower() in REPEATED:
+        nodes = {path: dataclasses.replace(x, residual=True) for path, x in nodes.items()}
+        base = _residuals(base, nodes, plan, config.init_lora_weights, call)
+    nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
     adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
     return bind(base, adapter_tree)
+
+
+def _layouts(params: PyTree) -> dict[str, str]:
+    """Return the layouts of what is adapted already."""
+    nodes = leaves_with_paths(params, is_adapted)
+    return {path: node.layout for path, node in nodes if isinstance(node, LoraArray)}
 
 
 def _refuse_idle_slices(plan: Plan, slices: Mapping[str, Any], call: str) -> None:
@@ -142,7 +132,7 @@ def _refuse_residuals(params: PyTree, call: str) -> None:
 
 
 def _residuals(
-    base: PyTree, nodes: Mapping[str, Any], plan: Plan, init: Initializer, call: str
+    base: PyTree, nodes: Mapping[str, Any], plan: Plan, init: bool | str, call: str
 ) -> PyTree:
     """Take out of the base weights what PEFT takes out when it loads such an adapter."""
     for path, parts in plan.lora.items():
@@ -156,7 +146,9 @@ def _residuals(
 
     def moved(key_path: Any, weight: Any) -> Any:
         path = path_str(key_path)
-        return residual(init, jnp.asarray(weight), nodes[path]) if path in plan.lora else weight
+        if path not in nodes:
+            return weight
+        return residual(REPEATED[str(init).lower()], jnp.asarray(weight), nodes[path])
 
     return jax.tree_util.tree_map_with_path(moved, base)
 
