@@ -40,10 +40,10 @@ def of_peft(
 ) -> Form:
     """Read PEFT's form; a convolution of g groups has a B g times as narrow as its A."""
     a, b = parts["lora_a"], parts["lora_b"]
-    narrow = b.shape[1] if b.ndim > 1 else 0
-    if kind != "conv" or not 0 < narrow < rank or rank % narrow:
+    narrow = b.shape[1] if kind == "conv" and b.ndim > 1 and a.shape[0] == rank else rank
+    groups = rank // max(1, narrow)
+    if groups < 2 or geometry.fan_out % groups:
         return Form(parts, rank, None, shapes(geometry, rank, kind))
-    groups = rank // narrow
     channels = in_torch_order(geometry.layout, geometry.in_dims)[0]
     if a.shape[1:2] == (groups * channels,):
         raise ValueError(
