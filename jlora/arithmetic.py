@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jlora._adapt import _map, _same_paths, _without_base, bind
+from jlora._adapt import bind, detach
 from jlora._arrays import LoraArray, is_adapted
-from jlora._paths import describe, leaves_with_paths
+from jlora._paths import describe, leaves_with_paths, path_str
 
 
 def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
@@ -27,11 +28,10 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
         rounding; where W is bfloat16, by the one rounding of the residual as well.
 
     Raises:
-        ValueError: the trees have other paths; a node of `initial` is not the one of `params`;
-            nothing is a residual.
+        ValueError: nothing is a residual; a node of `initial` is not what the one of `params`
+            began as; `base` has other paths.
 
     Example:
-        >>> import jax
         >>> from jlora import LoraSpec, attach, initializers, merge
         >>> base = {"w": jax.random.normal(jax.random.key(0), (6, 4))}
         >>> spec = LoraSpec(rank=2, init=initializers.pissa)
@@ -44,28 +44,28 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
     `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.
     """
     call = "jlora.arithmetic.residual_to_lora(params, initial, base)"
-    for other in (initial, base):
-        _same_paths(params, other, call)
-    nodes = leaves_with_paths(params, is_adapted)
-    if not any(isinstance(node, LoraArray) and node.residual for _, node in nodes):
+    begun = dict(leaves_with_paths(initial, is_adapted))
+    adapter = detach(params)[1]
+    moved = {
+        path: _difference(node, _begun(path, node, begun.get(path), call))
+        for path, node in leaves_with_paths(adapter, is_adapted)
+        if isinstance(node, LoraArray) and node.residual
+    }
+    if not moved:
         raise ValueError(
             f"`{call}`: nothing in `params` stands over a residual, so there is nothing to "
             "convert: it is plain LoRA already."
         )
-    begun = dict(leaves_with_paths(initial, is_adapted))
-    for path, node in nodes:
-        if isinstance(node, LoraArray) and node.residual:
-            _check(path, node, begun.get(path), call)
 
-    def convert(node: Any, first: Any) -> Any:
-        is_residual = isinstance(node, LoraArray) and node.residual
-        return _difference(node, first) if is_residual else _without_base(node)
+    def convert(key_path: Any, node: Any) -> Any:
+        return moved.get(path_str(key_path), node)
 
-    return bind(base, _map(convert, params, initial))
+    is_leaf = lambda x: x is None or is_adapted(x)  # noqa: E731
+    return bind(base, jax.tree_util.tree_map_with_path(convert, adapter, is_leaf=is_leaf))
 
 
-def _check(path: str, node: LoraArray, first: Any, call: str) -> None:
-    """Refuse an initial node that the trained one cannot have begun as."""
+def _begun(path: str, node: LoraArray, first: Any, call: str) -> LoraArray:
+    """Return the initial node; refuse one that the trained one cannot have begun as."""
 
     def kind(x: Any) -> Any:
         return x.lora_a.shape, x.lora_b.shape, x.layout, x.slices, x.residual
@@ -80,6 +80,7 @@ def _check(path: str, node: LoraArray, first: Any, call: str) -> None:
             f"`{call}`: {describe(path, node.lora_a)} (its A) did not begin as what `initial` has "
             "there. Give what `jlora.attach` returned, with the same rules."
         )
+    return first
 
 
 def _difference(node: LoraArray, first: LoraArray) -> LoraArray:

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from peft_cases import bits, says
 
@@ -128,6 +129,33 @@ def trained(params):
         lambda x: x + jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype), trainable
     )
     return jlora.combine(moved, frozen)
+
+
+@every
+def test_the_model_starts_as_it_was_and_only_the_factors_train(init):
+    base = {"up": drawn((6, 9)), "layers": drawn((2, 9, 9)) / 3}
+    rules = {".*": LoraSpec(2, 5, init=init, layout="io")}
+    params = jlora.attach(base, rules, key=KEY)
+
+    def fn(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["up"], p["layers"])[0]
+
+    x, apply = drawn((4, 6)), jlora.lora(fn, fallback="error")
+    np.testing.assert_allclose(jax.jit(apply)(params, x), fn(base, x), rtol=0, atol=1e-5)
+    tx = jlora.freeze(optax.sgd(0.1))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: (apply(p, x) ** 2).sum(), allow_int=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates)
+
+    after = step(params, tx.init(params))
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    for path in base:
+        assert bits(after[path].base) == bits(params[path].base)
+        assert not np.array_equal(after[path].lora_a, params[path].lora_a)
+        assert not np.array_equal(after[path].lora_b, params[path].lora_b)
 
 
 @every
