@@ -68,14 +68,15 @@ def of_loralib(
     rank = b.shape[1]
     n, width = a.shape[0] // rank, geometry.out_dims[0]
     is_whole = b.shape[0] == geometry.fan_out
-    if (slices is None and n == 1 and is_whole) or n * rank != a.shape[0]:
+    divides = n * rank == a.shape[0] and geometry.fan_out * n % b.shape[0] == 0
+    if slices is None and (not divides or (n == 1 and is_whole)):
         return Form(parts, rank, None, shapes(geometry, rank, "linear"))
     if slices is None and is_whole and width % n == 0:
         slices = even(width, n)
     if slices is None:
         raise ValueError(
-            f'`{call}`: "{place.module}" is a MergedLinear of loralib, {n} parts of whose outputs '
-            "are adapted, and the file does not say which (its `enable_lora`). Give "
+            f'`{call}`: by its shapes "{place.module}" is a MergedLinear of loralib, {n} parts of '
+            "whose outputs are adapted; the file does not say which (its `enable_lora`). Give "
             f'`slices={{"{place.path}": ((start, stop), ...)}}`.'
         )
     slices = LoraSpec(rank, slices=slices).slices

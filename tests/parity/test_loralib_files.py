@@ -115,6 +115,9 @@ def test_a_merged_linear_needs_to_be_told_which(tmp_path):
         load(slices={"w": ((8, 12), (0, 4))})
     with pytest.raises(KeyError, match=r'`slices` has "v", which is no parameter'):
         load(slices={"v": ((0, 4),)})
+    write(tmp_path, model_of(loralib.Linear(7, 13, r=RANK)), "none")
+    with pytest.raises(ValueError, match=r'1 keys have another shape: "layer.lora_B" \[13, 3\]'):
+        load()
     write(tmp_path, model_of(loralib.Linear(7, 12, r=RANK)), "none")
     for given in (((0, 4), (8, 12)), ((0, 4),)):
         with pytest.raises(ValueError, match=r"2 keys have another shape|1 keys have another"):
