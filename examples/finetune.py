@@ -219,7 +219,8 @@ def check_resume(args: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"`--resume`: there is no saved state in {args.out / 'state'}. Run without --resume."
         )
-    begun, now = notes["settings"], settings(args)
+    # States written before there was --adapter have no word of it: those runs began without one.
+    begun, now = {"adapter": None, **notes["settings"]}, settings(args)
     other = [name for name in SETTINGS if begun[name] != now[name]]
     if other:
         raise ValueError(

@@ -1,13 +1,14 @@
 """LoRA for JAX: a function transform that takes low-rank-adapted weights for plain ones."""
 
+from jlora import arithmetic as arithmetic
 from jlora import initializers as initializers
-from jlora._adapt import attach as attach
 from jlora._adapt import bind as bind
 from jlora._adapt import detach as detach
 from jlora._adapt import merge as merge
 from jlora._adapt import unmerge as unmerge
 from jlora._arrays import FullArray as FullArray
 from jlora._arrays import LoraArray as LoraArray
+from jlora._attach import attach as attach
 from jlora._partition import combine as combine
 from jlora._partition import freeze as freeze
 from jlora._partition import labels as labels

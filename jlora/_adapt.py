@@ -1,180 +1,14 @@
-"""Trees of parameters with adapters: attach, detach, bind, merge, unmerge."""
+"""Taking an adapter off and putting it on again, merging it and taking it out: of whole trees."""
 
 import dataclasses
-import functools
-import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted
-from jlora._dora import base_of, column_norm, weight
-from jlora._paths import describe, leaves_with_paths, near_misses, path_str
-from jlora._spec import LoraSpec, check_layout, resolve
-
-_DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
-
-
-def attach(
-    params: PyTree,
-    rules: Mapping[str, Any],
-    *,
-    key: PRNGKeyArray,
-    layouts: Mapping[str, str] | None = None,
-) -> PyTree:
-    """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
-
-    Under `LoraSpec(dora=True)` it is `m · (W + s · A B) / ‖W + s · A B‖`, and m begins as the norm.
-
-    The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
-
-    Args:
-        params: any pytree of arrays; it is not changed.
-        rules: ordered mapping from a regular expression, matched whole against the "/"-joined path
-            of a leaf, to a `LoraSpec`, `"full"` (train it whole) or `None` (leave it). The first
-            match wins.
-        key: a PRNG key for A (and B).
-        layouts: path to layout, as `jlora.layouts(fn, params, ...)` gives; a spec's own comes
-            first. Without either, 2-D weights are "io" and 4-D ones "iiio".
-
-    Returns:
-        A tree of the same shape, with nodes for leaves.
-
-    Raises:
-        ValueError: a rule that decides nothing, a rank above min(in, out), a layout that does not
-            fit, a weight whose layout is not known, a vector, a leaf that is already adapted.
-        TypeError: an integer leaf.
-        KeyError: a path in `layouts` that no leaf has.
-
-    Example:
-        >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
-        >>> params = attach(params, {r".*/kernel": LoraSpec(rank=2)}, key=jax.random.key(0))
-        >>> params["dense"]["kernel"].lora_a.shape, params["dense"]["kernel"].lora_b.shape
-        ((4, 2), (2, 6))
-
-    Reference: Hu et al. 2021, arXiv:2106.09685, section 4. PEFT's `get_peft_model`.
-    """
-    layouts = layouts or {}
-    leaves = leaves_with_paths(params, is_adapted)
-    paths = [path for path, _ in leaves]
-    for path in layouts:
-        if path not in set(paths):
-            raise KeyError(
-                f'`jlora.attach(layouts=...)`: no parameter "{path}". {near_misses(path, paths)}'
-            )
-    chosen = resolve(rules, paths, "jlora.attach(rules=...)")
-    plan = {
-        path: _plan(path, leaf, chosen[path], layouts.get(path))
-        for path, leaf in leaves
-        if chosen.get(path) is not None
-    }
-
-    def replace(key_path: Any, leaf: Any) -> Any:
-        path = path_str(key_path)
-        if path not in plan:
-            return leaf
-        planned = plan[path]
-        if planned is None:
-            # A real copy: under donation one buffer must not be given away twice.
-            return FullArray(leaf, jnp.array(leaf, copy=True))
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        spec, layout = planned
-        lora_a, lora_b = _factors(leaf_key, leaf, spec, layout)
-        stack = Geometry.of(leaf.shape, layout).stack
-        scaling = jnp.full(stack, spec.s, jnp.float32)
-        node = LoraArray(leaf, lora_a, lora_b, scaling, layout, spec.slices)
-        m = column_norm(node).astype(spec.dtype) if spec.dora else None
-        return dataclasses.replace(node, magnitude=m)
-
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
-
-
-def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec, str] | None:
-    """Check one leaf against its rule; return its spec and layout, or None for "full"."""
-    call = "jlora.attach"
-    if is_adapted(leaf):
-        raise ValueError(
-            f"`{call}`: {describe(path, leaf)} is already adapted. Start from the plain weights, "
-            "`base, adapter = jlora.detach(params)`, or give its path the rule None."
-        )
-    if rule == "full":
-        return None
-    if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"`{call}`: {describe(path, leaf)} is not a floating-point array, so it has no "
-            "low-rank update. Narrow the rule, or give this path the rule None."
-        )
-    if leaf.ndim < 2:
-        raise ValueError(
-            f"`{call}`: {describe(path, leaf)} has no input and output side, so it has no low-rank "
-            'update. Train it whole with the rule "full", or narrow the rule: r".*/kernel".'
-        )
-    layout = rule.layout or known or _DEFAULT_LAYOUTS.get(leaf.ndim)
-    if layout is None:
-        raise ValueError(
-            f"`{call}`: which axes of {describe(path, leaf)} are input and which output? Give "
-            "`layouts=jlora.layouts(fn, params, x)`, which reads it from the model, or "
-            '`LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
-        )
-    check_layout(layout, f"{call}: layout {layout!r} of {path!r}")
-    if len(layout) > leaf.ndim:
-        raise ValueError(
-            f"`{call}`: the layout {layout!r} has {len(layout)} letters, but "
-            f"{describe(path, leaf)} has {leaf.ndim} dimensions. One letter per dimension."
-        )
-    geometry = Geometry.of(leaf.shape, layout)
-    width = geometry.out_dims[0]
-    if rule.slices is not None and rule.slices[-1][1] > width:
-        raise ValueError(
-            f"`{call}`: the slices {rule.slices} reach beyond the {width} outputs of "
-            f"{describe(path, leaf)} with layout {layout!r}. Slices are (start, stop) ranges of "
-            "the first output dimension."
-        )
-    narrowest = min(stop - start for start, stop in rule.slices or [(0, width)])
-    outs = geometry.fan_out // width * narrowest
-    if rule.rank > min(geometry.fan_in, outs):
-        raise ValueError(
-            f"`{call}`: rank {rule.rank} is above min(in, out) = min({geometry.fan_in}, {outs}) of "
-            f"{describe(path, leaf)} with layout {layout!r}: such an update is full. Use "
-            f'`LoraSpec(rank={min(geometry.fan_in, outs)})` or less here, or the rule "full".'
-        )
-    return rule, layout
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tuple[Any, Any]:
-    """Call the initializer on `(in, out)` matrices, one per stack element, and arrange."""
-    geometry = Geometry.of(weight.shape, layout)
-    init = functools.partial(spec.init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
-    matrices, keys = geometry.to_matrix(weight), key
-    if geometry.stack:
-        keys = jax.random.split(key, geometry.stack)
-    if spec.slices is not None:
-        init = _sliced(init, spec.slices, geometry)
-    for _ in geometry.stack:
-        init = jax.vmap(init)
-    shapes = geometry.factor_shapes(spec.rank, spec.slices)
-    a, b = init(keys, matrices)
-    return a.reshape(shapes[0]), b.reshape(shapes[1])
-
-
-def _sliced(init: Any, slices: tuple[tuple[int, int], ...], geometry: Geometry) -> Any:
-    """Initialize each range of outputs as a weight of its own."""
-    per = geometry.fan_out // geometry.out_dims[0]  # columns per element of the sliced dimension
-
-    def run(key: PRNGKeyArray, matrix: Any) -> tuple[Any, Any]:
-        keys = jax.random.split(key, len(slices))
-        parts = [
-            init(k, matrix[:, start * per : stop * per])
-            for k, (start, stop) in zip(keys, slices, strict=True)
-        ]
-        a, b = (jnp.concatenate([p[k] for p in parts], axis=1) for k in (0, 1))
-        return a, b
-
-    return run
+from jlora._arrays import FullArray, LoraArray, check, is_adapted
+from jlora._dora import base_of, weight
+from jlora._paths import leaves_with_paths
 
 
 def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
@@ -184,6 +18,9 @@ def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
 def detach(params: PyTree) -> tuple[PyTree, PyTree]:
     """Split adapted parameters into the base weights, bit for bit, and the adapter.
 
+    Of a node that is `residual` the base is its own, the residual: the original weights are in
+    what `attach` was given.
+
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
 
@@ -192,6 +29,8 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
         nodes with `base` taken out, and `None` where nothing is adapted.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import LoraSpec, attach
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
         >>> base, adapter = detach(params)
         >>> base["w"].shape, adapter["w"].base is None
@@ -220,6 +59,8 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         ValueError: the trees have other paths.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import LoraSpec, attach
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
         >>> bind(*detach(params))["w"].lora_a is params["w"].lora_a
         True
@@ -267,6 +108,8 @@ def merge(params: PyTree) -> PyTree:
         ValueError: a node whose parts do not fit, or are taken out.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import LoraSpec, attach
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
         >>> bool((merge(params)["w"] == params["w"].base).all())
         True
@@ -303,6 +146,8 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
             DoRA's weight whose base is.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import LoraSpec, attach
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
         >>> bool((unmerge(merge(params), params)["w"].base == params["w"].base).all())
         True

@@ -18,7 +18,7 @@ from jlora._paths import describe
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "lora_a", "lora_b", "scaling", "magnitude"),
-    meta_fields=("layout", "slices"),
+    meta_fields=("layout", "slices", "residual"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
@@ -36,6 +36,8 @@ class LoraArray:
             loralib's `MergedLinear`, transposed.
         magnitude: DoRA's m, `(*stack, *out_dims)`, or `None`: with it the weight is
             `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `lora_magnitude_vector`.
+        residual: whether `base` is not the model's own weight but what an initializer left of it,
+            `W - s · A B` of the first A and B; see `jlora.arithmetic.residual_to_lora`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,6 +55,7 @@ class LoraArray:
     layout: str
     slices: tuple[tuple[int, int], ...] | None = None
     magnitude: Any = None
+    residual: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ class LoraSpec:
         rank: r, at least 1 and at most min(in, out) of every weight it is given to. PEFT's `r`.
         alpha: α. PEFT's `lora_alpha`.
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
-        init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`.
+        init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`,
+            or `(A, B, residual)` where A B is a part of the weight.
         layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
         dtype: of A, B and m, a floating type; float32 also over a bfloat16 base.
         slices: `(start, stop)` ranges of the first output dimension, each with an update of its

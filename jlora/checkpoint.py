@@ -65,6 +65,7 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
                 "kind": "lora",
                 "layout": node.layout,
                 "slices": node.slices,
+                "residual": node.residual,
                 "leaf": str(n),
             }
             arrays[str(n)] = {
@@ -104,7 +105,8 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
 
     Args:
         directory: what `save` wrote.
-        params: base parameters, plain or adapted (their adapter is left out).
+        params: base parameters, plain or adapted (their adapter is left out). An adapter over a
+            residual needs that residual: what `attach` makes with the same rules and key.
 
     Returns:
         The adapted parameters; the base weights are the very arrays that were given.
@@ -112,7 +114,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: a checkpoint that is damaged, or of another model: the paths and shapes that do
-            not fit are named.
+            not fit are named; or over another kind of base, plain or residual.
 
     Example:
         See `save`.
@@ -129,6 +131,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
             f'parameters are not in `params`, the first "{unknown[0]}". '
             f"{near_misses(unknown[0], leaves)}"
         )
+    _same_bases(index, dict(leaves_with_paths(params, is_adapted)), call)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(source / _ARRAYS).item_metadata.tree
@@ -169,6 +172,25 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
     return index
 
 
+def _same_bases(index: dict[str, Any], nodes: dict[str, Any], call: str) -> None:
+    """Refuse an adapter over a residual on plain weights, and a plain one on a residual."""
+    for path, node in nodes.items():
+        ours = getattr(node, "residual", False)
+        if index.get(path, {}).get("residual", False) and not ours:
+            raise ValueError(
+                f'`{call}`: the adapter of "{path}" was trained over a residual, W less its first '
+                "A and B (`pissa`, `olora`, `milora`), so on W it gives other numbers. Restore it "
+                "into what `jlora.attach` makes with the same rules and key, or save it converted: "
+                "`jlora.arithmetic.residual_to_lora(params, initial, base)`."
+            )
+        if ours and not index.get(path, {}).get("residual", False):
+            raise ValueError(
+                f'`{call}`: the base of "{path}" in `params` is a residual, W less its first A and '
+                "B, and the adapter is of W itself. Give the original weights, what "
+                "`jlora.attach` was given."
+            )
+
+
 def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -> Any:
     """Make one node, without its base, and check that it fits the leaf."""
     saved = {k: jax.numpy.asarray(x) for k, x in arrays.get(entry["leaf"], {}).items()}
@@ -176,7 +198,8 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
         shapes, want = [saved["value"].shape], [leaf.shape]
         node = FullArray(None, saved["value"])
     elif entry["kind"] == "lora" and set(saved) - {"magnitude"} == {"lora_a", "lora_b", "scaling"}:
-        node = LoraArray(None, **saved, layout=entry["layout"], slices=entry.get("slices"))
+        static = {"slices": entry.get("slices"), "residual": bool(entry.get("residual"))}
+        node = LoraArray(None, **saved, layout=entry["layout"], **static)
         shapes = [node.lora_a.shape, node.lora_b.shape]
         geometry = Geometry.of(leaf.shape, node.layout)
         want = list(geometry.factor_shapes(node.rank, node.slices))

@@ -162,6 +162,26 @@ def test_one_leaf_of_several_parameters(tmp_path):
         same(got, params)
 
 
+@pytest.mark.parametrize("layout", ["ooio", "oio", "iooi"])
+def test_one_leaf_whose_parameters_share_a_or_b(tmp_path, layout):
+    """What the program multiplies by at once has one A (or B); the file has it for each."""
+    rng = np.random.default_rng(0)
+    base = {"w": jnp.asarray(rng.normal(size=(2, 3, 6, 4)), jnp.float32)}
+    names = {"w": ["m.k.weight", "m.v.weight"]}
+    params = jlora.attach(base, {"w": spec(layout=layout)}, key=KEY)
+    for name, tree in (("whole", params), ("part", jlora.detach(params)[1])):
+        peft.save(tmp_path / name, tree, names=names)
+        got = peft.load(tmp_path / name, base, names=names, layouts={"w": layout})
+        assert got["w"].layout == layout[-3:] and got["w"].base is base["w"]
+        want, have = (jlora.merge(tree)["w"] for tree in (params, got))
+        np.testing.assert_array_equal(have, want)
+        found = dict(keys(tmp_path / name))
+        shared = {"ooio": "A", "iooi": "B"}.get(layout)
+        if shared is not None:
+            k, v = (found[f"base_model.model.m.{x}.lora_{shared}.weight"]["data"] for x in "kv")
+            assert k == v
+
+
 def test_several_adapters_in_sub_folders(tmp_path):
     names = {"w": "m.w.weight"}
     one, two = (jlora.attach({"w": jnp.ones((5, 4))}, {"w": spec(r)}, key=KEY) for r in (1, 2))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_cases import PREFIX, SMALL_NAMES, base, entries, load, tensors, write
 
-from jlora import LoraArray, peft
+from jlora import LoraArray, merge, peft
 
 
 def good_files(folder: Path) -> tuple[bytes, str]:
@@ -59,6 +59,49 @@ def test_damaged_files_load_right_or_not_at_all(in_header, in_config, keep):
             scalings = {np.float32(x / node.rank) for x in alphas}
             scalings |= {np.float32(x / node.rank**0.5) for x in alphas}
             assert np.float32(node.scaling) in scalings
+
+
+sizes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 18, 24]), min_size=0, max_size=5)
+FORMS = {
+    "conv": (("m.c.lora_A.weight", "m.c.lora_B.weight"), "m.c.weight", (3, 3, 4, 8)),
+    "loralib_conv": (("m.c.lora_A", "m.c.lora_B"), "m.c.conv.weight", (3, 3, 2, 8)),
+    "loralib": (("m.c.lora_A", "m.c.lora_B"), "m.c.weight", (4, 8)),
+}
+# Shapes that fit, for a mutation of one size to be near.
+FITTING = {
+    "conv": [((4, 4, 3, 3), (8, 4, 1, 1)), ((4, 4, 3, 3), (8, 2, 1, 1))],
+    "loralib_conv": [((6, 6), (24, 6)), ((6, 12), (12, 6))],
+    "loralib": [((2, 4), (8, 2)), ((4, 4), (8, 2))],
+}
+
+
+@st.composite
+def two_shapes(draw):
+    form = draw(st.sampled_from(sorted(FORMS)))
+    if draw(st.booleans()):
+        return form, *map(tuple, draw(st.tuples(sizes, sizes)))
+    shapes = [list(x) for x in draw(st.sampled_from(FITTING[form]))]
+    which = draw(st.sampled_from(shapes))
+    which[draw(st.integers(0, len(which) - 1))] = draw(st.sampled_from([0, 1, 2, 4, 6, 12, 24]))
+    return form, *map(tuple, shapes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(two_shapes(), st.sampled_from([2, 4, 10**9]))
+def test_any_shapes_are_read_or_refused(shapes, rank):
+    form, a, b = shapes
+    keys, name, shape = FORMS[form]
+    with tempfile.TemporaryDirectory() as folder:
+        file = {k: np.ones(x, np.float32) for k, x in zip(keys, (a, b), strict=True)}
+        folder = write(Path(folder), {PREFIX + k: x for k, x in file.items()}, entries(r=rank))
+        if form != "conv":
+            (folder / "adapter_config.json").unlink()
+        try:
+            got = peft.load(folder, {"w": np.ones(shape, np.float32)}, names={"w": name}, alpha=1)
+        except ValueError:
+            return
+        merged = np.asarray(merge(got)["w"])
+        assert merged.shape == shape and np.isfinite(merged).all() and (merged > 1).any()
 
 
 json_values = st.recursive(

@@ -124,7 +124,12 @@ FILES = {
         says('sets "use_rslora2" to True', "Closest", "use_rslora"),
     ),
     "pissa": (tensors(), {"init_lora_weights": "pissa_niter_4"}, says("moves the base weights")),
-    "mica": (tensors(), {"init_lora_weights": "mica"}, says("init_lora_weights='mica'")),
+    "no_init": (tensors(), {"init_lora_weights": "magic"}, says("init_lora_weights='magic'")),
+    "pissa_alpha": (
+        tensors(),
+        {"init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 0}},
+        says('"pissa" and "olora" on linear layers alone', '"q/kernel" is linear with', "0.0"),
+    ),
     "r": (tensors(), {"r": 0}, says("r is 0; it must be an integer of at least 1")),
     "r_bool": (tensors(), {"r": True}, says("r is True")),
     "alpha": (tensors(), {"lora_alpha": float("nan")}, says("lora_alpha is nan", "finite number")),

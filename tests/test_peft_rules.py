@@ -117,6 +117,44 @@ def test_rules_of_patterns_biases_and_whole_modules():
     assert not a.any() and float(b.std()) == pytest.approx(1, abs=0.2)
 
 
+INITS = {
+    True: jlora.initializers.kaiming,
+    False: jlora.initializers.uniform,
+    "gaussian": jlora.initializers.gaussian,
+    "orthogonal": jlora.initializers.orthogonal,
+    "pissa": jlora.initializers.pissa,
+    "OLoRA": jlora.initializers.olora,
+}
+
+
+@pytest.mark.parametrize(("name", "init"), INITS.items())
+def test_rules_name_the_initializer(name, init):
+    got = chosen(recipe(target_modules=["fc", "embed"], init_lora_weights=name))
+    assert got["layers/kernel"].init is init
+    own = name in (True, False, "gaussian")
+    assert (got["embed/embedding"].init is not init) == own
+    if own:
+        a, b = got["embed/embedding"].init(KEY, jnp.ones((500, 40)), 2)
+        assert a.any() == (name is False)
+        assert float(b.std()) == pytest.approx(1, abs=0.2)
+
+
+def test_rules_of_a_randomized_decomposition():
+    """One function for all layers of a stacked leaf, with the number in its name."""
+    init = chosen(recipe(target_modules=["fc"], init_lora_weights="pissa_niter_16"))
+    init = init["layers/kernel"].init
+    assert init.func is jlora.initializers.pissa and init.keywords == {"niter": 16}
+
+
+@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga", "loftq", "mica"])
+def test_rules_refuse_what_needs_more_than_the_weights(name):
+    entries = recipe(target_modules=["fc"], init_lora_weights=name)
+    with pytest.raises(ValueError, match=says(f"init_lora_weights='{name}'", "Give `init=`")):
+        chosen(entries)
+    rules = peft.rules(entries, model(), names=NAMES, init=jlora.initializers.mica)
+    assert rules["layers/kernel"].init is jlora.initializers.mica
+
+
 def test_rules_of_all_linear_and_all_biases():
     got = chosen(
         recipe(target_modules="all-linear", bias="all", task_type="SEQ_CLS"),
@@ -161,7 +199,12 @@ RECIPES = {
     "init": (
         entries(target_modules=["q_proj"], init_lora_weights="corda"),
         ValueError,
-        says("init_lora_weights='corda' has no like", "`init=`"),
+        says("init_lora_weights='corda' is computed from the layers' inputs", "`init=`"),
+    ),
+    "unknown_init": (
+        entries(target_modules=["q_proj"], init_lora_weights="pissa_niter_x"),
+        ValueError,
+        says("init_lora_weights='pissa_niter_x' is not a name that jlora knows"),
     ),
     "layers_pattern": (
         entries(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="(?P<index>a)"),

@@ -8,10 +8,11 @@ import numpy as np
 
 from jlora._paths import near_misses
 from jlora.peft._config import Config
+from jlora.peft._forms import Slices, of_loralib, of_peft
 from jlora.peft._keys import BIAS, PREFIX, Found, Groups, Owner, Tensors, owners, sort
 from jlora.peft._match import first_match, targeted
 from jlora.peft._names import Place, bias_of, is_parameter, kind_of, refuse_variants
-from jlora.peft._tensors import parts_of, shapes, whole_shape
+from jlora.peft._tensors import parts_of, whole_shape
 
 _SHOWN = 5
 
@@ -26,6 +27,7 @@ class Assignment:
     kind: str
     rank: int = 0
     scaling: float = 0.0
+    slices: Slices = None
 
     @property
     def dtypes(self) -> list[str]:
@@ -101,32 +103,35 @@ def _assign_lora(
 ) -> None:
     """Check one module's parts, and note them under their leaf."""
     place, name = owner
-    kind = "embedding" if "embedding" in kinds else "linear"
+    kind = next((k for k in ("embedding", "loralib") if k in kinds), "linear")
     keys = _of_kind(plan, spelled, kinds, kind, config)
     if keys is None or len(place.shape) < 2:
         plan.unexpected += (keys or {}).values()
         return
     parts = {part: tensors[key] for part, key in keys.items()}
-    kind = "conv" if kind == "linear" and parts["lora_a"].ndim > 2 else kind
-    geometry = found.geometry(place, kind, call)
-    if isinstance(config, Config):
-        rank = first_match(config.rank_pattern, name, config.r, call)
-        alpha = first_match(config.alpha_pattern, name, config.lora_alpha, call)
-        scaling = config.scaling(alpha, rank)
-        parameter = is_parameter(place, geometry)
-        refuse_variants(place, parameter, kind, config.use_dora, config.lora_bias, call)
-    else:
-        rank = max(1, parts["lora_a"].shape[0] if parts["lora_a"].ndim else 1)
-        scaling = config / rank
     bias = parts.pop("bias", None)
+    if kind == "loralib":
+        form = "conv" if place.name == f"{spelled}.conv.weight" else "linear"
+        geometry = found.geometry(place, form, call)
+        made = of_loralib(parts, geometry, form, found.slices.get(place.path), place, call)
+    else:
+        form = "conv" if kind == "linear" and parts["lora_a"].ndim > 2 else kind
+        geometry = found.geometry(place, form, call)
+        made = of_peft(parts, geometry, form, _rank(parts, config, name, call), place, call)
+    for part, x in parts.items():
+        plan.check_shape(keys[part], x, made.wanted[part], place)
+    if isinstance(config, Config):
+        alpha = first_match(config.alpha_pattern, name, config.lora_alpha, call)
+        scaling = config.scaling(alpha, made.rank)
+        parameter = is_parameter(place, geometry)
+        refuse_variants(place, parameter, form, config.use_dora, config.lora_bias, call)
+    else:
+        scaling = config / made.rank
     if bias is not None:
         of = bias_of(place, found.places, call)
         plan.check_shape(keys["bias"], bias, (geometry.fan_out,), of)
-        plan.biases.append(Assignment(of, {"value": bias}, None, kind, rank, scaling))
-    want = shapes(geometry, rank, kind)
-    for part, x in parts.items():
-        plan.check_shape(keys[part], x, want[part], place)
-    one = Assignment(place, parts, geometry, kind, rank, scaling)
+        plan.biases.append(Assignment(of, {"value": bias}, None, form, made.rank, scaling))
+    one = Assignment(place, made.tensors, geometry, form, made.rank, scaling, made.slices)
     plan.lora.setdefault(place.path, []).append(one)
 
 
@@ -149,6 +154,15 @@ def _of_kind(
     lacking = [f"{PREFIX}{spelled}.{wanted[part]}" for part in wanted if part not in keys]
     plan.missing += lacking
     return None if lacking else keys
+
+
+def _rank(
+    parts: Mapping[str, np.ndarray], config: Config | float | int, name: str, call: str
+) -> int:
+    """Return the rank that the configuration says or, where there is none, that A has."""
+    if isinstance(config, Config):
+        return first_match(config.rank_pattern, name, config.r, call)
+    return max(1, (*parts["lora_a"].shape, 1)[0])
 
 
 def _note_missing(

@@ -39,8 +39,8 @@ _READ = {
     *("layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r"),
     *("rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora"),
 }
-# Initializers that move the base weights: their A and B mean nothing on the plain ones.
-_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Initializers that move the base weights by what only the writer had: data, or random numbers.
+_MOVES_BASE = ("pissa_niter", "corda", "lora_ga", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,10 @@ def _is_names(value: Any) -> bool:
 
 
 def check_init(config: Config, call: str) -> None:
-    """Refuse to load what was trained beside base weights that its initializer had moved."""
+    """Refuse to load what was trained beside base weights that are not known.
+
+    "pissa" and "olora" move the base weights too, but by what the weights alone say.
+    """
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_MOVES_BASE):
         raise ValueError(
@@ -215,7 +218,8 @@ def check_init(config: Config, call: str) -> None:
             "weights, so on the plain ones it gives other numbers. Save it from PEFT with "
             "`path_initial_model_for_weight_conversion=...`, which makes it plain LoRA."
         )
-    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):
+    plain = ("gaussian", "eva", "orthogonal", "mica")
+    if isinstance(init, str) and init.lower() not in (*plain, "pissa", "olora"):
         raise ValueError(
             f"`{call}`: the adapter began with init_lora_weights={init!r}, which jlora does not "
             "have yet; it may be more than the first values of A and B."

@@ -29,7 +29,6 @@ _LACKED = {
 }
 _ENDINGS = [
     *((kind, part, ending) for kind, parts in PARTS.items() for part, ending in parts.items()),
-    *(("linear", "lora_a", "lora_A"), ("linear", "lora_b", "lora_B")),  # loralib's
     *(("any", "magnitude", MAGNITUDE), ("any", "magnitude", MAGNITUDE + ".weight")),
     ("any", "bias", BIAS),
 ]
@@ -49,6 +48,7 @@ class Found:
     places: Mapping[str, Place]
     layouts: Mapping[str, str]
     kinds: Mapping[str, str]
+    slices: Mapping[str, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
 
     def geometry(self, place: Place, kind: str, call: str) -> Geometry:
         """Divide the shape of a place; what its name unrolls is stack, and has no letter."""
@@ -112,6 +112,8 @@ def owners(
         if re.sub(r"(\.base_layer)+$", "", spelled) in by_module:
             continue
         candidates = {f"{spelled}.weight": spelled, f"{spelled}.in_proj_weight": spelled}
+        if "loralib" in groups.lora[spelled]:  # whose convolutions hold PyTorch's own inside
+            candidates[f"{spelled}.conv.weight"] = spelled
         outer, inside, _ = spelled.rpartition(".base_layer.out_proj")
         if inside and f"{outer}.in_proj_weight" in found.places:  # MultiheadAttention's second
             candidates[f"{outer}.out_proj.weight"] = outer

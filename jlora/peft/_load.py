@@ -1,5 +1,6 @@
 """PEFT's files in: which key is which leaf, and everything refused before anything is built."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from jaxtyping import PyTree
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, path_str
-from jlora.peft._assign import Assignment, Found, assign
+from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse, read_json
+from jlora.peft._initial import REPEATED, residual
 from jlora.peft._names import Names, check_keys, check_kinds, places
 from jlora.peft._tensors import from_torch, read, whole_from_torch
 
@@ -27,6 +29,7 @@ def load(
     adapter: str = "default",
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
+    slices: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
     target_parameters: Sequence[str] | None = None,
     alpha: float | int | None = None,
 ) -> PyTree:
@@ -36,6 +39,9 @@ def load(
     layer's own, a `FullArray` of value bias + s · b. What is read keeps the dtype of the file.
     Weights stay in Flax's orientation: kernels (in, out) or HWIO, embeddings (vocab, d); attention
     kernels of three dimensions are reshaped by layout.
+    PEFT's update of a convolution with groups fills the whole kernel: write the layer without.
+    An adapter that began as "pissa" or "olora" stands, as in PEFT, over the residual that this
+    leaves of the given weights; its nodes are `residual`.
 
     Args:
         directory: the folder with adapter_config.json and adapter_model.safetensors.
@@ -48,17 +54,20 @@ def load(
         layouts: path to layout, as for `jlora.attach`; 2-D weights are "io" and 4-D ones "iiio".
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) for parameters saved
             whole whose orientation their path does not tell; anything else is "linear".
+        slices: path to the (start, stop) ranges of outputs that a MergedLinear of loralib's adapts,
+            as in `LoraSpec`; needed only where they are not all.
         target_parameters: the adapted parameters of one module (experts), in the order in which
             PyTorch declares them; needed only where their shapes do not tell.
         alpha: α of all, for files without adapter_config.json, such as loralib's.
 
     Returns:
-        The adapted parameters; the base weights are the very arrays that were given.
+        The adapted parameters; the base weights are the very arrays that were given, but for
+        residuals.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: keys missing, unexpected or of another shape; a damaged file; a pickle; another
-            method than LoRA, or a variant that jlora does not have.
+            method than LoRA, or a variant that jlora does not have; `params` over a residual.
         KeyError: `names`, `layouts` or `kinds` speak of a leaf that is not there.
         TypeError: a name that is no string.
 
@@ -70,27 +79,81 @@ def load(
     call = f"jlora.peft.load({str(directory)!r}, params)"
     folder = _folder(directory, adapter, call)
     config = _config(folder, alpha, call)
-    known = {
-        path: node.layout
-        for path, node in leaves_with_paths(params, is_adapted)
-        if isinstance(node, LoraArray)
-    }
+    _refuse_residuals(params, call)
     base = detach(params)[0]
     leaves = leaves_with_paths(base)
-    paths = [path for path, _ in leaves]
-    for argument, given in (("names", names), ("layouts", layouts), ("kinds", kinds)):
-        check_keys(given, paths, argument, call)
+    given = {"names": names, "layouts": layouts, "kinds": kinds, "slices": slices}
+    for argument, value in given.items():
+        check_keys(value, [path for path, _ in leaves], argument, call)
     check_kinds(kinds or {}, call)
-    found = Found(places(leaves, names, call), known | dict(layouts or {}), dict(kinds or {}))
+    known = _layouts(params) | dict(layouts or {})
+    where = places(leaves, names, call)
+    found = Found(where, known, dict(kinds or {}), dict(slices or {}))
     tensors = read(folder / TENSORS, call)
     plan = assign(tensors, config, found, target_parameters or (), call)
+    _refuse_idle_slices(plan, slices or {}, call)
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
-    nodes = {path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()}
+    nodes: dict[str, Any] = {
+        path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()
+    }
+    _same_base(plan, dict(leaves), call)
+    if isinstance(config, Config) and str(config.init_lora_weights).lower() in REPEATED:
+        nodes = {path: dataclasses.replace(x, residual=True) for path, x in nodes.items()}
+        base = _residuals(base, nodes, plan, config.init_lora_weights, call)
     nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
     nodes |= _biases(plan, dict(leaves), nodes)
-    _same_base(plan, dict(leaves), call)
     adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
     return bind(base, adapter_tree)
+
+
+def _layouts(params: PyTree) -> dict[str, str]:
+    """Return the layouts of what is adapted already."""
+    nodes = leaves_with_paths(params, is_adapted)
+    return {path: node.layout for path, node in nodes if isinstance(node, LoraArray)}
+
+
+def _refuse_idle_slices(plan: Plan, slices: Mapping[str, Any], call: str) -> None:
+    """Refuse slices of what the file does not adapt in slices."""
+    for path, given in slices.items():
+        found = {one.slices for one in plan.lora.get(path, [])}
+        if found != {tuple(map(tuple, given))}:
+            raise ValueError(
+                f'`{call}`: `slices` has "{path}", which the file does not adapt in slices; a '
+                "MergedLinear of loralib's is. Leave it out."
+            )
+
+
+def _refuse_residuals(params: PyTree, call: str) -> None:
+    """Refuse base weights that are not the model's own."""
+    for path, node in leaves_with_paths(params, is_adapted):
+        if getattr(node, "residual", False):
+            raise ValueError(
+                f'`{call}`: the base of "{path}" is a residual, W less its first A and B '
+                "(`pissa`, `olora`, `milora`). Give the original weights, what `jlora.attach` was "
+                "given."
+            )
+
+
+def _residuals(
+    base: PyTree, nodes: Mapping[str, Any], plan: Plan, init: bool | str, call: str
+) -> PyTree:
+    """Take out of the base weights what PEFT takes out when it loads such an adapter."""
+    for path, parts in plan.lora.items():
+        first = parts[0]
+        if first.kind != "linear" or first.geometry.stack or min(p.scaling for p in parts) <= 0:
+            raise ValueError(
+                f'`{call}`: PEFT begins with "pissa" and "olora" on linear layers alone and with '
+                f'an alpha above 0, and "{path}" is {first.kind} with the scaling {first.scaling}. '
+                "The configuration is not of this file."
+            )
+
+    def moved(key_path: Any, weight: Any) -> Any:
+        path = path_str(key_path)
+        if path not in nodes:
+            return weight
+        return residual(REPEATED[str(init).lower()], jnp.asarray(weight), nodes[path])
+
+    return jax.tree_util.tree_map_with_path(moved, base)
 
 
 def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
@@ -153,8 +216,8 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     scaling = np.array([one.scaling for one in found], np.float32)
     scaling = scaling.reshape((*lead, *(1 for _ in stack)))
     scaling = jnp.asarray(np.broadcast_to(scaling, (*lead, *stack)))
-    m, layout = parts.get("magnitude"), first.geometry.layout
-    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, layout, magnitude=m)
+    m, layout, slices = parts.get("magnitude"), first.geometry.layout, first.slices
+    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, layout, slices, magnitude=m)
 
 
 def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:

@@ -14,7 +14,7 @@ from jlora._paths import describe, near_misses
 # A PyTorch parameter name; one with a "{}" per leading dimension that it unrolls; or one name per
 # index of the leading dimension, where they share no pattern.
 Name = str | Sequence[Any]
-KINDS = ("linear", "Conv1D", "embedding", "conv")
+KINDS = ("linear", "Conv1D", "embedding", "conv", "grouped")
 Names = Mapping[str, Name | None] | Callable[[str], Name | None]
 
 
@@ -130,7 +130,7 @@ def kind_of(place: Place, layout: str | None, kinds: Mapping[str, str]) -> str:
 def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geometry:
     """Divide one PyTorch parameter's part of a leaf into experts, inputs and outputs."""
     dims = len(place.shape)
-    if layout is None and kind == "conv":
+    if layout is None and kind in ("conv", "grouped"):
         layout = "i" * (dims - 1) + "o"
     elif layout is None and (dims == 2 or (dims == 3 and place.parameter != "weight")):
         layout = "io"
@@ -141,7 +141,7 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
             f'`layouts={{"{place.path}": "ioo"}}`.'
         )
     window = "i" * (dims - 1)
-    if kind == "conv" and layout not in (window + "o", "o" + window):
+    if kind in ("conv", "grouped") and layout not in (window + "o", "o" + window):
         raise ValueError(
             f'`{call}`: "{place.path}" is a convolution\'s kernel {list(place.shape)} with the '
             f'layout {layout!r}; give "iiio" for HWIO or "oiii" for OIHW. Each stack dimension '

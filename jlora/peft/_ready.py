@@ -45,7 +45,8 @@ def tunix_names(path: str) -> str | None:
     """Name a leaf of Tunix's Llama 3, Qwen 2 or Qwen 3 as Hugging Face does.
 
     Their attention kernels are einsum weights, (D, N, H) and (N, H, D): give `load` the layouts,
-    `jlora.layouts(fn, params, x)`, or "ioo" and "iio".
+    `jlora.layouts(fn, params, x)`, or "ioo" and "iio". The experts of a mixture have no name:
+    Hugging Face keeps gate and up in one parameter.
 
     Args:
         path: a leaf's path, "layers/0/attn/q_proj/w".
@@ -81,7 +82,8 @@ def tunix_gemma3_names(path: str) -> Any:
     """Name a leaf of Tunix's Gemma 3 (its text model) as Hugging Face does.
 
     `kv_einsum/w` (2, K, D, H) and `qkv_einsum/w` (3, N, D, H) are several parameters of PyTorch's,
-    so they have a list of names, and their layout is "oio" below the stack.
+    so they have a list of names. With the layout "oio" each has an A of its own; with "ooio", as
+    `jlora.layouts` reads it, they share one, which is saved for each.
 
     Args:
         path: a leaf's path, "layers/0/attn/q_einsum/w".

@@ -4,16 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from jlora import initializers
 from jlora._arrays import is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
+from jlora.peft._initial import initializer
 from jlora.peft._match import ends_with, first_match, targeted
 from jlora.peft._names import (
     Names,
@@ -41,6 +39,9 @@ def rules(
 
     PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. The keys are
     the leaves' own paths, escaped. `lora_dropout` is not the rules' but `jlora.lora`'s.
+    `init_lora_weights` may be True, False, "gaussian", "orthogonal", "olora", "pissa" or
+    "pissa_niter_16"; those that need data ("eva", "corda", "lora_ga") or a quantizer ("loftq") are
+    refused, unless `init` stands in for them.
 
     Args:
         config: adapter_config.json, its folder, or its entries as a dict
@@ -62,6 +63,7 @@ def rules(
         TypeError: `config` is of another type.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"q": {"kernel": jnp.ones((4, 6))}, "k": {"kernel": jnp.ones((4, 6))}}
         >>> names = {"q/kernel": "model.q_proj.weight", "k/kernel": "model.k_proj.weight"}
         >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -172,7 +174,7 @@ def _rule(
         alpha=first_match(config.alpha_pattern, name, config.lora_alpha, call),
         scaling="rslora" if config.use_rslora else "lora",
         dora=config.use_dora,
-        init=init or _init(config, kind == "embedding", call),
+        init=init or initializer(config.init_lora_weights, kind == "embedding", call),
         layout=_layout(place, chosen, kind),
     )
 
@@ -183,32 +185,3 @@ def _layout(place: Place, chosen: str, kind: str) -> str | None:
     if stacked and (dims == 2 or chosen == "parameter"):
         return "io"
     return "i" * (dims - 1) + "o" if stacked and kind == "conv" else None
-
-
-def _init(config: Config, embedding: bool, call: str) -> initializers.Initializer:
-    """Return the initializer of PEFT's name; an embedding has its own."""
-    known = {True: initializers.kaiming, "gaussian": initializers.gaussian}
-    for name in ("orthogonal", "pissa", "olora", "loftq"):
-        if hasattr(initializers, name):
-            known[name] = getattr(initializers, name)
-    chosen = config.init_lora_weights
-    if embedding and chosen in (True, "gaussian"):
-        return embedding_init
-    if chosen not in known:
-        raise ValueError(
-            f"`{call}`: init_lora_weights={chosen!r} has no like in `jlora.initializers`. Give "
-            "`init=`, a function `(key, weight, rank, scaling, dtype) -> (A, B)`."
-        )
-    return known[chosen]
-
-
-def embedding_init(
-    key: PRNGKeyArray,
-    weight: Float[Array, "in out"],
-    rank: int,
-    scaling: ArrayLike = 1.0,
-    dtype: DTypeLike = jnp.float32,
-) -> initializers.Factors:
-    """Set A to zero and draw B from N(0, 1): what PEFT and loralib give an embedding."""
-    d_in, d_out = weight.shape
-    return jnp.zeros((d_in, rank), dtype), jax.random.normal(key, (rank, d_out), dtype)

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, LoraArray, check, is_adapted, unsliced
+from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted, unsliced
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
+from jlora.peft._forms import even, unrolled
 from jlora.peft._keys import BIAS, PREFIX, Found, in_order
 from jlora.peft._names import (
     Names,
@@ -51,7 +52,8 @@ def save(
         names: from a leaf's path to its PyTorch name, as for `load`.
         layouts: path to layout of parameters trained whole that have three dimensions or more.
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) where neither the path
-            (".../embedding") nor the layout ("iiio") tells; anything else is "linear".
+            (".../embedding") nor the layout ("iiio") tells; anything else is "linear". "grouped"
+            is a convolution with groups in PyTorch, whose kernel here is written without them.
         **config: entries of adapter_config.json that the parameters do not tell:
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
             `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
@@ -60,9 +62,10 @@ def save(
             where one module has several.
 
     Raises:
-        ValueError: nothing is adapted; an adapted leaf without a name; parameters trained whole
-            that make up no module; magnitudes in some adapted layers only, or of experts or
-            MultiheadAttention; an entry of `config` that the parameters tell.
+        ValueError: nothing is adapted; an adapted leaf without a name, or over a residual;
+            parameters trained whole that make up no module; magnitudes in some adapted layers
+            only, or of experts or MultiheadAttention; an entry of `config` that the parameters
+            tell.
         TypeError: a name that is no string.
 
     Example:
@@ -91,7 +94,7 @@ def save(
     check_kinds(kinds or {}, call)
     for path, node in adapted.items():
         _check(path, node, call)
-    leaves = [(path, _plain(node)) for path, node in leaves]
+    leaves = [(path, _plain(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
@@ -102,6 +105,11 @@ def save(
                 f'`{call}`: "{path}" is adapted, but `names` gives it no PyTorch name. '
                 f"{near_misses(path, named)}"
             )
+    depths = {place.path: len(place.index) for place in found.values()}
+    adapted = {
+        path: unrolled(x, depths[path]) if isinstance(x, LoraArray) else x
+        for path, x in adapted.items()
+    }
     known = dict(layouts or {})
     known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
     where = Found(found, known, dict(kinds or {}))
@@ -129,6 +137,12 @@ def _check(path: str, node: Any, call: str) -> None:
                 "`jlora.combine(trainable, frozen)`."
             )
         return
+    if node.residual:
+        raise ValueError(
+            f'`{call}`: the base of "{path}" is a residual, W less its first A and B (`pissa`, '
+            "`olora`, `milora`), so on the model's own weights this adapter gives other numbers. "
+            "Convert it: `jlora.arithmetic.residual_to_lora(params, initial, base)`."
+        )
     if node.base is None and node.slices is not None:
         raise ValueError(
             f'`{call}`: "{path}" is adapted on some slices of its outputs, and how many outputs '
@@ -140,9 +154,19 @@ def _check(path: str, node: Any, call: str) -> None:
     check(path, node, call)
 
 
-def _plain(node: Any) -> Any:
-    """Write slices as one update of the whole weight, as PEFT, which has none, would."""
-    return node if getattr(node, "slices", None) is None else unsliced(node)
+def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
+    """Write slices as one update of the whole weight, as PEFT would, but for those of groups."""
+    if kind != "grouped" or not is_adapted(node):
+        return node if getattr(node, "slices", None) is None else unsliced(node)
+    slices = getattr(node, "slices", None)
+    outs = Geometry.of(node.shape, node.layout).out_dims if slices else (0,)
+    if slices is None or slices != even(outs[0], len(slices)):
+        raise ValueError(
+            f'`{call}`: the kind of "{path}" is "grouped", whose update is of equal slices of all '
+            f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, or "
+            "leave the kind out."
+        )
+    return node
 
 
 class _Shaped:
@@ -186,11 +210,12 @@ def _parts(
         refuse_variants(place, place in parameters, kinds[place], dora, bias, call)
         endings = parts_of(kinds[place], dora)
         values = {part: np.asarray(getattr(node, part))[place.index] for part in endings}
+        rank = node.lora_a.shape[-1]  # of groups together
         arranged = to_torch(values, sides[place], kinds[place])
         parts[place] = Adapted(
             {endings[part]: x for part, x in arranged.items()},
-            node.rank,
-            alpha_of(_scaling(node, place, call), node.rank, rslora),
+            rank,
+            alpha_of(_scaling(node, place, call), rank, rslora),
             place in parameters,
             *spelled[place],
         )

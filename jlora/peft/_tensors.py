@@ -2,7 +2,7 @@
 
 lora_A.weight (r, in)        = Aᵀ         lora_embedding_A (r, vocab)
 lora_B.weight (out, r)       = Bᵀ         lora_embedding_B (d, r)
-a convolution keeps its kernel in A: (r, in, k...), (out, r, 1...)
+a convolution keeps its kernel in A: (r, in, k...), (out, r, 1...); B of g groups: (out, r/g, 1...)
 lora_magnitude_vector (out,) = m, of DoRA's; a convolution's is (1, out, 1...)
 E experts:    A (E·r, in) expert by expert, B (out, r·E) with the expert running fastest
 """
@@ -23,6 +23,7 @@ from jlora._arrays import Geometry
 PARTS: dict[str, dict[str, str]] = {
     "linear": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
     "embedding": {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"},
+    "loralib": {"lora_a": "lora_A", "lora_b": "lora_B"},
 }
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
@@ -32,7 +33,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 def parts_of(kind: str, dora: bool = False) -> dict[str, str]:
     """Return what the keys of a kind's parts end with."""
-    parts = PARTS["embedding" if kind == "embedding" else "linear"]
+    parts = PARTS[kind if kind in PARTS else "linear"]
     return parts | ({"magnitude": MAGNITUDE} if dora else {})
 
 
@@ -74,32 +75,32 @@ def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     safetensors.numpy.save_file(whole, os.fspath(file), metadata={"format": "pt"})
 
 
-def shapes(geometry: Geometry, rank: int, kind: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a node's parts in the file."""
+def shapes(geometry: Geometry, rank: int, kind: str, groups: int = 1) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a node's parts in the file; `rank` is that of all groups together."""
     experts = int(np.prod(geometry.stack, dtype=int))
     a, b = (rank * experts, geometry.fan_in), (geometry.fan_out, rank * experts)
     m: tuple[int, ...] = (geometry.fan_out,)
-    if kind == "conv":
-        channels, *window = _in_torch_order(geometry.layout, geometry.in_dims)
-        a, b = (rank, channels, *window), (geometry.fan_out, rank, *(1 for _ in window))
+    if kind in ("conv", "grouped"):
+        channels, *window = in_torch_order(geometry.layout, geometry.in_dims)
+        a, b = (rank, channels, *window), (geometry.fan_out, rank // groups, *(1 for _ in window))
         m = (1, *m, *(1 for _ in window))
     return {"lora_a": a, "lora_b": b, "magnitude": m}
 
 
-def _in_torch_order(layout: str, in_dims: tuple[int, ...]) -> tuple[int, ...]:
+def in_torch_order(layout: str, in_dims: tuple[int, ...]) -> tuple[int, ...]:
     """Put a convolution's channels before its window: last in HWIO, first already in OIHW."""
     return (in_dims[-1], *in_dims[:-1]) if layout.endswith("o") else in_dims
 
 
 def to_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
-    """Arrange a node's parts, `(*in_dims, r)`, `(r, *out_dims)` and `out_dims`, for the file."""
-    rank = parts["lora_a"].shape[-1]
+    """Arrange a node's parts, `(*in_dims, r)`, `(r/g, *out_dims)` and `out_dims`, for the file."""
+    rank, narrow = parts["lora_a"].shape[-1], parts["lora_b"].shape[len(geometry.stack)]
     a = parts["lora_a"].reshape(*geometry.stack, geometry.fan_in, rank)
-    b = parts["lora_b"].reshape(*geometry.stack, rank, geometry.fan_out)
-    shape = shapes(geometry, rank, kind)
+    b = parts["lora_b"].reshape(*geometry.stack, narrow, geometry.fan_out)
+    shape = shapes(geometry, rank, kind, rank // narrow)
     if geometry.stack:
         a, b = a.transpose(0, 2, 1), b.transpose(2, 1, 0)  # (E, r, in), (out, r, E)
-    elif kind == "conv" and geometry.layout.endswith("o"):
+    elif kind in ("conv", "grouped") and geometry.layout.endswith("o"):
         a = np.moveaxis(a.reshape(*geometry.in_dims, rank), (-1, -2), (0, 1))  # (r, in, k...)
         b = b.T
     else:
@@ -108,7 +109,7 @@ def to_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> 
 
 
 def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
-    """Undo `to_torch`."""
+    """Undo `to_torch`; outputs in slices, as of groups, may be fewer than the geometry's."""
     a, b = parts["lora_a"], parts["lora_b"]
     if geometry.stack:
         experts = geometry.stack[0]
@@ -118,10 +119,9 @@ def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -
         a, b = np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[0], -1).T  # (k..., in, r)
     else:
         a, b = a.reshape(a.shape[0], -1).T, b.reshape(b.shape[0], -1).T
-    rank = a.shape[-1]
     shape = {
-        "lora_a": (*geometry.stack, *geometry.in_dims, rank),
-        "lora_b": (*geometry.stack, rank, *geometry.out_dims),
+        "lora_a": (*geometry.stack, *geometry.in_dims, a.shape[-1]),
+        "lora_b": (*geometry.stack, b.shape[-2], -1, *geometry.out_dims[1:]),
         "magnitude": (*geometry.stack, *geometry.out_dims),
     }
     return {name: x.reshape(shape[name]) for name, x in {**parts, "lora_a": a, "lora_b": b}.items()}
@@ -134,7 +134,7 @@ def whole_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) ->
     if kind in ("embedding", "Conv1D"):
         return shape
     if kind == "conv":
-        return (geometry.fan_out, *_in_torch_order(geometry.layout, geometry.in_dims))
+        return (geometry.fan_out, *in_torch_order(geometry.layout, geometry.in_dims))
     return (*geometry.stack, geometry.fan_out, geometry.fan_in)
 
 
@@ -161,4 +161,4 @@ def _axes(ndim: int, geometry: Geometry | None, kind: str) -> tuple[int, ...]:
     lead, layout = len(geometry.stack), geometry.layout
     outs = [lead + k for k, c in enumerate(layout) if c == "o"]
     ins = tuple(lead + k for k, c in enumerate(layout) if c == "i")
-    return (*range(lead), *outs, *(_in_torch_order(layout, ins) if kind == "conv" else ins))
+    return (*range(lead), *outs, *(in_torch_order(layout, ins) if kind == "conv" else ins))

@@ -148,7 +148,7 @@ def _form(
     x: Any,
     weight_sizes: tuple[tuple[Any, int], ...],
     x_labels: tuple[Any, ...],
-    labels: tuple[tuple[Any, ...], ...],
+    labels: tuple[tuple[Any, ...], tuple[Any, ...]],
     out_labels: tuple[Any, ...],
     dtype: Any,
     precision: Any,

@@ -124,6 +124,19 @@ def test_resumed_equals_uninterrupted(
     assert reports[0] == {**reports[1], "adapter_bytes": reports[0]["adapter_bytes"]}
 
 
+def test_a_state_of_before_there_was_adapter_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = finetune.parse(["--out", str(tmp_path), "--resume"])
+    begun = finetune.settings(args)
+    del begun["adapter"]
+    monkeypatch.setattr(training, "load_notes", lambda _: {"settings": begun})
+    finetune.check_resume(args)
+    args.adapter = "elsewhere"
+    with pytest.raises(ValueError, match=r"begun with adapter=None \(now elsewhere\)"):
+        finetune.check_resume(args)
+
+
 def test_the_head_is_computed_where_the_loss_is_and_held_once() -> None:
     vocab = 5003
     config = llama.Config(vocab, 16, 16, 1, 2, 1, 8, 64)

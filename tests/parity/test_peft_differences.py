@@ -7,11 +7,16 @@
 | `safe_merge` over bfloat16 | rounds the delta, then the sum | rounds once |
 | unmerge | changes the weights | `detach` has them bit for bit |
 | MultiheadAttention's output projection | adds its update twice | once |
-| a convolution with groups | A sees all channels, no merge | A sees its group's, merges |
+| MultiheadAttention's lora_dropout | ignored | falls on A's input |
+| lora_dropout of expert parameters | refused | falls on A's input |
+| a convolution with groups | A sees all channels, no merge | so without groups; with, its group's |
 | a dilated convolution | fails | works |
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
 | the linear sum of adapters | has cross terms | A and B side by side are exact |
 | the same, of rsLoRA | s = √r where 1 is meant | exact |
+| "olora" on transformers' Conv1D | fails | works |
+| "pissa_niter_4" in a file | other random numbers, another base | refused |
+| "pissa" over bfloat16 | rounds A and B too (test_peft_initial) | rounds the residual alone |
 | bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
 """
 
@@ -27,7 +32,7 @@ import torch
 from jax import lax
 from test_peft_layers import adapt, plain, quiet, randomize
 from test_peft_several import together
-from twins import Holder, Twin, attention, conv, hwio, linear, mlp
+from twins import Holder, Twin, attention, conv, conv1d_hf, experts, hwio, linear, mlp
 
 import jlora.peft
 
@@ -112,6 +117,52 @@ def test_attention_adds_its_output_update_twice(tmp_path):
     assert errors[0] > 0.1 and errors[1] < 1e-5 and errors[2] < 1e-5, errors
 
 
+@pytest.mark.parametrize("twin", [attention, experts(True)], ids=repr)
+def test_dropout_where_peft_has_none(twin, tmp_path):
+    if twin is attention:
+        model = adapt(twin, lora_dropout=0.5).train()
+        x = torch.tensor(twin.x(np.random.default_rng(0)))
+        assert torch.equal(model(x), model(x))
+    else:
+        with pytest.raises(ValueError, match="does not work with lora_dropout"):
+            adapt(twin, lora_dropout=0.5)
+    params = load(twin, adapt(twin), tmp_path)
+    x = twin.x(np.random.default_rng(0))
+    whole, some = (
+        jlora.lora(twin.fn, dropout=rate, key=jax.random.key(0))(params, x) for rate in (0.0, 0.5)
+    )
+    assert distance(some, whole) > 0.01
+
+
+def test_olora_on_conv1d_of_transformers(compare):
+    """PEFT takes the weight for (out, in), so A and B have each other's widths."""
+    options = dict(r=4, target_modules=["layer"], init_lora_weights="olora", **conv1d_hf.config)
+    config, x = peft.LoraConfig(**options), conv1d_hf.x(np.random.default_rng(0))
+    with pytest.raises(RuntimeError):
+        quiet(peft.get_peft_model, plain(conv1d_hf), config)(torch.tensor(x))
+    base = conv1d_hf.params(plain(conv1d_hf))
+    rules = jlora.peft.rules(config.to_dict(), base, names=conv1d_hf.names)
+    params = jlora.attach(base, rules, key=jax.random.key(0))
+    compare(jlora.lora(conv1d_hf.fn)(params, x), conv1d_hf.fn(base, x), "as it was", 1e-6)
+
+
+def test_a_randomized_decomposition_is_not_in_its_file(tmp_path):
+    options = dict(r=4, target_modules=["layer"], init_lora_weights="pissa_niter_4")
+    model = quiet(peft.get_peft_model, wide().make(), peft.LoraConfig(**options)).eval()
+    torch.manual_seed(1)
+    x = torch.randn(3, 256)
+    quiet(model.save_pretrained, tmp_path)
+    with torch.no_grad():
+        module = wide().make()
+        layer = model.base_model.model.layer
+        module.layer.weight.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+        module.layer.bias.copy_(layer.base_layer.bias)
+        again = quiet(peft.PeftModel.from_pretrained, module, str(tmp_path)).eval()
+        assert distance(again(x), model(x)) > 0.01
+    with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4', which moves the base"):
+        load(wide(), model, tmp_path)
+
+
 def grouped(groups: int) -> Twin:
     """A grouped convolution as it is, HWIO with in/groups input channels."""
 
@@ -138,49 +189,25 @@ def grouped(groups: int) -> Twin:
 
 
 def test_a_convolution_with_groups(tmp_path, compare):
-    """PEFT's update fills the whole kernel: it is one of the layer written without groups."""
-    groups = 2
-    twin = grouped(groups)
+    """PEFT's update is none of the grouped kernel; test_peft_groups has it on the whole one."""
+    twin = grouped(2)
     model = adapt(twin)
-    with pytest.raises(ValueError, match=r"another shape.*lora_A.weight\" \[4, 4, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"has 2 groups.*sees the 4 channels.*has 2\. Write the"):
         load(twin, model, tmp_path)
     with pytest.raises(NotImplementedError):
         quiet(model.merge_and_unload)
-    dense = grouped(1)
-    kernel = twin.params(plain(twin))["layer"]["kernel"]  # (3, 3, 2, 6)
-    whole = np.zeros((3, 3, 4, 6), np.float32)
-    for g in range(groups):
-        whole[:, :, 2 * g : 2 * g + 2, 3 * g : 3 * g + 3] = kernel[..., 3 * g : 3 * g + 3]
-    layer = model.base_model.model.layer
-    a = layer.lora_A["default"].weight.detach().numpy()  # (r, in, k, k)
-    b = layer.lora_B["default"].weight.detach().numpy()[..., 0, 0]  # (out, r / groups)
-    wide = np.zeros((4, 6), np.float32)
-    for g in range(groups):
-        wide[2 * g : 2 * g + 2, 3 * g : 3 * g + 3] = b[3 * g : 3 * g + 3].T
-    lora_a = jnp.asarray(np.transpose(a, (2, 3, 1, 0)))
-    node = jlora.LoraArray(jnp.asarray(whole), lora_a, jnp.asarray(wide), jnp.float32(1.5), "iiio")
     x = twin.x(np.random.default_rng(0))
-    tx = torch.tensor(x, requires_grad=True)
-    out = model(tx)
-    out.square().sum().backward()
-
-    def loss(a: Any, b: Any, x: Any) -> Any:
-        y = jlora.lora(dense.fn, fallback="error")(
-            {"layer": {"kernel": dataclasses.replace(node, lora_a=a, lora_b=b)}}, x
-        )
-        return (y**2).sum(), y
-
-    (ga, gb, gx), y = jax.grad(loss, (0, 1, 2), has_aux=True)(node.lora_a, node.lora_b, x)
-    compare(y, out.detach().numpy(), "forward")
-    compare(gx, tx.grad.numpy(), "gradient of the input")
-    compare(np.transpose(ga, (3, 2, 0, 1)), layer.lora_A["default"].weight.grad.numpy(), "of A")
-    inside = np.concatenate([gb[2 * g : 2 * g + 2, 3 * g : 3 * g + 3].T for g in range(groups)])
-    compare(inside, layer.lora_B["default"].weight.grad.numpy()[..., 0, 0], "of B")
+    one = x.copy()
+    one[:, 2:] = 0  # what the second group sees
+    whole, half = (model(torch.tensor(v)).detach().numpy()[:, :3] for v in (x, one))
+    assert distance(half, whole) > 0.1, "the first group's outputs hang on the second's inputs"
     # jlora's own grouped form: each group's A sees its own channels, and it merges.
     base = twin.params(plain(twin))
     rules = {".*": jlora.LoraSpec(2, init=lambda k, w, rank, **_: (w[:, :rank], w[:rank]))}
     own = jlora.attach(base, rules, key=jax.random.key(0))
-    compare(jlora.lora(twin.fn, fallback="error")(own, x), twin.fn(jlora.merge(own), x), "merged")
+    apply = jlora.lora(twin.fn, fallback="error")
+    compare(apply(own, x), twin.fn(jlora.merge(own), x), "merged")
+    compare(apply(own, one)[:, :3], apply(own, x)[:, :3], "the first group's outputs")
 
 
 def spatial(**options: Any) -> Twin:

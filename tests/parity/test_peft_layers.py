@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from twins import TWINS, Twin, attention, mlp
+from twins import TWINS, Twin, mlp
 
 import jlora.peft
 
@@ -119,6 +119,8 @@ def hold(twin: Twin, model: Any, folder: Path, compare: Any, **config: Any) -> N
     # MultiheadAttention's forward pass merges and unmerges, which is not exact.
     compare(reloaded(tx).detach().numpy(), out.detach().numpy(), "PEFT", 1e-6 if twin.slopes else 0)
 
+    if not twin.merges:
+        return
     merged = twin.params(quiet(model.merge_and_unload))
     ours = dict(jax.tree.leaves_with_path(jlora.merge(computed)))
     for path, want in jax.tree.leaves_with_path(merged):
@@ -161,8 +163,27 @@ def test_biases_and_patterns(bias, variant, tmp_path, compare):
 
 
 @pytest.mark.parametrize("bias", BIASES[1:])
-def test_the_biases_of_attention(bias, tmp_path, compare):
-    hold(attention, adapt(attention, bias=bias), tmp_path, compare)
+@pytest.mark.parametrize("twin", [t for t in TWINS if t.targets and t is not mlp], ids=repr)
+def test_biases(twin, bias, tmp_path, compare):
+    """What has no bias, an embedding, saves none."""
+    hold(twin, adapt(twin, bias=bias), tmp_path, compare)
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    biased = any(name.endswith("bias") for name in plain(twin).state_dict())
+    saved = {key for key in tensors(tmp_path) if key.endswith("bias")}
+    # Of MultiheadAttention's two biases PEFT saves one, whichever it is asked for.
+    assert written["bias"] == ("lora_only" if biased else "none") and len(saved) == biased
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("twin", TWINS, ids=repr)
+def test_patterns(twin, variant, tmp_path, compare):
+    """A rank and an alpha of its own for each layer type; the first of several targets."""
+    name = (twin.targets or twin.parameters)[0]
+    more = {**VARIANTS[variant], "rank_pattern": {name: 2}, "alpha_pattern": {f"^{name}": 7}}
+    hold(twin, adapt(twin, **more), tmp_path, compare, **VARIANTS[variant])
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert 2 in (written["r"], *written["rank_pattern"].values())
+    assert 7 in (written["lora_alpha"], *written["alpha_pattern"].values())
 
 
 def test_a_stack_of_layers(tmp_path, compare):

@@ -1,5 +1,9 @@
 """PEFT live: what is random is not bit for bit the same, but of the same distribution."""
 
+import dataclasses
+import itertools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,37 +11,51 @@ import peft
 import pytest
 import torch
 from scipy import stats
+from test_peft_groups import grouped
 from test_peft_layers import adapt, plain, quiet
-from twins import conv, embedding, linear
+from twins import Holder, Twin, conv, conv1d_hf, embedding, linear
 
 import jlora.peft
 
 RATE, DRAWS = 0.3, 4000
+LAYERS = [linear, conv1d_hf, conv(1, 2, 1), conv(2, 2, 1), conv(3, 2, 1), grouped(1, 2)]
+every = pytest.mark.parametrize("twin", LAYERS, ids=repr)
 
 
-def draws_of_dropout(x: np.ndarray, tmp_path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The delta of a linear layer under dropout, many times, by PEFT and by jlora; and without."""
-    model = adapt(linear, lora_dropout=RATE)
+def one_input(twin: Twin) -> np.ndarray:
+    """One row for a layer, few positions for a convolution."""
+    shape = twin.x(np.random.default_rng(0)).shape[1:]
+    small = (shape[-1],) if twin in (linear, conv1d_hf) else (shape[0], *(3 for _ in shape[1:]))
+    return np.random.default_rng(0).normal(size=small).astype(np.float32)
+
+
+def draws_of_dropout(
+    twin: Twin, x: np.ndarray, tmp_path: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The delta of a layer under dropout, many times, by PEFT and by jlora; and without."""
+    model = adapt(twin, lora_dropout=RATE)
     quiet(model.save_pretrained, tmp_path)
-    base = linear.params(plain(linear))
-    params = jlora.peft.load(tmp_path, base, names=linear.names)
+    base = twin.params(plain(twin))
+    read = dict(names=twin.names, layouts=twin.layouts, kinds=twin.kinds)
+    params = jlora.peft.load(tmp_path, base, **read)
     torch.manual_seed(0)
     rows = torch.tensor(np.repeat(x[None], DRAWS, 0))
     with torch.no_grad():
         whole = model.eval()(rows[:1]).numpy()
         theirs = model.train()(rows).numpy()
-    without = np.asarray(linear.fn(base, x[None]))
+    without = np.asarray(twin.fn(base, x[None]))
 
-    def ours(key):
-        return jlora.lora(linear.fn, dropout=RATE, key=key)(params, x[None])[0]
+    def ours(key: jax.Array) -> jax.Array:
+        return jlora.lora(twin.fn, dropout=RATE, key=key, fallback="error")(params, x[None])[0]
 
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    return theirs - without, np.asarray(jax.vmap(ours)(keys)) - without, whole - without
+    drawn = np.asarray(jax.jit(jax.vmap(ours))(keys))
+    return tuple((y - without).reshape(len(y), -1) for y in (theirs, drawn, whole))
 
 
-def test_dropout_has_the_same_mean_and_variance(tmp_path, compare):
-    x = np.random.default_rng(0).normal(size=13).astype(np.float32)
-    theirs, ours, whole = draws_of_dropout(x, tmp_path)
+@every
+def test_dropout_has_the_same_mean_and_variance(twin, tmp_path, compare):
+    theirs, ours, whole = draws_of_dropout(twin, one_input(twin), tmp_path)
     error = np.sqrt(theirs.var(0) / DRAWS)
     assert (np.abs(theirs.mean(0) - whole[0]) < 5 * error).all()
     assert (np.abs(ours.mean(0) - whole[0]) < 5 * error).all()
@@ -46,11 +64,12 @@ def test_dropout_has_the_same_mean_and_variance(tmp_path, compare):
         assert stats.ks_2samp(ours[:, k], theirs[:, k]).pvalue > 1e-3
 
 
-def test_dropout_falls_on_the_input_of_a(tmp_path):
-    """With one feature that is not zero, all of the delta goes at once, or is 1/(1-p) of itself."""
-    x = np.zeros(13, np.float32)
-    x[4] = 1
-    theirs, ours, whole = draws_of_dropout(x, tmp_path)
+@every
+def test_dropout_falls_on_the_input_of_a(twin, tmp_path):
+    """With one number that is not zero, all of the delta goes at once, or is 1/(1-p) of itself."""
+    x = np.zeros_like(one_input(twin))
+    x.flat[4] = 1
+    theirs, ours, whole = draws_of_dropout(twin, x, tmp_path)
     for some in (theirs, ours):
         gone = np.abs(some).max(1) < 1e-6
         np.testing.assert_allclose(
@@ -69,8 +88,19 @@ def test_an_embedding_has_no_dropout(tmp_path, compare):
     compare(apply(params, x), theirs, "an embedding under dropout")
 
 
-@pytest.mark.parametrize("init", [True, "gaussian"])
-@pytest.mark.parametrize("twin", [linear, embedding, conv(2, 1, 0)], ids=repr)
+# Enough numbers for their moments to be told apart.
+wide = dataclasses.replace(linear, make=lambda: Holder(torch.nn.Linear(130, 70)))
+wide_embedding = dataclasses.replace(embedding, make=lambda: Holder(torch.nn.Embedding(170, 60)))
+
+
+@pytest.mark.parametrize(
+    ("twin", "init"),
+    [
+        *itertools.product((wide, wide_embedding, conv(2, 1, 0)), (True, False, "gaussian")),
+        (wide, "orthogonal"),  # PEFT has it for linear layers alone
+    ],
+    ids=repr,
+)
 def test_initializers(twin, init):
     """Bounds, moments and a Kolmogorov-Smirnov test of many first values of A and B."""
     config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights=init)
@@ -110,7 +140,8 @@ def test_initializers(twin, init):
         assert got.std() == pytest.approx(want.std(), rel=0.02)
         assert stats.kurtosis(got) == pytest.approx(stats.kurtosis(want), abs=0.15)
         assert stats.ks_2samp(got, want).pvalue > 1e-3
-        if init is True and twin is not embedding:
-            bound = 1 / np.prod(jnp.shape(base["layer"]["kernel"])[:-1]) ** 0.5
+        if isinstance(init, bool) and twin is not wide_embedding:
+            fan_in = np.prod(jnp.shape(base["layer"]["kernel"])[:-1])
+            bound = 1 / (fan_in if name == "lora_a" else 4) ** 0.5
             assert 0.99 * bound < np.abs(got).max() <= bound * (1 + 1e-6)
             assert 0.99 * bound < np.abs(want).max() <= bound * (1 + 1e-6)

@@ -34,6 +34,7 @@ class Twin:
     # A fault of PEFT's, repeated: in the forward pass, and in the gradients of some keys.
     as_peft: Callable[[Params], Params] = lambda params: params
     slopes: dict[str, float] = dataclasses.field(default_factory=dict)
+    merges: bool = True  # whether PEFT can
 
     def __repr__(self) -> str:
         return self.name

@@ -1,9 +1,4 @@
-"""Initial values of A and B: plain functions `(key, weight, rank, scaling, dtype) -> (A, B)`.
-
-`weight` is one weight arranged as `(in, out)`; A comes back as `(in, rank)` and B as `(rank, out)`.
-`jlora.attach` arranges, and maps over stacks. A function that never reads the weight's values costs
-nothing for them: `attach` compiles it, and what is not used is not computed.
-"""
+"""Initial values that are drawn: they read the weight's shape alone."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +9,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Factors = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
-Initializer = Callable[..., Factors]
+# A, B and what is left of the weight, for `base`.
+Split = tuple[Float[Array, "in rank"], Float[Array, "rank out"], Float[Array, "in out"]]
+Initializer = Callable[..., Factors | Split]
 
 
 def _uniform(
@@ -145,3 +142,80 @@ def a_zero(
     """
     d_in, d_out = weight.shape
     return jnp.zeros((d_in, rank), dtype), _uniform(key, (rank, d_out), 1 / math.sqrt(rank), dtype)
+
+
+def uniform(
+    key: PRNGKeyArray,
+    weight: Float[Array, "in out"],
+    rank: int,
+    scaling: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Factors:
+    """Draw A from `U(±1/√in)` and B from `U(±1/√rank)`: PEFT's `init_lora_weights=False`.
+
+    Neither is zero, so the model starts changed: for tests, or before an adapter is filled in.
+
+    Args:
+        key: a PRNG key.
+        weight: the base weight as `(in, out)`; only its shape is read.
+        rank: r.
+        scaling: s = α/r; not read.
+        dtype: of A and B.
+
+    Returns:
+        `lora_a` (in, rank) and `lora_b` (rank, out).
+
+    Example:
+        >>> a, b = uniform(jax.random.key(0), jnp.ones((16, 3)), rank=4)
+        >>> bool(abs(a).max() <= 1 / 4), bool(abs(b).max() <= 1 / 2), bool(b.any())
+        (True, True, True)
+
+    Reference: what PyTorch gives `nn.Linear(in, rank)` and `nn.Linear(rank, out)`.
+    """
+    (d_in, d_out), (of_a, of_b) = weight.shape, jax.random.split(key)
+    a = _uniform(of_a, (d_in, rank), 1 / math.sqrt(d_in), dtype)
+    return a, _uniform(of_b, (rank, d_out), 1 / math.sqrt(rank), dtype)
+
+
+def orthogonal(
+    key: PRNGKeyArray,
+    weight: Float[Array, "in out"],
+    rank: int,
+    scaling: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Factors:
+    """Draw A and B from two orthogonal halves of the rank's space, so that `A B = 0`.
+
+    `A = X Q₁/10`, `B = Q₂ᵀ Y/10`, where X and Y are normal and Q₁, Q₂ the even and odd rows of a
+    random orthogonal (rank, rank) matrix. Neither is zero, so both have a gradient at once.
+
+    Args:
+        key: a PRNG key.
+        weight: the base weight as `(in, out)`; only its shape is read.
+        rank: r, an even number.
+        scaling: s = α/r; not read.
+        dtype: of A and B.
+
+    Returns:
+        `lora_a` (in, rank) and `lora_b` (rank, out); A·B is zero but for rounding.
+
+    Raises:
+        ValueError: the rank is odd.
+
+    Example:
+        >>> a, b = orthogonal(jax.random.key(0), jnp.ones((16, 3)), rank=4)
+        >>> bool(a.any()), bool(b.any()), bool(abs(a @ b).max() < 1e-6)
+        (True, True, True)
+
+    Reference: PEFT's `init_lora_weights="orthogonal"`.
+    """
+    if rank % 2:
+        raise ValueError(
+            f"`jlora.initializers.orthogonal(rank={rank})`: A has one half of the rank's space and "
+            f"B the other, so the rank must be even. Give `LoraSpec(rank={rank + 1})`."
+        )
+    (d_in, d_out), (of_q, of_x, of_y) = weight.shape, jax.random.split(key, 3)
+    q = jnp.linalg.qr(jax.random.normal(of_q, (rank, rank)))[0]
+    a = jnp.matmul(jax.random.normal(of_x, (d_in, rank // 2)), q[0::2], precision="highest")
+    b = jnp.matmul(q[1::2].T, jax.random.normal(of_y, (rank // 2, d_out)), precision="highest")
+    return (a / 10).astype(dtype), (b / 10).astype(dtype)

@@ -1,0 +1,24 @@
+"""Initial values of A and B: plain functions `(key, weight, rank, scaling, dtype) -> (A, B)`.
+
+`weight` is one weight arranged as `(in, out)`; A comes back as `(in, rank)` and B as `(rank, out)`.
+`jlora.attach` arranges, and maps over stacks. A function that never reads the weight's values costs
+nothing for them: `attach` compiles it, and what is not used is not computed.
+
+A function whose `s·A·B` is not zero may return a third array, `(in, out)`: what is to stand for the
+weight, `W - s·A·B`, so that the model starts unchanged all the same. `attach` makes it the node's
+`base`, a new array, and marks the node `residual`.
+"""
+
+from jlora.initializers._decomposed import mica as mica
+from jlora.initializers._decomposed import milora as milora
+from jlora.initializers._decomposed import olora as olora
+from jlora.initializers._decomposed import pissa as pissa
+from jlora.initializers._random import Factors as Factors
+from jlora.initializers._random import Initializer as Initializer
+from jlora.initializers._random import Split as Split
+from jlora.initializers._random import a_zero as a_zero
+from jlora.initializers._random import gaussian as gaussian
+from jlora.initializers._random import kaiming as kaiming
+from jlora.initializers._random import kaiming_rank as kaiming_rank
+from jlora.initializers._random import orthogonal as orthogonal
+from jlora.initializers._random import uniform as uniform
