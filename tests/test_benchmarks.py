@@ -9,6 +9,7 @@ import jax
 import llama
 import memory
 import peers
+import plots
 import pytest
 import step
 
@@ -48,9 +49,15 @@ def test_the_account_of_llama3(name, parameters, trainable):
     assert (found["parameters"], found["trainable"]) == (parameters, trainable)
 
 
-def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_peers(monkeypatch):
+    """As where the libraries are not installed."""
     for library in ("qwix", "torch", "peft"):
-        monkeypatch.setitem(sys.modules, library, None)  # as where it is not installed
+        monkeypatch.setitem(sys.modules, library, None)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY)
     step.main(["--rounds", "1", "--json", str(tmp_path / "step.json")])
     printed = capsys.readouterr().out
@@ -63,6 +70,17 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     for row in rows.values():
         assert {"ratio", "seconds", "temp_bytes", "flops"} <= set(row)
     assert rows["limit"]["ratio"] == 1
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_plots_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "TOKENS", [TINY, TINY._replace(time=32)])
+    monkeypatch.setattr(plots, "RANKS", [TINY])
+    plots.main(["--rounds", "1", "--out", str(tmp_path)])
+    swept = json.loads((tmp_path / "sweep.json").read_text())
+    assert [point["tokens"] for point in swept["tokens"]] == [32, 64]
+    for name in ("ratio_tokens.png", "ratio_rank.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("usual_promotion")
