@@ -1,131 +1,112 @@
 """How close is a training step to its limit, the frozen forward and the gradient of its input?
 
-    python benchmarks/step.py [--rounds 15] [--json FILE]
+    python benchmarks/step.py [--preset smollm2] [--rounds 15] [--json FILE]
 
-Six decoder blocks of SmolLM2-135M's shapes, batch 4 x 128 tokens, rank 8 on all 7 projections,
-float32. Every variant runs once a round, in turn; each ratio is a median over the rounds, so the
-machine's drift cancels. Expected: `jlora` near 1.1, `naive` near 1.6.
+Decoder blocks of a preset's shapes (six of SmolLM2-135M's with 4 x 128 tokens in float32, or one
+layer of Llama-3 8B with 1 x 2048 in bfloat16), every projection adapted. Every variant computes a
+loss and its gradient with respect to what it trains and to the input (in a model there are layers
+below). Each runs once a round, in turn; a ratio is a median over the rounds of its seconds over its
+limit's. Expected on a CPU: `jlora` near 1.1, `naive` and `qwix` near 1.6.
+
+`limit` and `full` train nothing and everything; `naive` is x W + (x A) B s by autodiff, `merged`
+builds W + s A B each step, `qwix` and `peft` are what benchmarks/peers.py says. `peft` is measured
+against its own limit, PyTorch's, and PyTorch's temporary memory includes the gradients.
 """
 
 import argparse
-import json
-import statistics
-import time
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+import peers
+from blocks import PRESETS, Sizes, attached, loss, product, weights
+from measure import ratio, surroundings, take_turns, write_json
+from peers import Variant, compiled
 
 import jlora
 
-BLOCKS, WIDTH, MLP, HEADS, KV_HEADS, BATCH, TIME, RANK = 6, 576, 1536, 9, 3, 4, 128, 8
-KV = WIDTH // HEADS * KV_HEADS
-SHAPES = {
-    "q": (WIDTH, WIDTH),
-    "k": (WIDTH, KV),
-    "v": (WIDTH, KV),
-    "o": (WIDTH, WIDTH),
-    "gate": (WIDTH, MLP),
-    "up": (WIDTH, MLP),
-    "down": (MLP, WIDTH),
-}
+
+def naive_product(x: jax.Array, node: Any) -> jax.Array:
+    a, b = (leaf.astype(x.dtype) for leaf in (node.lora_a, node.lora_b))
+    return product(x, node.base) + product(product(x, a), b) * node.scaling.astype(x.dtype)
 
 
-def product(x, w):
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def naive_product(x, node):
-    if not isinstance(node, jlora.LoraArray):
-        return product(x, node)
-    return product(x, node.base) + product(product(x, node.lora_a), node.lora_b) * node.scaling
-
-
-def block(p, x, mul):
-    def norm(x):
-        return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
-
-    h = norm(x)
-    split = (BATCH, TIME, KV_HEADS, -1, WIDTH // HEADS)
-    q = mul(h, p["q"]).reshape(split)
-    k, v = (mul(h, p[n]).reshape(BATCH, TIME, KV_HEADS, -1) for n in "kv")
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) / 8
-    scores = jnp.where(jnp.tril(jnp.ones((TIME, TIME), bool)), scores, -1e30)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
-    x = x + mul(mixed.reshape(BATCH, TIME, WIDTH), p["o"])
-    h = norm(x)
-    return x + mul(jax.nn.silu(mul(h, p["gate"])) * mul(h, p["up"]), p["down"])
-
-
-def loss(params, x, mul=product):
-    for p in params:
-        x = block(p, x, mul)
-    return jnp.mean(x * x)
-
-
-def variants(params, x):
-    """Return, per variant, a jitted gradient and its arguments."""
+def own_variants(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
+    """The variants that need no other library."""
     base, _ = jlora.detach(params)
     trainable, frozen = jlora.partition(params)
-    adapted = jlora.lora(loss, fallback="error")
+    plain = functools.partial(loss, head_dim=sizes.head_dim)
+    naive = functools.partial(plain, mul=naive_product)
 
-    def of(fn):
-        def value(t, x, frozen):
+    def of(fn: Callable[..., jax.Array]) -> Variant:
+        def value(t: Any, x: jax.Array, frozen: Any) -> jax.Array:
             return fn(jlora.combine(t, frozen), x)
 
-        # The input's gradient too: in a model there are layers below.
-        return jax.jit(jax.grad(value, argnums=(0, 1)))
+        return compiled(value, (0, 1), trainable, x, frozen)
 
     return {
-        "limit": (jax.jit(jax.grad(loss, argnums=1)), (base, x)),
-        "jlora": (of(adapted), (trainable, x, frozen)),
-        "naive": (of(lambda p, x: loss(p, x, naive_product)), (trainable, x, frozen)),
-        "merged": (of(lambda p, x: loss(jlora.merge(p), x)), (trainable, x, frozen)),
-        "full": (jax.jit(jax.grad(loss, argnums=(0, 1))), (base, x)),
+        "limit": compiled(plain, (1,), base, x),
+        "jlora": of(jlora.lora(plain, fallback="error")),
+        "naive": of(naive),
+        "merged": of(lambda p, x: plain(jlora.merge(p), x)),
+        "full": compiled(plain, (0, 1), base, x),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    keys = iter(jax.random.split(jax.random.key(0), BLOCKS * len(SHAPES) + 1))
-    base = [
-        {n: jax.random.normal(next(keys), s) / s[0] ** 0.5 for n, s in SHAPES.items()}
-        for _ in range(BLOCKS)
-    ]
-    x = jax.random.normal(next(keys), (BATCH, TIME, WIDTH))
-    params = jlora.attach(base, {".*": jlora.LoraSpec(RANK)}, key=jax.random.key(1))
-    compiled = {name: (fn.lower(*a).compile(), a) for name, (fn, a) in variants(params, x).items()}
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for n in range(args.rounds + 1):
-        for name, (fn, a) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(*a))
-            if n:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    rows = {
+def variants(sizes: Sizes, with_peers: bool = True) -> dict[str, Variant]:
+    """All variants over the same weights; a library that is not installed is left out."""
+    base, x = weights(sizes)
+    params = attached(sizes, base)
+    found = own_variants(sizes, params, x)
+    for make in (peers.with_qwix, peers.with_peft) if with_peers else ():
+        try:
+            found |= make(sizes, params, x)
+        except ModuleNotFoundError as error:
+            print(f"left out: {make.__name__.removeprefix('with_')} ({error})")
+    return found
+
+
+def measure(found: dict[str, Variant], rounds: int) -> dict[str, dict[str, Any]]:
+    """Run the variants in turn; one row for each."""
+    seconds = take_turns({name: variant.run for name, variant in found.items()}, rounds)
+    return {
         name: {
-            "ratio": statistics.median(
-                s / limit for s, limit in zip(seconds[name], seconds["limit"], strict=True)
-            ),
-            "seconds": statistics.median(seconds[name]),
-            "temp_bytes": fn.memory_analysis().temp_size_in_bytes,
-            "flops": fn.cost_analysis()["flops"],
+            "ratio": ratio(seconds[name], seconds[variant.limit]),
+            "limit": variant.limit,
+            "seconds": median(seconds[name]),
+            "temp_bytes": variant.temp_bytes,
+            "flops": variant.flops,
+            "loss": float(variant.run()),
         }
-        for name, (fn, _) in compiled.items()
+        for name, variant in found.items()
     }
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.rounds} rounds")
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
     for name, row in rows.items():
         print(
-            f"{name:8} {row['ratio']:5.2f} x limit  {row['seconds']:6.3f} s  "
-            f"temp {row['temp_bytes'] / 1e6:6.0f} MB  {row['flops'] / 1e9:6.1f} GFLOP"
+            f"{name:10} {row['ratio']:5.2f} x {row['limit']:10} {row['seconds']:7.3f} s  "
+            f"temp {row['temp_bytes'] / 1e6:6.0f} MB  {row['flops'] / 1e9:7.1f} GFLOP  "
+            f"loss {row['loss']:.5f}"
         )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="smollm2")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    sizes, around = PRESETS[args.preset], surroundings()
+    rows = measure(variants(sizes), args.rounds)
+    print(f"{args.preset}, {args.rounds} rounds, {around}")
+    show(rows)
     if args.json:
-        result = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "variants": rows}
-        args.json.write_text(json.dumps(result, indent=2))
+        result = {**around, "preset": args.preset, "sizes": sizes._asdict(), "rounds": args.rounds}
+        write_json(args.json, {**result, "variants": rows})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/trace.py [--rounds 5] [--json FILE]
 
-Two decoders of 30 unrolled layers, every matrix adapted: the examples' Llama in Flax, and the
-blocks of benchmarks/step.py in plain JAX, which trace faster and so show more of the walk. Of each
+Two decoders of 30 unrolled layers, every matrix adapted: the examples' Llama in Flax, and those
+of benchmarks/blocks.py in plain JAX, which trace faster and so show more of the walk. Of each
 the forward pass and a training gradient: with respect to all weights for the base, to A and B for
 jlora. Nothing is compiled or run; base and adapted take turns, and each ratio is a median over the
 rounds. The function is traced once more for jlora, so 1 is out of reach. On 2 cores, JAX 0.10.2:
@@ -11,7 +11,7 @@ flax forward 1.34, flax gradient 1.41, plain forward 2.07, plain gradient 1.62.
 """
 
 import argparse
-import json
+import functools
 import statistics
 import sys
 import time
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import jlora
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+import blocks
 import llama
-import step
+from measure import surroundings, write_json
 
 LAYERS = 30
 
@@ -37,12 +38,9 @@ def flax_decoder():
 
 
 def plain_decoder():
-    blocks = [
-        {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in step.SHAPES.items()}
-        for _ in range(LAYERS)
-    ]
-    x = jax.ShapeDtypeStruct((step.BATCH, step.TIME, step.WIDTH), jnp.float32)
-    return step.loss, blocks, x
+    sizes = blocks.PRESETS["smollm2"]._replace(blocks=LAYERS)
+    base, x = jax.eval_shape(functools.partial(blocks.weights, sizes))
+    return functools.partial(blocks.loss, head_dim=sizes.head_dim), base, x
 
 
 def programs(fn, base, x):
@@ -98,7 +96,7 @@ def main() -> None:
             f"{row['base_seconds']:6.2f} s -> {row['jlora_seconds']:6.2f} s"
         )
     if args.json:
-        args.json.write_text(json.dumps({"jax": jax.__version__, "programs": rows}, indent=2))
+        write_json(args.json, {**surroundings(), "rounds": args.rounds, "programs": rows})
 
 
 if __name__ == "__main__":

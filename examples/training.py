@@ -39,14 +39,37 @@ def make_loss(apply: Callable[..., jax.Array]) -> Callable[[Any, Batch], jax.Arr
     def loss(params: Any, batch: Batch) -> jax.Array:
         tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
         logits = apply(params, tokens, positions, segments, None, batch["at"])  # (N, V)
-        # Picking the target by a mask, not by an index, has an elementwise gradient: XLA then keeps
-        # one array of logits where a scatter would need another beside it.
-        vocab = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]  # (1, V)
-        picked = jnp.where(vocab == batch["target"][:, None], logits, 0.0)  # (N, V), fused away
-        each = jax.nn.logsumexp(logits, axis=1) - jnp.sum(picked, axis=1)  # (N,)
+        each = cross_entropy(logits, batch["target"])  # (N,)
         return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
 
     return loss
+
+
+@jax.custom_vjp
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target] of each row: (N, V) and (N,) -> (N,).
+
+    The vocabulary makes the logits the widest array of a step by far. Differentiated by JAX, their
+    exponentials are kept beside them; here the gradient is one expression of the logits, the target
+    and the row's normalizer, which XLA writes over the logits.
+    """
+    return _cross_entropy(logits, target)[0]
+
+
+def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, Any]:
+    total = jax.nn.logsumexp(logits, axis=1)  # (N,)
+    picked = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]  # (N,)
+    return total - picked, (logits, target, total)
+
+
+def _cross_entropy_gradient(kept: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    logits, target, total = kept
+    prob = jnp.exp(logits - total[:, None])  # (N, V), fused away
+    vocab = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]  # (1, V)
+    return jnp.where(vocab == target[:, None], prob - 1.0, prob) * g[:, None], None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
 
 
 def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
