@@ -66,7 +66,8 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert {"jax", "jaxlib", "torch", "peft", "qwix"} <= set(result["versions"])
     assert result["device"] and result["date"] and result["sizes"]["width"] == 32
     rows = result["variants"]
-    assert list(rows) == ["limit", "jlora", "naive", "merged", "full"]
+    own = ["limit", "jlora", "dropout", "remat", "naive", "merged", "full"]
+    assert list(rows) == own
     for row in rows.values():
         assert {"ratio", "seconds", "temp_bytes", "flops"} <= set(row)
     assert rows["limit"]["ratio"] == 1

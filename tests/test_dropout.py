@@ -131,3 +131,40 @@ def test_a_loops_condition_and_body_draw_apart(key):
         run(fn, node(), key)
     assert len(drawn) >= 7  # four conditions, three bodies
     assert len(set(drawn)) == len(drawn)
+
+
+GROUPS = jnp.array([3, 1, 4])
+
+
+def convolve(w, x):
+    return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["matmul", "conv", "ragged_dot"])
+def test_remat_keeps_neither_the_narrow_product_nor_the_dropped_input(name, rate, key):
+    layout, x, fn = {
+        "matmul": ("io", jnp.ones((4, 8, 12)), lambda p, x: x @ p),
+        "conv": ("iio", jnp.ones((4, 8, 12)), convolve),
+        "ragged_dot": ("io", jnp.ones((8, 12)), lambda p, x: lax.ragged_dot(x, p, GROUPS)),
+    }[name]
+    shape = {"matmul": (12, 10), "conv": (3, 12, 10), "ragged_dot": (3, 12, 10)}[name]
+    spec = jlora.LoraSpec(2, layout=layout)
+    params = jlora.attach({"w": jnp.ones(shape)}, {"w": spec}, key=key)
+    trainable, frozen = jlora.partition(jax.tree.map(lambda x: x + 0.1, params))
+
+    def loss(t, remat):
+        drop = {"dropout": rate, "key": key if rate else None, "remat": remat}
+        run = jlora.lora(lambda p, x: jnp.sin(fn(p["w"], x)), fallback="error", **drop)
+        return run(jlora.combine(t, frozen), x).sum()
+
+    def kept(remat):
+        pull = jax.eval_shape(lambda t: jax.vjp(lambda t: loss(t, remat), t)[1], trainable)
+        sizes = [np.prod(leaf.shape) for leaf in jax.tree.leaves(pull)]
+        return sizes.count(x.size // 12 * 2), sizes.count(x.size)  # x·A, and inputs
+
+    plain, again = kept(False), kept(True)
+    assert plain[0] > 0 == again[0] and again[1] <= plain[1]
+    gradients = [jax.grad(loss)(trainable, remat) for remat in (False, True)]
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)

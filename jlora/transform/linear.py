@@ -98,8 +98,12 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
         labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
         form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
         atom = eqn.invars[1 if view is lhs else 0]
-        x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
-        out = low_rank(out, x, view.parts, form)
+
+        def update(out: Any, x: Any, parts: Any) -> Any:
+            x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
+            return low_rank(out, x, parts, form)
+
+        out = walk.branch(update)(out, x, view.parts)
     walk.used(eqn, view, cost, w_sum, w_free)
     return [out]
 
@@ -128,7 +132,7 @@ def _gained(
         return walk.bind(eqn, *((view, x) if flipped else (x, view)))[0]
 
     def updated(base: Any, x: Any) -> Any:
-        return low_rank(base, x, view.parts, form)
+        return walk.branch(functools.partial(low_rank, form=form))(base, x, view.parts)
 
     out = gained(walk, eqn.invars[1 if flipped else 0], x, gain, product, updated)
     walk.used(eqn, view, cost, (), ())
