@@ -1,13 +1,12 @@
 """Which form should an adapted product take? jlora's, against every fixed one, over a grid.
 
-    python benchmarks/forms.py [--rounds 9] [--cpu-time] [--json FILE]
+    python benchmarks/forms.py [--rounds 9] [--json FILE]
 
 One product y = x W + (x A)(s B) with the gradients of x, A and B, over tokens x (in, out) x rank.
 `limit` is the frozen product with the gradient of x. The fixed forms: `tokens` (batch and time
 apart, by autodiff), `flat` (tokens merged, by autodiff), `rank first` (and A's gradient as
 (dzᵀ x)ᵀ), `dense` (x W' with W' = W + s A B built for the pass and for the gradient, A's and
-B's own gradients factored). All take turns; a ratio is a median over the rounds. `--cpu-time`
-counts the process's seconds instead of the clock's, for a busy machine (pin it to one core there).
+B's own gradients factored). All take turns; a ratio is a median over the rounds.
 
 Last come the worst cell of jlora against the best factored form, and where `dense` would win:
 it is never chosen, since jlora builds W + s A B in `merge` only.
@@ -15,23 +14,18 @@ it is never chosen, since jlora builds W + s A B in `merge` only.
 
 import argparse
 import itertools
-import json
-import statistics
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from blocks import product
 from jax import lax
+from measure import ratio, surroundings, take_turns, write_json
 
 import jlora
 
 BATCH, TOKENS, RANKS = 4, (32, 128, 512, 2048), (4, 8, 16, 64)
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576))
-
-
-def product(x, w):
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def flattened(form):
@@ -104,49 +98,39 @@ def programs(tokens, shape, rank):
     return {name: jax.jit(run).lower(*args).compile() for name, run in runs.items()}, args
 
 
-def cell(tokens, shape, rank, rounds, clock):
-    """Return each form's time over the limit's, a median of ratios."""
+def cell(tokens, shape, rank, rounds):
+    """Return each form's time over the limit's."""
     compiled, args = programs(tokens, shape, rank)
     repeats = max(1, round(2e9 / (tokens * shape[0] * shape[1] * 4)))
-    seconds = {name: [] for name in compiled}
-    for n in range(rounds + 1):
-        for name, run in compiled.items():
-            start = clock()
-            for _ in range(repeats):
-                jax.block_until_ready(run(*args))
-            if n:  # the first round warms up
-                seconds[name].append(clock() - start)
-    limits = seconds.pop("limit")
-    return {
-        name: statistics.median(s / limit for s, limit in zip(times, limits, strict=True))
-        for name, times in seconds.items()
-    }
+
+    def repeated(run):
+        return lambda: [jax.block_until_ready(run(*args)) for _ in range(repeats)]
+
+    seconds = take_turns({name: repeated(run) for name, run in compiled.items()}, rounds)
+    return {name: ratio(seconds[name], seconds["limit"]) for name in FORMS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    device = jax.devices()[0].device_kind
-    print(f"jax {jax.__version__}, {device}, {args.rounds} rounds; times over the limit's")
+    around, rows = surroundings(), []
+    print(f"{args.rounds} rounds, {around}; times over the limit's")
     print("tokens       shape rank  " + "  ".join(f"{name:>10}" for name in FORMS))
-    rows = []
     for tokens, shape, rank in itertools.product(TOKENS, SHAPES, RANKS):
-        ratios = cell(tokens, shape, rank, args.rounds, clock)
+        ratios = cell(tokens, shape, rank, args.rounds)
         rows.append({"tokens": tokens, "shape": shape, "rank": rank, "ratios": ratios})
         what = f"{tokens:6} {shape[0]:5}x{shape[1]:5} {rank:4}  "
         print(what + "  ".join(f"{r:10.3f}" for r in ratios.values()), flush=True)
     fixed = [name for name in FORMS if name not in ("jlora", "dense")]
     worst = max(r["ratios"]["jlora"] / min(r["ratios"][f] for f in fixed) for r in rows)
-    dense = [r for r in rows if r["ratios"]["dense"] < 0.95 * r["ratios"]["jlora"]]
+    dense = sum(r["ratios"]["dense"] < 0.95 * r["ratios"]["jlora"] for r in rows)
     print(f"jlora over the best fixed factored form, at worst: {worst:.3f}")
-    print(f"cells of {len(rows)} where `dense` wins by more than 5 %: {len(dense)}")
+    print(f"cells of {len(rows)} where `dense` wins by more than 5 %: {dense}")
     if args.json:
-        result = {"jax": jax.__version__, "device": device, "rows": rows, "worst": worst}
-        args.json.write_text(json.dumps(result, indent=2))
+        result = {**around, "rounds": args.rounds, "rows": rows}
+        write_json(args.json, {**result, "worst": worst, "dense_wins": dense})
 
 
 if __name__ == "__main__":
