@@ -4,9 +4,12 @@
 
 One product y = x W + (x A)(s B) with the gradients of x, A and B, over tokens x (in, out) x rank.
 `limit` is the frozen product with the gradient of x. The fixed forms: `tokens` (batch and time
-apart, by autodiff), `flat` (tokens merged, by autodiff), `rank first` (and A's gradient as
-(dzᵀ x)ᵀ), `dense` (x W' with W' = W + s A B built for the pass and for the gradient, A's and
-B's own gradients factored). All take turns; a ratio is a median over the rounds.
+apart, by autodiff), `flat` (tokens merged, by autodiff), `rank first` (and A's gradient held as
+dzᵀ x by a barrier), `dense` (x W' with W' = W + s A B built for the pass and for the gradient, A's
+and B's own gradients factored). All take turns; a ratio is a median over the rounds.
+
+`rank first` is not chosen although it is often the best: batched (a stack of layers, `vmap`) it
+makes jaxlib 0.10.2's compiler for CPU abort.
 
 Last come the worst cell of jlora against the best factored form, and where `dense` would win:
 it is never chosen, since jlora builds W + s A B in `merge` only.

@@ -32,23 +32,6 @@ class Form(NamedTuple):
     precision: Any
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _gradient_rank_first(factor: Any, stack: int) -> Any:
-    """Return a factor whose gradient is computed as (dzᵀ x)ᵀ, with the rank first.
-
-    The transposes that autodiff leaves XLA turns into xᵀ dz, which on a CPU takes twice as long:
-    the many tokens are contracted and only the few columns of the rank are left to write to.
-    """
-    return factor
-
-
-@_gradient_rank_first.defjvp
-def _(stack: int, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    (factor,), (tangent,) = primals, tangents
-    turned = lax.optimization_barrier(jnp.moveaxis(tangent, -1, stack))
-    return factor, jnp.moveaxis(turned, stack, -1)
-
-
 @functools.partial(jax.jit, static_argnames="form")
 def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     """Return x·W + (x·A)·(s·B), the base product given.
@@ -61,8 +44,6 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     one, two = (narrowed(pair[k], form.dtype) for k in (form.first, 1 - form.first))
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
     first, second = form.factors[form.first], form.factors[1 - form.first]
-    if first[-1] == RANK:
-        one = _gradient_rank_first(one, sum(k in form.x and k in form.between for k in first))
     z = narrowed(contract(x, form.x, one, first, form.between, form.precision), form.dtype)
     y = contract(z, form.between, two, second, form.out, form.precision)
     return plus(base, lax.reshape(y, base.shape))
