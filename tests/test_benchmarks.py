@@ -88,7 +88,6 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("library", ["peft", "qwix"])
 def test_a_peer_computes_the_same(library):
-    pytest.importorskip(library)
     base, x = blocks.weights(TINY)
     params = blocks.attached(TINY, base)
     own = step.own_variants(TINY, params, x)
