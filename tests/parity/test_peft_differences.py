@@ -9,6 +9,7 @@
 | MultiheadAttention's output projection | adds its update twice | once |
 | MultiheadAttention's lora_dropout | ignored | falls on A's input |
 | lora_dropout of expert parameters | refused | falls on A's input |
+| the random B of experts (`init_lora_weights=False`) | U(±1/√(r·E)) | U(±1/√r), as of a layer |
 | a convolution with groups | A sees all channels, no merge | so without groups; with, its group's |
 | a dilated convolution | fails | works |
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
@@ -132,6 +133,23 @@ def test_dropout_where_peft_has_none(twin, tmp_path):
         jlora.lora(twin.fn, dropout=rate, key=jax.random.key(0))(params, x) for rate in (0.0, 0.5)
     )
     assert distance(some, whole) > 0.01
+
+
+def test_the_random_b_of_experts():
+    """PEFT packs the experts beside the rank, and takes them for a fan-in of r·E."""
+    twin, n_experts, rank = experts(True), 4, 3
+    options = dict(r=rank, target_parameters=list(twin.parameters), init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=None, **options)
+    model = quiet(peft.get_peft_model, plain(twin), config)
+    theirs = [x.detach().abs().max() for name, x in model.named_parameters() if "lora_B" in name]
+    base = twin.params(plain(twin))
+    rules = jlora.peft.rules(config.to_dict(), base, names=twin.names)
+    params = jlora.attach(base, rules, key=jax.random.key(0), layouts=twin.layouts)
+    ours = [jnp.abs(x.lora_b).max() for x in params["layer"].values()]
+    assert len(theirs) == len(ours) == 2
+    for bound, found in (((rank * n_experts) ** -0.5, theirs), (rank**-0.5, ours)):
+        for x in found:
+            assert 0.9 * bound < float(x) <= bound
 
 
 def test_olora_on_conv1d_of_transformers(compare):
