@@ -8,8 +8,7 @@ loss and its gradient with respect to what it trains and to the input (in a mode
 below). Each runs once a round, in turn; a ratio is a median over the rounds of its seconds over its
 limit's. Expected on a CPU: `jlora` near 1.1, `naive` and `qwix` near 1.6.
 
-`limit` and `full` train nothing and everything; `dropout` is jlora with a rate of 0.1, and `remat`
-the same with `jlora.lora(remat=True)`; `naive` is x W + (x A) B s by autodiff, `merged`
+`limit` and `full` train nothing and everything; `naive` is x W + (x A) B s by autodiff, `merged`
 builds W + s A B each step, `qwix` and `peft` are what benchmarks/peers.py says. `peft` is measured
 against its own limit, PyTorch's, and PyTorch's temporary memory includes the gradients.
 """
@@ -48,15 +47,9 @@ def own_variants(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
 
         return compiled(value, (0, 1), trainable, x, frozen)
 
-    def dropping(remat: bool) -> Variant:
-        key = jax.random.key(2)
-        return of(jlora.lora(plain, dropout=0.1, key=key, remat=remat, fallback="error"))
-
     return {
         "limit": compiled(plain, (1,), base, x),
         "jlora": of(jlora.lora(plain, fallback="error")),
-        "dropout": dropping(remat=False),
-        "remat": dropping(remat=True),
         "naive": of(naive),
         "merged": of(lambda p, x: plain(jlora.merge(p), x)),
         "full": compiled(plain, (0, 1), base, x),

@@ -24,7 +24,6 @@ def lora(
     key: PRNGKeyArray | None = None,
     fallback: Fallback = "warn",
     dtype: DTypeLike | None = None,
-    remat: bool = False,
 ) -> Callable[..., Any]:
     """Let a function take adapted parameters: every `x W` becomes `x W + s · (x A) B`.
 
@@ -45,9 +44,6 @@ def lora(
             the warning says where and what it costs), "error", or "materialize" (silently).
         dtype: of the narrow products; `None` is the activation's own, as in Flax layers, with
             float32 accumulation. PEFT computes them in float32 over a bfloat16 base.
-        remat: compute what an update keeps for its gradient, x·A and the dropped-out x, again in
-            the backward pass. It saves a copy of the input per adapted weight under dropout, and
-            tokens x rank numbers without, for 2 · tokens · in · rank FLOPs more.
 
     Returns:
         A function of the same arguments, any of whose array leaves may be a `LoraArray` or a
@@ -80,7 +76,7 @@ def lora(
             + ", ".join(f'"{f}"' for f in _FALLBACKS)
             + "."
         )
-    settings = Settings(fallback, dropout, dtype, remat)
+    settings = Settings(fallback, dropout, dtype)
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,6 @@ class Settings:
     fallback: Fallback = "warn"
     dropout: float = 0.0
     dtype: Any = None
-    remat: bool = False
     observe: Callable[[JaxprEqn, Use], None] | None = None
     told: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     # Walked inner functions, by the jaxpr they came from: layers that share one are traced once,
@@ -90,10 +89,6 @@ class Walk:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         mask = jax.random.bernoulli(key, keep, x.shape)
         return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
-
-    def branch(self, update: Callable[..., Any]) -> Any:
-        """Return what computes an update, or, under `remat`, computes it again in the gradient."""
-        return jax.checkpoint(update) if self.settings.remat else update
 
     def narrow_dtype(self, x_dtype: Any, out_dtype: Any) -> Any:
         """Return the dtype of the narrow products: the option's, else the activation's."""

@@ -1,6 +1,5 @@
 """The rule for convolutions: a narrow one with the window, and a product at each position."""
 
-import functools
 import math
 from typing import Any
 
@@ -30,8 +29,7 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     else:
         out = walk.bind(eqn, lhs, view)[0]
         if view.parts:
-            narrow = functools.partial(_narrow_conv, walk, eqn, base=out, sides=sides)
-            out = plus(out, walk.branch(narrow)(lhs, view))
+            out = plus(out, _narrow_conv(walk, eqn, lhs, view, out, sides))
     if out is NotImplemented:
         return out
     if view.parts:

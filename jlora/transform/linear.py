@@ -79,12 +79,8 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
         labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
         form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
         atom = eqn.invars[1 if view is lhs else 0]
-
-        def update(out: Any, x: Any, parts: Any) -> Any:
-            x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
-            return low_rank(out, x, parts, form)
-
-        out = walk.branch(update)(out, x, view.parts)
+        x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
+        out = low_rank(out, x, view.parts, form)
     walk.used(eqn, view, cost, w_sum, w_free)
     return [out]
 
@@ -113,7 +109,7 @@ def _gained(
         return walk.bind(eqn, *((view, x) if flipped else (x, view)))[0]
 
     def updated(base: Any, x: Any) -> Any:
-        return walk.branch(functools.partial(low_rank, form=form))(base, x, view.parts)
+        return low_rank(base, x, view.parts, form)
 
     out = gained(walk, eqn.invars[1 if flipped else 0], x, gain, product, updated)
     walk.used(eqn, view, cost, (), ())

@@ -39,17 +39,13 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
     def updated(base: Any, x: Any) -> Any:
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
-    def dropped(x: Any) -> Any:
-        return walk.drop(x.astype(dtype), eqn.invars[0])
-
     if view.gain is not None:
         gain = _gain(eqn, x, view, first, group_sizes)
         out = gained(walk, eqn.invars[0], x, gain, product, updated)
     else:
         out = product(x)
         if view.parts:
-            narrow = walk.branch(lambda x, v: _narrow(eqn, dropped(x), v, first, group_sizes))
-            out = plus(out, narrow(x, view))
+            out = updated(out, walk.drop(x.astype(dtype), eqn.invars[0]))
     walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
 
