@@ -7,7 +7,7 @@ of benchmarks/blocks.py in plain JAX, which trace faster and so show more of the
 the forward pass and a training gradient: with respect to all weights for the base, to A and B for
 jlora. Nothing is compiled or run; base and adapted take turns, and each ratio is a median over the
 rounds. The function is traced once more for jlora, so 1 is out of reach. On 2 cores, JAX 0.10.2:
-flax forward 1.34, flax gradient 1.41, plain forward 2.07, plain gradient 1.62.
+flax forward 1.29, flax gradient 1.40, plain forward 1.98, plain gradient 1.62.
 """
 
 import argparse
