@@ -21,6 +21,9 @@ class Gain(NamedTuple):
     after: Any = None
 
 
+NONE = Gain()
+
+
 def spread(gain: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
     """Arrange a gain, its axes labeled, to broadcast against an array whose axes are `among`."""
     have = [k for k in among if k in labels]
@@ -42,7 +45,7 @@ def placed(
 ) -> Gain | None:
     """Find where a view's gain goes, given the labels of the axes of all; None if nowhere."""
     if view.gain is None:
-        return Gain()
+        return NONE
     short = [n for n, k in enumerate(view.axes(GAIN)) if view.shape[k] == 1]
     labels = [w_labels[k] for k in view.axes(GAIN) if view.shape[k] != 1]
     gain = lax.squeeze(view.gain, short)
@@ -53,18 +56,20 @@ def placed(
     return None
 
 
-def gained(
+def multiplied(
     walk: Walk,
     atom: Any,
     x: Any,
     gain: Gain,
+    dtype: Any,
     product: Callable[[Any], Any],
     updated: Callable[[Any, Any], Any],
 ) -> Any:
     """Return x·(g ∘ V), given `product(x) = x·W` and `updated(x·W, x) = x·V`, V = W + s·A·B.
 
-    Under dropout, which drops x to x̃, it is x·W + x̃·(g ∘ V - W), as in PEFT: what the gain changes
-    of the base product is an update too, so it sees the dropped input, at the cost of a product.
+    Without a gain, x·W + x̃·(s·A·B), where dropout drops x, the value of `atom`, to x̃ of `dtype`.
+    With one, x·W + x̃·(g ∘ V - W), as in PEFT: what the gain changes of the base product is an
+    update too, so it sees the dropped input, at the cost of a product.
     """
 
     def whole(x: Any) -> Any:
@@ -73,7 +78,9 @@ def gained(
 
     if walk.key is None:
         return whole(x)
-    out, dropped = product(x), walk.drop(x, atom)
-    wide = accumulator(out.dtype)
+    out = product(x)
+    if gain is NONE:
+        return updated(out, walk.drop(narrowed(x, dtype), atom))
+    dropped, wide = walk.drop(x, atom), accumulator(out.dtype)
     full, base = (y.astype(wide) for y in (whole(dropped), product(dropped)))
     return narrowed(out.astype(wide) + (full - base), out.dtype)

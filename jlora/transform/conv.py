@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
-from jlora.transform._gain import gained, placed
+from jlora.transform._gain import Gain, multiplied, placed
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, contract, plus
 from jlora.transform._walk import Walk
@@ -21,44 +21,37 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     if isinstance(lhs, View):
         lhs = walk.materialize(eqn, lhs)
     out_axis, in_axis, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    cost, sides = 0, _sides(eqn, view) if view.parts else (0, 0)
-    if sides is None:
+    sides, gain = _sides(eqn, view) if view.parts else (0, 0), _gain(eqn, view)
+    if sides is None or gain is None:
         return NotImplemented
-    if view.gain is not None:
-        out = _gained(walk, eqn, lhs, view, sides)
-    else:
-        out = walk.bind(eqn, lhs, view)[0]
-        if view.parts:
-            out = plus(out, _narrow_conv(walk, eqn, lhs, view, out, sides))
-    if out is NotImplemented:
-        return out
-    if view.parts:
-        window = math.prod(view.shape) // view.shape[out_axis]
-        rank = view.rank
-        cost = 2 * out.size // view.shape[out_axis] * rank * (window + view.shape[out_axis])
-    walk.used(eqn, view, cost, [in_axis, *spatial], [out_axis])
-    return [out]
-
-
-def _gained(walk: Walk, eqn: JaxprEqn, x: Any, view: View, sides: tuple[int, int]) -> Any:
-    """Convolve with DoRA's kernel: the same convolutions, and a gain of the channels at one end."""
-    dn, quiet = eqn.params["dimension_numbers"], walk.quiet()
-    w_labels: list[Any] = [("w", k) for k in range(view.ndim)]
-    x_labels, out_labels = ([(name, k) for k in range(view.ndim)] for name in ("x", "out"))
-    out_labels[dn.out_spec[1]] = w_labels[dn.rhs_spec[0]]
-    if eqn.params["feature_group_count"] == 1:
-        x_labels[dn.lhs_spec[1]] = w_labels[dn.rhs_spec[1]]
-    gain = placed(view, w_labels, x_labels, out_labels)
-    if gain is None:
-        return NotImplemented
+    result: Any = eqn.outvars[0].aval
+    dtype = walk.narrow_dtype(lhs.dtype, result.dtype)
 
     def product(x: Any) -> Any:
         return walk.bind(eqn, x, view)[0]
 
     def updated(base: Any, x: Any) -> Any:
-        return plus(base, _narrow_conv(quiet, eqn, x, view, base, sides))
+        if not view.parts:
+            return base
+        return plus(base, _narrow_conv(eqn, x.astype(dtype), view, base.shape, sides))
 
-    return gained(walk, eqn.invars[0], x, gain, product, updated)
+    out = multiplied(walk, eqn.invars[0], lhs, gain, dtype, product, updated)
+    window = math.prod(view.shape) // view.shape[out_axis]
+    narrow = out.size // view.shape[out_axis] * view.rank
+    cost = 2 * narrow * (window + view.shape[out_axis])
+    walk.used(eqn, view, cost, [in_axis, *spatial], [out_axis])
+    return [out]
+
+
+def _gain(eqn: JaxprEqn, view: View) -> Gain | None:
+    """Find which channels DoRA's gain scales: the outputs', or a transposed kernel's inputs'."""
+    dn = eqn.params["dimension_numbers"]
+    w_labels: list[Any] = [("w", k) for k in range(view.ndim)]
+    x_labels, out_labels = ([(name, k) for k in range(view.ndim)] for name in ("x", "out"))
+    out_labels[dn.out_spec[1]] = w_labels[dn.rhs_spec[0]]
+    if eqn.params["feature_group_count"] == 1:
+        x_labels[dn.lhs_spec[1]] = w_labels[dn.rhs_spec[1]]
+    return placed(view, w_labels, x_labels, out_labels)
 
 
 def _sides(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
@@ -80,14 +73,13 @@ def _sides(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
 
 
 def _narrow_conv(
-    walk: Walk, eqn: JaxprEqn, x: Any, view: View, base: Any, sides: tuple[int, int]
+    eqn: JaxprEqn, x: Any, view: View, shape: tuple[int, ...], sides: tuple[int, int]
 ) -> Any:
     """Convolve with the factor that has the window, and multiply by the other at each position."""
     p, dn = eqn.params, eqn.params["dimension_numbers"]
     out_axis, in_axis, *_ = dn.rhs_spec
     groups, (window, inward) = p["feature_group_count"], sides
-    dtype = walk.narrow_dtype(x.dtype, base.dtype)
-    x = walk.drop(x.astype(dtype), eqn.invars[0])
+    dtype = x.dtype
     # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed
     # first (as in a transposed kernel), for the inputs.
     replaced = out_axis if window == inward else in_axis
@@ -111,7 +103,7 @@ def _narrow_conv(
     labels[feature : feature + 2] = ["group", RANK]
     wide = [*labels[: feature + 1], "channel", *labels[feature + 2 :]]
     y = contract(z, labels, other, ["group", "channel", RANK], wide, p["precision"])
-    return y.reshape(base.shape)
+    return y.reshape(shape)
 
 
 def _with_rank_at(view: View, k: int, axis: int) -> Any:

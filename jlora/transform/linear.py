@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType
 
-from jlora.transform._gain import gained, placed
+from jlora.transform._gain import multiplied, placed
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, all_names, contract, flops, narrowed, plus, scaled
 from jlora.transform._walk import Walk
@@ -70,49 +70,26 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     kept = [w_labels[k] for k in w_free]
     out_labels = [w_labels[k] for k in w_batch] + (kept + x_free if view is lhs else x_free + kept)
 
-    if view.gain is not None:
-        return _gained(walk, eqn, x, view, view is lhs, x_labels, w_labels, out_labels)
-    out, cost = walk.bind(eqn, lhs, rhs)[0], 0
-    if view.parts:
-        dtype = walk.narrow_dtype(jnp.result_type(x), out.dtype)
-        sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
-        labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
-        form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
-        atom = eqn.invars[1 if view is lhs else 0]
-        x = walk.drop(x if walk.key is None else narrowed(x, dtype), atom)
-        out = low_rank(out, x, view.parts, form)
-    walk.used(eqn, view, cost, w_sum, w_free)
-    return [out]
-
-
-def _gained(
-    walk: Walk,
-    eqn: JaxprEqn,
-    x: Any,
-    view: View,
-    flipped: bool,
-    x_labels: list[Any],
-    w_labels: list[Any],
-    out_labels: list[Any],
-) -> Any:
-    """Multiply by DoRA's weight: the same products, and a gain at one end."""
     gain = placed(view, w_labels, x_labels, out_labels)
     if gain is None:
         return NotImplemented
     result: Any = eqn.outvars[0].aval
     dtype = walk.narrow_dtype(jnp.result_type(x), result.dtype)
-    sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
-    labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
-    form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
+    form, cost = None, 0
+    if view.parts:
+        sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
+        labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
+        form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
 
     def product(x: Any) -> Any:
-        return walk.bind(eqn, *((view, x) if flipped else (x, view)))[0]
+        return walk.bind(eqn, *((view, x) if view is lhs else (x, view)))[0]
 
     def updated(base: Any, x: Any) -> Any:
-        return low_rank(base, x, view.parts, form)
+        return base if form is None else low_rank(base, x, view.parts, form)
 
-    out = gained(walk, eqn.invars[1 if flipped else 0], x, gain, product, updated)
-    walk.used(eqn, view, cost, (), ())
+    atom = eqn.invars[1 if view is lhs else 0]
+    out = multiplied(walk, atom, x, gain, dtype, product, updated)
+    walk.used(eqn, view, cost, w_sum, w_free)
     return [out]
 
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
-from jlora.transform._gain import Gain, gained, spread
+from jlora.transform._gain import NONE, Gain, multiplied, spread
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
@@ -37,15 +37,12 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
         return walk.bind(eqn, x, view, group_sizes)[0]
 
     def updated(base: Any, x: Any) -> Any:
+        if not view.parts:
+            return base
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
-    if view.gain is not None:
-        gain = _gain(eqn, x, view, first, group_sizes)
-        out = gained(walk, eqn.invars[0], x, gain, product, updated)
-    else:
-        out = product(x)
-        if view.parts:
-            out = updated(out, walk.drop(x.astype(dtype), eqn.invars[0]))
+    gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes)
+    out = multiplied(walk, eqn.invars[0], x, gain, dtype, product, updated)
     walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
 
