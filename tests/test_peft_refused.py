@@ -176,6 +176,13 @@ def test_a_file_is_refused(tmp_path, file, config, match):
         load(tmp_path, names)
 
 
+def test_an_error_lists_keys_in_alphabetical_order(tmp_path):
+    more = {f"{PREFIX}m.{letter}.lora_A.weight": zeros(2, 5) for letter in "dbeac"}
+    write(tmp_path, {**tensors(), **more}, entries())
+    with pytest.raises(ValueError, match=says("m.a.lora", "m.b.lora", "m.c.lora", "m.d.lora")):
+        load(tmp_path)
+
+
 def raw(header: bytes, size: int | None = None, data: bytes = b"") -> bytes:
     return (len(header) if size is None else size).to_bytes(8, "little") + header + data
 

@@ -26,8 +26,6 @@ PARTS: dict[str, dict[str, str]] = {
     "loralib": {"lora_a": "lora_A", "lora_b": "lora_B"},
 }
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-
-
 MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -47,7 +45,8 @@ def read(file: Path, call: str) -> dict[str, np.ndarray]:
             "Copy it again."
         ) from None
     tensors = {}
-    for key, entry in entries:
+    # The reader's own order changes from call to call, and an error lists keys in this one.
+    for key, entry in sorted(entries, key=lambda pair: pair[0]):
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
                 f'`{call}`: "{key}" in {file.name} is of dtype {entry["dtype"]}; an adapter is '
