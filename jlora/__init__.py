@@ -17,5 +17,7 @@ from jlora._report import Explanation as Explanation
 from jlora._report import explain as explain
 from jlora._report import summary as summary
 from jlora._spec import LoraSpec as LoraSpec
+from jlora._tie import tie as tie
+from jlora._tie import untie as untie
 from jlora.transform import layouts as layouts
 from jlora.transform import lora as lora

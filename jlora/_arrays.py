@@ -17,8 +17,8 @@ from jlora._paths import describe
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("base", "lora_a", "lora_b", "scaling", "magnitude"),
-    meta_fields=("layout", "slices", "residual"),
+    data_fields=("base", "lora_a", "lora_b", "scaling", "magnitude", "core", "lambda_b"),
+    meta_fields=("layout", "slices", "residual", "frozen"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
@@ -38,6 +38,12 @@ class LoraArray:
             `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `lora_magnitude_vector`.
         residual: whether `base` is not the model's own weight but what an initializer left of it,
             `W - s · A B` of the first A and B; see `jlora.arithmetic.residual_to_lora`.
+        core: what stands between A and B, or `None`: LoRA-XS's R, `(*stack, rank, rank)`, in
+            `W + s · A R B`, or the diagonal of VeRA's Λ_d, `(*stack, rank)`.
+        lambda_b: the diagonal of VeRA's Λ_b, `(*stack, *out_dims)`, or `None`: with both the weight
+            is `W + s · A Λ_d B Λ_b`. PEFT's `vera_lambda_d` and `vera_lambda_b`.
+        frozen: the names of those parts of the update that do not train: `("lora_a",)` of
+            LoRA-FA's, `("lora_a", "lora_b")` of LoRA-XS's and VeRA's.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,7 +51,9 @@ class LoraArray:
         >>> w.shape, w.rank
         ((3, 4), 2)
 
-    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5.
+    References: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5;
+    Bałazy et al. 2024, arXiv:2405.17604, eq. 1; Kopiczko et al. 2023, arXiv:2310.11454, eq. 2;
+    Zhang et al. 2023, arXiv:2308.03303.
     """
 
     base: Any
@@ -56,6 +64,9 @@ class LoraArray:
     slices: tuple[tuple[int, int], ...] | None = None
     magnitude: Any = None
     residual: bool = False
+    core: Any = None
+    lambda_b: Any = None
+    frozen: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,6 +87,14 @@ class LoraArray:
     def rank(self) -> int:
         """The rank r of the update, of each slice's where it has slices."""
         return self.lora_a.shape[-1] // (1 if self.slices is None else len(self.slices))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Tied:
+    """Stands for a part of a `LoraArray` that another node has: see `jlora.tie`."""
+
+    owner: str
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
@@ -186,10 +205,30 @@ class Geometry:
         return jnp.transpose(weight, sorted(range(len(axes)), key=axes.__getitem__))
 
 
-def whole_b(node: LoraArray, geometry: Geometry) -> Array:
-    """Return B over all outputs: a sliced one's ranges one below the other, zeros elsewhere."""
-    if node.slices is None:
+def _scaled_b(node: LoraArray, geometry: Geometry) -> Array:
+    """Return R B, or Λ_d B Λ_b, in B's dtype: what A meets."""
+    if node.core is None:
         return node.lora_b
+    wide = accumulator(node.lora_b.dtype)
+    shape = node.lora_b.shape
+    b = node.lora_b.astype(wide).reshape(*geometry.stack, node.rank, geometry.fan_out)
+    core = node.core.astype(wide)
+    if core.ndim == b.ndim:
+        b = jnp.matmul(core, b, precision=jax.lax.Precision.HIGHEST)
+    else:
+        b = core[..., None] * b
+    if node.lambda_b is not None:
+        b = b * node.lambda_b.astype(wide).reshape(*geometry.stack, 1, geometry.fan_out)
+    return b.reshape(shape).astype(node.lora_b.dtype)
+
+
+def whole_b(node: LoraArray, geometry: Geometry) -> Array:
+    """Return what A meets, over all outputs: B, or B and what scales it.
+
+    A sliced one's ranges are one below the other, with zeros elsewhere.
+    """
+    if node.slices is None:
+        return _scaled_b(node, geometry)
     axis, rows, first = len(geometry.stack) + 1, [], 0
     for start, stop in node.slices:
         width = [(0, 0, 0)] * node.lora_b.ndim
@@ -200,10 +239,11 @@ def whole_b(node: LoraArray, geometry: Geometry) -> Array:
     return jnp.concatenate(rows, axis - 1)
 
 
-def unsliced(node: LoraArray) -> LoraArray:
-    """Write an update of slices as one of all outputs, of as many ranks as its slices have."""
-    whole = whole_b(node, Geometry.of(node.shape, node.layout))
-    return dataclasses.replace(node, lora_b=whole, slices=None)
+def plain(node: LoraArray, shape: tuple[int, ...]) -> LoraArray:
+    """Write an update of a weight of `shape` as one A and one B: slices and cores go into B."""
+    whole = whole_b(node, Geometry.of(shape, node.layout))
+    parts = {"slices": None, "core": None, "lambda_b": None, "frozen": ()}
+    return dataclasses.replace(node, lora_b=whole, **parts)
 
 
 def delta(node: LoraArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -220,6 +260,11 @@ def delta(node: LoraArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
 
 def check(path: str, node: LoraArray, call: str) -> None:
     """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed."""
+    if any(isinstance(x, Tied) for x in (node.lora_a, node.lora_b, node.core)):
+        raise ValueError(
+            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '
+            "`jlora.untie(params)`, inside the function that is differentiated."
+        )
     if node.base is None or node.lora_a is None or node.lora_b is None or node.scaling is None:
         raise ValueError(
             f'`{call}`: "{path}" is a part of a LoraArray (its base or its factors are taken out). '
@@ -240,8 +285,16 @@ def check(path: str, node: LoraArray, call: str) -> None:
             f"{geometry.stack}; got {jnp.shape(node.scaling)}."
         )
     outs = (*geometry.stack, *geometry.out_dims)
-    if node.magnitude is not None and jnp.shape(node.magnitude) != outs:
+    for name in ("magnitude", "lambda_b"):
+        value = getattr(node, name)
+        if value is not None and jnp.shape(value) != outs:
+            raise ValueError(
+                f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs a {name} "
+                f"of shape {outs}, one per output; got {jnp.shape(value)}."
+            )
+    matrix = (*geometry.stack, node.rank, node.rank)
+    if node.core is not None and jnp.shape(node.core) not in (matrix, matrix[:-1]):
         raise ValueError(
-            f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs a magnitude "
-            f"of shape {outs}, one per output; got {jnp.shape(node.magnitude)}."
+            f"`{call}`: {describe(path, node.base)} of rank {node.rank} needs a core of shape "
+            f"{matrix} or, of its diagonal, {matrix[:-1]}; got {jnp.shape(node.core)}."
         )

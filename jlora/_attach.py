@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._dora import column_norm
 from jlora._paths import describe, leaves_with_paths, near_misses, path_str
-from jlora._spec import LoraSpec, check_layout, resolve
+from jlora._spec import FORMS, LoraSpec, check_layout, resolve
 
 _DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
 
@@ -27,7 +27,8 @@ def attach(
 ) -> PyTree:
     """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
 
-    Under `LoraSpec(dora=True)` it is `m · (W + s · A B) / ‖W + s · A B‖`, and m begins as the norm.
+    Under `LoraSpec(dora=True)` it is `m · (W + s · A B) / ‖W + s · A B‖`, and m begins as the norm;
+    under `LoraSpec(form=...)` something may stand between A and B.
 
     The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
     Where A B starts as a part of W (`pissa`, `olora`, `milora`), the node's `base` is a new array,
@@ -47,7 +48,8 @@ def attach(
 
     Raises:
         ValueError: a rule that decides nothing, a rank above min(in, out), a layout that does not
-            fit, a weight whose layout is not known, a vector, a leaf that is already adapted.
+            fit, a weight whose layout is not known, a vector, a leaf that is already adapted, an
+            initializer that moves the base under a form whose update is zero at first.
         TypeError: an integer leaf.
         KeyError: a path in `layouts` that no leaf has.
 
@@ -83,16 +85,46 @@ def attach(
             # A real copy: under donation one buffer must not be given away twice.
             return FullArray(leaf, jnp.array(leaf, copy=True))
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        spec, layout = planned
-        lora_a, lora_b, *rest = _factors(leaf_key, leaf, spec, layout)
-        stack = Geometry.of(leaf.shape, layout).stack
-        scaling = jnp.full(stack, spec.s, jnp.float32)
-        base = rest[0] if rest else leaf
-        node = LoraArray(base, lora_a, lora_b, scaling, layout, spec.slices, residual=bool(rest))
-        m = column_norm(node).astype(spec.dtype) if spec.dora else None
-        return dataclasses.replace(node, magnitude=m)
+        return _node(path, leaf_key, leaf, *planned)
 
     return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
+
+
+def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> LoraArray:
+    """Put an update on one weight that begins as nothing."""
+    lora_a, lora_b, *rest = _factors(key, weight, spec, layout)
+    if rest and spec.has_core:
+        raise ValueError(
+            f'`jlora.attach`: the initializer of "{path}" takes A B out of the weight, but under '
+            f'`form="{spec.form}"` the update begins as zero whatever A and B are. Leave `init` '
+            "out, or give one that leaves the weight alone."
+        )
+    geometry = Geometry.of(weight.shape, layout)
+    base, scaling = rest[0] if rest else weight, jnp.full(geometry.stack, spec.s, jnp.float32)
+    node = LoraArray(
+        base,
+        lora_a,
+        lora_b,
+        scaling,
+        layout,
+        spec.slices,
+        residual=bool(rest),
+        frozen=FORMS[spec.form][1],
+        **_core(spec, geometry),
+    )
+    m = column_norm(node).astype(spec.dtype) if spec.dora else None
+    return dataclasses.replace(node, magnitude=m)
+
+
+def _core(spec: LoraSpec, geometry: Geometry) -> dict[str, Any]:
+    """Return what stands between A and B, and after B, so that the update is zero."""
+    ranks = (*geometry.stack, spec.rank)
+    if spec.form == "lora_xs":
+        return {"core": jnp.zeros((*ranks, spec.rank), spec.dtype)}
+    if spec.form == "vera":
+        zeros = jnp.zeros((*geometry.stack, *geometry.out_dims), spec.dtype)
+        return {"core": jnp.full(ranks, 0.1, spec.dtype), "lambda_b": zeros}
+    return {}
 
 
 def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec, str] | None:
@@ -154,7 +186,8 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
     Returns A and B and, of an initializer that moves the base, what is left of the weight.
     """
     geometry = Geometry.of(weight.shape, layout)
-    init = functools.partial(spec.init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
+    chosen = spec.init or FORMS[spec.form][0]
+    init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
     matrices, keys = geometry.to_matrix(weight), key
     if geometry.stack:
         keys = jax.random.split(key, geometry.stack)

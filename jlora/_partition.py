@@ -13,6 +13,8 @@ from jlora._arrays import FullArray, LoraArray, is_adapted
 def labels(params: PyTree) -> PyTree:
     """Label every leaf "adapter" (A, B, m, a full parameter's value) or "frozen" (all else).
 
+    Of LoRA-FA's nodes A is frozen, of LoRA-XS's and VeRA's A and B are: `LoraArray.frozen`.
+
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes, of arrays or of anything.
 
@@ -31,14 +33,11 @@ def labels(params: PyTree) -> PyTree:
             return jax.tree.map(lambda _: word, part)
 
         if isinstance(node, LoraArray):
-            return dataclasses.replace(
-                node,
-                base=fill(node.base, "frozen"),
-                lora_a=fill(node.lora_a, "adapter"),
-                lora_b=fill(node.lora_b, "adapter"),
-                scaling=fill(node.scaling, "frozen"),
-                magnitude=fill(node.magnitude, "adapter"),
-            )
+            still = ("base", "scaling", *node.frozen)
+            parts = ("base", "lora_a", "lora_b", "scaling", "magnitude", "core", "lambda_b")
+            words = {name: "frozen" if name in still else "adapter" for name in parts}
+            filled = {name: fill(getattr(node, name), word) for name, word in words.items()}
+            return dataclasses.replace(node, **filled)
         if isinstance(node, FullArray):
             return FullArray(fill(node.base, "frozen"), fill(node.value, "adapter"))
         return "frozen"

@@ -31,10 +31,16 @@ def summary(params: PyTree) -> str:
         >>> print(summary({"w": node}))
         trainable params: 14 || all params: 26 || trainable%: 53.8462
     """
+
+    def unscaled(x: Any) -> Any:
+        return dataclasses.replace(x, scaling=None) if isinstance(x, LoraArray) else x
+
     trainable, _ = partition(params)
-    bases = jax.tree.map(lambda x: x.base if is_adapted(x) else x, params, is_leaf=is_adapted)
-    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
-    total = trained + sum(math.prod(jax.numpy.shape(x)) for x in jax.tree.leaves(bases))
+    counted = jax.tree.map(unscaled, params, is_leaf=is_adapted)
+    trained, total = (
+        sum(math.prod(jax.numpy.shape(x)) for x in jax.tree.leaves(tree))
+        for tree in (trainable, counted)
+    )
     percent = 100 * trained / total if total else 0.0
     return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {percent:.4f}"
 

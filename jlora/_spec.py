@@ -12,6 +12,14 @@ from jax.typing import DTypeLike
 from jlora import initializers
 from jlora._paths import near_misses
 
+# What begins the factors of each form, and which of its parts do not train.
+FORMS: dict[str, tuple[initializers.Initializer, tuple[str, ...]]] = {
+    "lora": (initializers.kaiming, ()),
+    "lora_fa": (initializers.kaiming, ("lora_a",)),
+    "lora_xs": (initializers.lora_xs, ("lora_a", "lora_b")),
+    "vera": (initializers.vera, ("lora_a", "lora_b")),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
@@ -22,7 +30,7 @@ class LoraSpec:
         alpha: α. PEFT's `lora_alpha`.
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`,
-            or `(A, B, residual)` where A B is a part of the weight.
+            or `(A, B, residual)` where A B is a part of the weight. `None` is the form's own.
         layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
         dtype: of A, B and m, a floating type; float32 also over a bfloat16 base.
         slices: `(start, stop)` ranges of the first output dimension, each with an update of its
@@ -30,10 +38,19 @@ class LoraSpec:
             3 · 768: `slices=((0, 768), (1536, 2304))`. loralib's `MergedLinear(enable_lora=...)`.
         dora: also train a magnitude m per output (of all outputs, where there are slices), in
             `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `use_dora`.
+        form: what of the update trains.
+            "lora": A and B (`init`: `kaiming`).
+            "lora_fa": B over a frozen A (`kaiming`). The optimizer of it is
+            `jlora.optim.lora_fa`.
+            "lora_xs": R, r × r and zero at first, in `W + s · A R B`, between frozen singular
+            vectors of W (`lora_xs`).
+            "vera": two vectors, 0.1 and zero at first, in `W + s · A Λ_d B Λ_b`, between random A
+            and B (`vera`). The paper has s = 1, `alpha=rank`, and one A and B for all layers:
+            `jlora.tie`.
 
     Raises:
-        ValueError: rank below 1, alpha not finite, unknown scaling, a layout of other letters,
-            slices that are empty, overlap or go backwards.
+        ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout of other
+            letters, slices that are empty, overlap or go backwards, or of a form with a core.
         TypeError: rank not an integer, init not callable, dtype not floating, dora not a bool.
 
     Example:
@@ -43,17 +60,19 @@ class LoraSpec:
         4.0
 
     References: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023,
-    arXiv:2312.03732; Liu et al. 2024, arXiv:2402.09353.
+    arXiv:2312.03732; Liu et al. 2024, arXiv:2402.09353; Zhang et al. 2023, arXiv:2308.03303;
+    Bałazy et al. 2024, arXiv:2405.17604; Kopiczko et al. 2023, arXiv:2310.11454, PEFT's `VERA`.
     """
 
     rank: int = 8
     alpha: float | int = 16
     scaling: Literal["lora", "rslora"] = "lora"
-    init: initializers.Initializer = initializers.kaiming
+    init: initializers.Initializer | None = None
     layout: str | None = None
     dtype: DTypeLike = jnp.float32
     slices: tuple[tuple[int, int], ...] | None = None
     dora: bool = False
+    form: Literal["lora", "lora_fa", "lora_xs", "vera"] = "lora"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool):
@@ -70,7 +89,16 @@ class LoraSpec:
                 f'`LoraSpec(scaling={self.scaling!r})`: give "lora" (alpha/rank) '
                 'or "rslora" (alpha/sqrt(rank)).'
             )
-        if not callable(self.init):
+        if self.form not in FORMS:
+            raise ValueError(
+                f"`LoraSpec(form={self.form!r})`: give one of {', '.join(map(repr, FORMS))}."
+            )
+        if self.slices is not None and self.has_core:
+            raise ValueError(
+                f"`LoraSpec(form={self.form!r}, slices=...)`: what stands between A and B is of "
+                'the whole weight. Use the form "lora" for slices, or leave them out.'
+            )
+        if not (self.init is None or callable(self.init)):
             raise TypeError(
                 f"`LoraSpec(init={self.init!r})`: give a function, e.g. "
                 "`init=jlora.initializers.kaiming`."
@@ -97,6 +125,11 @@ class LoraSpec:
     def s(self) -> float:
         """The scaling s: α/r, or α/√r for rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+    @property
+    def has_core(self) -> bool:
+        """Whether something stands between A and B."""
+        return self.form in ("lora_xs", "vera")
 
 
 def check_layout(layout: str, call: str) -> None:

@@ -17,11 +17,13 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jlora._adapt import bind, detach
-from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, Tied, check, is_adapted
 from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+from jlora._tie import untie
 
 _INDEX = "jlora.json"
 _ARRAYS = "arrays"
+_NEEDED, _OPTIONAL = ("lora_a", "lora_b", "scaling"), ("magnitude", "core", "lambda_b")
 
 
 def save(directory: str | os.PathLike[str], params: PyTree) -> None:
@@ -66,15 +68,11 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
                 "layout": node.layout,
                 "slices": node.slices,
                 "residual": node.residual,
+                "frozen": node.frozen,
+                "tied": {p: x.owner for p, x in _parts(node).items() if isinstance(x, Tied)},
                 "leaf": str(n),
             }
-            arrays[str(n)] = {
-                "lora_a": node.lora_a,
-                "lora_b": node.lora_b,
-                "scaling": jax.numpy.asarray(node.scaling),
-            }
-            if node.magnitude is not None:
-                arrays[str(n)]["magnitude"] = node.magnitude
+            arrays[str(n)] = {p: x for p, x in _parts(node).items() if not isinstance(x, Tied)}
         else:
             index[path] = {"kind": "full", "leaf": str(n)}
             arrays[str(n)] = {"value": node.value}
@@ -87,6 +85,16 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         _replace(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _parts(node: LoraArray) -> dict[str, Any]:
+    """Return what a node has beside its base."""
+    parts = {name: getattr(node, name) for name in (*_NEEDED, *_OPTIONAL)}
+    return {
+        p: x if isinstance(x, Tied) else jax.numpy.asarray(x)
+        for p, x in parts.items()
+        if x is not None
+    }
 
 
 def _replace(beside: Path, target: Path) -> None:
@@ -144,7 +152,11 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
         ) from error
     nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
     adapter = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
-    return bind(base, adapter)
+    restored = bind(base, adapter)
+    for path, node in leaves_with_paths(untie(restored), is_adapted):
+        if isinstance(node, LoraArray):
+            check(path, node, call)
+    return restored
 
 
 def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
@@ -164,6 +176,8 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
             slices = entry.get("slices")
             if slices is not None:
                 entry["slices"] = tuple((int(start), int(stop)) for start, stop in slices)
+            entry["frozen"] = tuple(map(str, entry.get("frozen", ())))
+            entry["tied"] = {p: Tied(str(owner)) for p, owner in entry.get("tied", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`{call}`: {_INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
@@ -197,15 +211,19 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
     if entry["kind"] == "full" and set(saved) == {"value"}:
         shapes, want = [saved["value"].shape], [leaf.shape]
         node = FullArray(None, saved["value"])
-    elif entry["kind"] == "lora" and set(saved) - {"magnitude"} == {"lora_a", "lora_b", "scaling"}:
-        static = {"slices": entry.get("slices"), "residual": bool(entry.get("residual"))}
-        node = LoraArray(None, **saved, layout=entry["layout"], **static)
+    elif entry["kind"] == "lora" and {*saved, *entry["tied"]} - {*_OPTIONAL} == {*_NEEDED}:
+        parts: dict[str, Any] = {**saved, **entry["tied"]}
+        parts |= {k: entry.get(k) for k in ("layout", "slices", "frozen")}
+        node = LoraArray(None, **parts, residual=bool(entry.get("residual")))
+        if entry["tied"]:
+            return node
         shapes = [node.lora_a.shape, node.lora_b.shape]
         geometry = Geometry.of(leaf.shape, node.layout)
         want = list(geometry.factor_shapes(node.rank, node.slices))
-        if node.magnitude is not None:
-            shapes.append(node.magnitude.shape)
-            want.append((*geometry.stack, *geometry.out_dims))
+        for name in ("magnitude", "lambda_b"):
+            if getattr(node, name) is not None:
+                shapes.append(getattr(node, name).shape)
+                want.append((*geometry.stack, *geometry.out_dims))
     else:
         raise ValueError(
             f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.'

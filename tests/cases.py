@@ -23,6 +23,7 @@ class Case:
     rules: str = r".*(w|kernel|embedding)"
     materialized: int = 0
     dora: bool = False
+    form: Any = "lora"
 
     def __repr__(self) -> str:
         return self.name

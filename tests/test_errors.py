@@ -154,6 +154,10 @@ PLAIN = {
         "jlora.LoraSpec(scaling='x')",
         "ValueError: `LoraSpec(scaling='x')`: give \"lora\"",
     ),
+    "form": (
+        "jlora.LoraSpec(form='loha')",
+        "ValueError: `LoraSpec(form='loha')`: give one of 'lora', 'lora_fa', 'lora_xs', 'vera'",
+    ),
     "fallback": (
         "jlora.lora(abs, fallback='x')",
         "ValueError: `jlora.lora(fallback='x')`: give one",

@@ -16,7 +16,7 @@ FLOORS = [
     {"_paths", "_compat"},
     {"_arrays", "_dora", "initializers"},
     {"_spec"},
-    {"_adapt", "_attach", "_partition", "_report", "arithmetic", "transform"},
+    {"_adapt", "_attach", "_partition", "_report", "_tie", "arithmetic", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
 ]
@@ -25,7 +25,7 @@ PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
     "arithmetic",
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
-    *("summary", "explain"),
+    *("summary", "explain", "tie", "untie"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

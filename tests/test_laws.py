@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case
-from cases_dora import CASES
+from cases_forms import CASES, FORMS
 
 import jlora
 from jlora._paths import leaves_with_paths
@@ -21,16 +21,19 @@ DORA = [
     f"dora_{name}" for name in ("io", "attention", "tied", "scanned", "experts", "ragged", "conv")
 ]
 MODELS = [
-    c for c in CASES if c.fn.__module__ != cases_weights.__name__ and (not c.dora or c.name in DORA)
+    c
+    for c in CASES
+    if c.fn.__module__ != cases_weights.__name__
+    and (not c.dora or c.form in FORMS or c.name in DORA)
 ]
 models = pytest.mark.parametrize("case", MODELS, ids=repr)
 FACTORED = [c for c in CASES if not c.materialized]
 
 
-def adapted(case: Case, init=jlora.initializers.kaiming, random: bool = True):
+def adapted(case: Case, init=None, random: bool = True):
     """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
     layouts = jlora.layouts(case.fn, case.params, *case.args)
-    spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora)
+    spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora, form=case.form)
     params = jlora.attach(case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
     if not random:
         return params
@@ -59,9 +62,8 @@ def close(got, want, scale: float = 1.0):
 
 def coarse(case: Case) -> float:
     """A program that computes in bfloat16 compares in its rounding, whatever its parameters are."""
-    return (
-        2000.0 if case.name in ("cast", "linen_bf16_compute", "bfloat16", "dora_bfloat16") else 1.0
-    )
+    rounds = case.name in ("cast", "linen_bf16_compute") or case.name.endswith("bfloat16")
+    return 2000.0 if rounds else 1.0
 
 
 def loss_of(case: Case, fn):

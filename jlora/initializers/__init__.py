@@ -9,6 +9,7 @@ weight, `W - s·A·B`, so that the model starts unchanged all the same. `attach`
 `base`, a new array, and marks the node `residual`.
 """
 
+from jlora.initializers._decomposed import lora_xs as lora_xs
 from jlora.initializers._decomposed import mica as mica
 from jlora.initializers._decomposed import milora as milora
 from jlora.initializers._decomposed import olora as olora
@@ -22,3 +23,4 @@ from jlora.initializers._random import kaiming as kaiming
 from jlora.initializers._random import kaiming_rank as kaiming_rank
 from jlora.initializers._random import orthogonal as orthogonal
 from jlora.initializers._random import uniform as uniform
+from jlora.initializers._random import vera as vera

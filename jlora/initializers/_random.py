@@ -219,3 +219,38 @@ def orthogonal(
     a = jnp.matmul(jax.random.normal(of_x, (d_in, rank // 2)), q[0::2], precision="highest")
     b = jnp.matmul(q[1::2].T, jax.random.normal(of_y, (rank // 2, d_out)), precision="highest")
     return (a / 10).astype(dtype), (b / 10).astype(dtype)
+
+
+def vera(
+    key: PRNGKeyArray,
+    weight: Float[Array, "in out"],
+    rank: int,
+    scaling: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Factors:
+    """Draw A from `U(±√(6/in))` and B from `U(±√(6/rank))`: the frozen factors of VeRA.
+
+    Neither is zero: with `LoraSpec(form="vera")` it is Λ_b that begins as zero.
+
+    Args:
+        key: a PRNG key.
+        weight: the base weight as `(in, out)`; only its shape is read.
+        rank: r.
+        scaling: s = α/r; not read.
+        dtype: of A and B.
+
+    Returns:
+        `lora_a` (in, rank) and `lora_b` (rank, out).
+
+    Example:
+        >>> a, b = vera(jax.random.key(0), jnp.ones((24, 3)), rank=6)
+        >>> bool(abs(a).max() <= 1 / 2), bool(abs(b).max() <= 1), bool(b.any())
+        (True, True, True)
+
+    Reference: Kopiczko et al. 2023, arXiv:2310.11454, section 3.2; He et al. 2015,
+    arXiv:1502.01852, eq. 10. PEFT's `VERA`, whose `_kaiming_init` is PyTorch's
+    `kaiming_uniform_` on `(rank, in)` and `(out, rank)`.
+    """
+    (d_in, d_out), (of_a, of_b) = weight.shape, jax.random.split(key)
+    a = _uniform(of_a, (d_in, rank), math.sqrt(6 / d_in), dtype)
+    return a, _uniform(of_b, (rank, d_out), math.sqrt(6 / rank), dtype)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted, unsliced
+from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted, plain
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
@@ -155,10 +155,13 @@ def _check(path: str, node: Any, call: str) -> None:
 
 
 def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
-    """Write slices as one update of the whole weight, as PEFT would, but for those of groups."""
-    if kind != "grouped" or not is_adapted(node):
-        return node if getattr(node, "slices", None) is None else unsliced(node)
-    slices = getattr(node, "slices", None)
+    """Write slices and cores as one A and B of the whole weight, but for slices of groups."""
+    if not isinstance(node, LoraArray):
+        return node
+    if kind != "grouped":
+        odd = node.slices is not None or node.core is not None
+        return plain(node, shape_of(node)) if odd else node
+    slices = node.slices
     outs = Geometry.of(node.shape, node.layout).out_dims if slices else (0,)
     if slices is None or slices != even(outs[0], len(slices)):
         raise ValueError(

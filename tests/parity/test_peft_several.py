@@ -33,7 +33,7 @@ def together(adapters: list[Any]) -> Any:
     def join(*nodes: Any) -> Any:
         if not isinstance(nodes[0], jlora.LoraArray):
             return nodes[0]
-        nodes = [n if n.slices is None else jlora._arrays.unsliced(n) for n in nodes]
+        nodes = [n if n.slices is None else jlora._arrays.plain(n, n.shape) for n in nodes]
         first = nodes[0]
         rank_axis = first.lora_b.ndim - first.layout.count("o") - 1
         b = [
