@@ -39,7 +39,7 @@ class LoraArray:
         residual: whether `base` is not the model's own weight but what an initializer left of it,
             `W - s · A B` of the first A and B; see `jlora.arithmetic.residual_to_lora`.
         core: what stands between A and B, or `None`: LoRA-XS's R, `(*stack, rank, rank)`, in
-            `W + s · A R B`, or the diagonal of VeRA's Λ_d, `(*stack, rank)`.
+            `W + s · A R B`, or the diagonal of VeRA's Λ_d or AdaLoRA's Λ, `(*stack, rank)`.
         lambda_b: the diagonal of VeRA's Λ_b, `(*stack, *out_dims)`, or `None`: with both the weight
             is `W + s · A Λ_d B Λ_b`. PEFT's `vera_lambda_d` and `vera_lambda_b`.
         frozen: the names of those parts of the update that do not train: `("lora_a",)` of
@@ -53,7 +53,7 @@ class LoraArray:
 
     References: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5;
     Bałazy et al. 2024, arXiv:2405.17604, eq. 1; Kopiczko et al. 2023, arXiv:2310.11454, eq. 2;
-    Zhang et al. 2023, arXiv:2308.03303.
+    Zhang et al. 2023, arXiv:2308.03303 and arXiv:2303.10512.
     """
 
     base: Any

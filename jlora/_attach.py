@@ -121,6 +121,8 @@ def _core(spec: LoraSpec, geometry: Geometry) -> dict[str, Any]:
     ranks = (*geometry.stack, spec.rank)
     if spec.form == "lora_xs":
         return {"core": jnp.zeros((*ranks, spec.rank), spec.dtype)}
+    if spec.form == "adalora":
+        return {"core": jnp.zeros(ranks, spec.dtype)}
     if spec.form == "vera":
         zeros = jnp.zeros((*geometry.stack, *geometry.out_dims), spec.dtype)
         return {"core": jnp.full(ranks, 0.1, spec.dtype), "lambda_b": zeros}

@@ -18,6 +18,7 @@ FORMS: dict[str, tuple[initializers.Initializer, tuple[str, ...]]] = {
     "lora_fa": (initializers.kaiming, ("lora_a",)),
     "lora_xs": (initializers.lora_xs, ("lora_a", "lora_b")),
     "vera": (initializers.vera, ("lora_a", "lora_b")),
+    "adalora": (initializers.adalora, ()),
 }
 
 
@@ -40,13 +41,14 @@ class LoraSpec:
             `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `use_dora`.
         form: what of the update trains.
             "lora": A and B (`init`: `kaiming`).
-            "lora_fa": B over a frozen A (`kaiming`). The optimizer of it is
-            `jlora.optim.lora_fa`.
+            "lora_fa": B over a frozen A (`kaiming`).
             "lora_xs": R, r × r and zero at first, in `W + s · A R B`, between frozen singular
             vectors of W (`lora_xs`).
             "vera": two vectors, 0.1 and zero at first, in `W + s · A Λ_d B Λ_b`, between random A
             and B (`vera`). The paper has s = 1, `alpha=rank`, and one A and B for all layers:
             `jlora.tie`.
+            "adalora": A, B and r singular values, zero at first, in `W + s · A Λ B` (`adalora`).
+            `jlora.optim.adalora` chooses which of them stay zero.
 
     Raises:
         ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout of other
@@ -61,7 +63,8 @@ class LoraSpec:
 
     References: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023,
     arXiv:2312.03732; Liu et al. 2024, arXiv:2402.09353; Zhang et al. 2023, arXiv:2308.03303;
-    Bałazy et al. 2024, arXiv:2405.17604; Kopiczko et al. 2023, arXiv:2310.11454, PEFT's `VERA`.
+    Bałazy et al. 2024, arXiv:2405.17604; Kopiczko et al. 2023, arXiv:2310.11454, PEFT's `VERA`;
+    Zhang et al. 2023, arXiv:2303.10512, PEFT's `ADALORA`.
     """
 
     rank: int = 8
@@ -72,7 +75,7 @@ class LoraSpec:
     dtype: DTypeLike = jnp.float32
     slices: tuple[tuple[int, int], ...] | None = None
     dora: bool = False
-    form: Literal["lora", "lora_fa", "lora_xs", "vera"] = "lora"
+    form: Literal["lora", "lora_fa", "lora_xs", "vera", "adalora"] = "lora"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool):
@@ -129,7 +132,7 @@ class LoraSpec:
     @property
     def has_core(self) -> bool:
         """Whether something stands between A and B."""
-        return self.form in ("lora_xs", "vera")
+        return self.form in ("lora_xs", "vera", "adalora")
 
 
 def check_layout(layout: str, call: str) -> None:

@@ -9,6 +9,7 @@ FORMS = {
     "lora_fa": ("tied", "scan_stacked"),
     "lora_xs": SOME,
     "vera": SOME,
+    "adalora": ("tied", "scan_stacked"),
     "lora_xs_dora": ("scan_stacked",),
     "vera_dora": ("tied",),
 }

@@ -156,7 +156,7 @@ PLAIN = {
     ),
     "form": (
         "jlora.LoraSpec(form='loha')",
-        "ValueError: `LoraSpec(form='loha')`: give one of 'lora', 'lora_fa', 'lora_xs', 'vera'",
+        "ValueError: `LoraSpec(form='loha')`: give one of 'lora', 'lora_fa', 'lora_xs', ",
     ),
     "fallback": (
         "jlora.lora(abs, fallback='x')",

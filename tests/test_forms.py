@@ -11,7 +11,7 @@ import pytest
 import jlora.peft
 from jlora import LoraSpec, checkpoint, initializers
 
-NEW = ("lora_fa", "lora_xs", "vera")
+NEW = ("lora_fa", "lora_xs", "vera", "adalora")
 forms = pytest.mark.parametrize("form", NEW)
 X = jax.random.normal(jax.random.key(3), (4, 11))
 LAYOUTS = {"io": (11, 7), "oi": (7, 11), "ioo": (11, 3, 5), "iiio": (3, 2, 4, 7)}
@@ -53,9 +53,11 @@ def papers(node):
     if node.core is None:
         return 1.5 * a @ b
     core = np.asarray(node.core, np.float64)
+    if node.core.shape[-2:] == (2, 2):
+        return 1.5 * a @ core.reshape(-1, 2, 2) @ b
+    d = np.stack([np.diag(x) for x in core.reshape(-1, 2)])
     if node.lambda_b is None:
-        return 1.5 * a @ core.reshape(-1, a.shape[-1], a.shape[-1]) @ b
-    d = np.stack([np.diag(x) for x in core.reshape(a.shape[0], -1)])
+        return 1.5 * a @ d @ b
     of_b = np.asarray(node.lambda_b, np.float64).reshape(a.shape[0], -1)
     return 1.5 * a @ d @ b @ np.stack([np.diag(x) for x in of_b])
 
@@ -74,6 +76,7 @@ TRAINED = {
     "lora_fa": {"lora_b": (2, 7)},
     "lora_xs": {"core": (2, 2)},
     "vera": {"core": (2,), "lambda_b": (7,)},
+    "adalora": {"lora_a": (11, 2), "lora_b": (2, 7), "core": (2,)},
 }
 
 

@@ -18,6 +18,7 @@ from jlora.initializers._random import Factors as Factors
 from jlora.initializers._random import Initializer as Initializer
 from jlora.initializers._random import Split as Split
 from jlora.initializers._random import a_zero as a_zero
+from jlora.initializers._random import adalora as adalora
 from jlora.initializers._random import gaussian as gaussian
 from jlora.initializers._random import kaiming as kaiming
 from jlora.initializers._random import kaiming_rank as kaiming_rank
