@@ -42,6 +42,8 @@ TUNIX = {
     "layers/1/attn/v_bias": "model.layers.1.self_attn.v_proj.bias",
     "layers/1/attn/q_norm/w": "model.layers.1.self_attn.q_norm.weight",
     "layers/1/mlp/down_proj/kernel": "model.layers.1.mlp.down_proj.weight",
+    "layers/1/mlp/router/kernel": "model.layers.1.mlp.gate.weight",
+    "layers/1/mlp/down_proj": "model.layers.1.mlp.experts.{}.down_proj.weight",
     "layers/1/input_layernorm/w": "model.layers.1.input_layernorm.weight",
     "layers/1/mlp/down_proj/kernel_lora_a": None,
 }
