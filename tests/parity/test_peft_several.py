@@ -1,6 +1,8 @@
 """PEFT live: several adapters at once, and bfloat16 base weights."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import peft
 import pytest
 import torch
 from test_peft_groups import grouped
-from test_peft_layers import adapt, plain, quiet, randomize
+from test_peft_layers import adapt, plain, quiet, randomize, save
 from twins import TWINS, Twin, conv, conv1d_hf, embedding, linear
 
 import jlora.peft
@@ -54,6 +56,50 @@ def together(adapters: list[Any]) -> Any:
     return jax.tree.map(join, *adapters, is_leaf=is_leaf)
 
 
+def slopes_of_several(
+    twin: Twin,
+    model: Any,
+    adapters: list[Any],
+    fn: Callable[[list[Any], Any], Any],
+    folder: Path,
+    compare: Any,
+) -> None:
+    """`fn(adapters, x)` as PEFT's: forward, the gradients of x and of every trainable tensor.
+
+    The second adapter is of rsLoRA.
+    """
+    x = twin.x(np.random.default_rng(0))
+    floating = x.dtype == np.float32
+    tx = torch.tensor(x, requires_grad=True) if floating else torch.tensor(x)
+    out = quiet(model, tx)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    trainable, frozen = jlora.partition(adapters)
+
+    def loss(trainable: Any, x: Any) -> Any:
+        y = fn(jlora.combine(trainable, frozen), x)
+        return (y * weight.numpy()).sum(), y
+
+    argnums = (0, 1) if floating else (0,)
+    grads, y = jax.grad(loss, argnums, has_aux=True)(trainable, x)
+    compare(y, out.detach().numpy(), "several adapters")
+    if floating:
+        compare(grads[1], tx.grad.numpy(), "gradient of the input")
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for name, tree in zip(("default", "other"), jlora.combine(grads[0], frozen), strict=True):
+        rslora = {"use_rslora": name == "other"}
+        ours = save(folder / f"gradients of {name}", tree, twin, **rslora)
+        find = peft.get_peft_model_state_dict
+        want = quiet(find, model, state_dict=theirs, adapter_name=name)
+        assert set(ours) == set(want)
+        # PEFT gives none to the first of a MultiheadAttention's (test_peft_differences).
+        lost = {key for key, grad in want.items() if grad is None}
+        assert lost == (set(want) if twin.slopes and name == "default" else set())
+        for key, grad in ((k, g) for k, g in want.items() if k not in lost):
+            slope = next((s for part, s in twin.slopes.items() if part in key), 1.0)
+            compare(slope * ours[key].numpy(), grad.numpy(), f"{name}: gradient of {key}")
+
+
 @pytest.mark.parametrize("twin", [*TWINS, grouped(2, 2)], ids=repr)
 def test_several_active_adapters(twin, tmp_path, compare):
     model = adapt(twin)
@@ -73,16 +119,15 @@ def test_several_active_adapters(twin, tmp_path, compare):
     base = twin.params(plain(twin))
     read = dict(names=twin.names, layouts=twin.layouts, kinds=twin.kinds)
     adapters = [
-        twin.as_peft(jlora.peft.load(tmp_path, base, adapter=name, **read))
-        for name in ("default", "other")
+        jlora.peft.load(tmp_path, base, adapter=name, **read) for name in ("default", "other")
     ]
-    params = together(adapters)
-    x = twin.x(np.random.default_rng(0))
-    y = jlora.lora(twin.fn, fallback="error")(params, x)
-    compare(y, quiet(model, torch.tensor(x)).detach().numpy(), "the sum of two adapters")
+    join = lambda trees: together([twin.as_peft(tree) for tree in trees])  # noqa: E731
+    apply = jlora.lora(twin.fn, fallback="error")
+    fn = lambda trees, x: apply(join(trees), x)  # noqa: E731
+    slopes_of_several(twin, model, adapters, fn, tmp_path, compare)
     if not twin.merges:
         return
-    merged = dict(jax.tree.leaves_with_path(jlora.merge(params)))
+    merged = dict(jax.tree.leaves_with_path(jlora.merge(join(adapters))))
     theirs = twin.params(quiet(model.merge_and_unload))
     for path, want in jax.tree.leaves_with_path(theirs):
         compare(merged[path], want, f"merged {path}")
