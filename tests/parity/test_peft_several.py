@@ -1,4 +1,4 @@
-"""PEFT live: several adapters at once, and bfloat16 base weights."""
+"""PEFT live: several adapters at once."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,20 +13,9 @@ import pytest
 import torch
 from test_peft_groups import grouped
 from test_peft_layers import adapt, plain, quiet, randomize, save
-from twins import TWINS, Twin, conv, conv1d_hf, embedding, linear
+from twins import TWINS, Twin
 
 import jlora.peft
-
-
-def unbiased(twin: Twin) -> Twin:
-    """The layer with a bias of zeros: in JAX one is added to what is rounded, in PyTorch before."""
-
-    def make() -> torch.nn.Module:
-        module = twin.make()
-        torch.nn.init.zeros_(module.layer.bias)
-        return module
-
-    return dataclasses.replace(twin, make=make)
 
 
 def together(adapters: list[Any]) -> Any:
@@ -131,58 +120,3 @@ def test_several_active_adapters(twin, tmp_path, compare):
     theirs = twin.params(quiet(model.merge_and_unload))
     for path, want in jax.tree.leaves_with_path(theirs):
         compare(merged[path], want, f"merged {path}")
-
-
-def bfloat16(x: Any) -> np.ndarray:
-    return np.asarray(x.detach().float().numpy() if isinstance(x, torch.Tensor) else x, np.float32)
-
-
-def one_rounding(*sizes: np.ndarray) -> np.ndarray:
-    """The distance between neighboring bfloat16 numbers, at the largest of what was summed."""
-    largest = np.max([np.abs(s) for s in sizes], axis=0)
-    return 2.0 ** (np.floor(np.log2(np.maximum(largest, 2.0**-100))) - 7)
-
-
-def in_bfloat16(twin: Twin, folder: Any) -> tuple[Any, Any, Any]:
-    """PEFT's model and ours over one bfloat16 base, with a float32 adapter; and the base."""
-    quiet(adapt(twin).save_pretrained, folder)
-    module = plain(twin).to(torch.bfloat16)
-    model = quiet(peft.PeftModel.from_pretrained, module, str(folder)).eval()
-    base = twin.params(plain(twin).to(torch.bfloat16))
-    read = dict(names=twin.names, layouts=twin.layouts, kinds=twin.kinds)
-    return model, jlora.peft.load(folder, base, **read), base
-
-
-BIASED = [linear, conv1d_hf, *(conv(n, 2, 1) for n in (1, 2, 3)), grouped(2, 2)]
-
-
-@pytest.mark.parametrize("twin", [*map(unbiased, BIASED), embedding], ids=repr)
-def test_a_bfloat16_base(twin: Twin, tmp_path):
-    model, params, _ = in_bfloat16(twin, tmp_path)
-    x = twin.x(np.random.default_rng(0))
-    is_float = x.dtype == np.float32
-    tx = torch.tensor(x).to(torch.bfloat16) if is_float else torch.tensor(x)
-    jx = jnp.asarray(x, jnp.bfloat16) if is_float else jnp.asarray(x)
-    theirs = bfloat16(model(tx))
-    with model.disable_adapter():
-        without = bfloat16(model(tx))
-    y = jlora.lora(twin.fn, dtype=jnp.float32, fallback="error")(params, jx)
-    assert y.dtype == jnp.bfloat16
-    assert (np.abs(bfloat16(y) - theirs) <= one_rounding(theirs, without, theirs - without)).all()
-
-
-# PEFT rounds the delta of these before it adds it, and the sum again.
-ROUNDED_TWICE = ("embedding", "MultiheadAttention", "experts_out_in", "experts_in_out")
-
-
-@pytest.mark.parametrize("twin", TWINS, ids=repr)
-def test_merging_into_a_bfloat16_base(twin: Twin, tmp_path, compare):
-    model, params, base = in_bfloat16(twin, tmp_path)
-    merged = jlora.merge(twin.as_peft(params))
-    ours, weights = (dict(jax.tree.leaves_with_path(t)) for t in (merged, base))
-    for path, want in jax.tree.leaves_with_path(twin.params(quiet(model.merge_and_unload))):
-        assert ours[path].dtype == want.dtype == jnp.bfloat16
-        got, want, before = bfloat16(ours[path]), bfloat16(want), bfloat16(weights[path])
-        assert (np.abs(got - want) <= one_rounding(want, before, want - before)).all()
-        assert (got == want).mean() > (0.5 if twin.name in ROUNDED_TWICE else 0.99)
-        compare(got, want, f"merged {path}", 2**-8)
