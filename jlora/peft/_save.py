@@ -163,8 +163,8 @@ def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
     if slices is None or slices != even(outs[0], len(slices)):
         raise ValueError(
             f'`{call}`: the kind of "{path}" is "grouped", whose update is of equal slices of all '
-            f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, or "
-            "leave the kind out."
+            f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, as "
+            "`jlora.peft.rules(groups=...)` does, or leave the kind out."
         )
     return node
 

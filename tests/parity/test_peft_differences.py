@@ -13,6 +13,7 @@
 | lora_dropout of expert parameters | refused | falls on A's input |
 | the random B of experts (`init_lora_weights=False`) | U(±1/√(r·E)) | U(±1/√r), as of a layer |
 | a convolution with groups | A sees all channels, no merge | so without groups; with, its group's |
+| DoRA of a convolution with groups | a norm of B A as if without | the kernel's own norm |
 | a dilated convolution | fails | works |
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
 | the linear sum of adapters | has cross terms | A and B side by side are exact |
@@ -34,6 +35,7 @@ import pytest
 import torch
 from jax import lax
 from test_dora_several import Kept, at_once, in_turn, two
+from test_peft_groups import grouped as whole_of_groups
 from test_peft_layers import adapt, plain, quiet, randomize
 from test_peft_several import together
 from twins import Holder, Twin, attention, conv, conv1d_hf, experts, hwio, linear, mlp
@@ -275,6 +277,22 @@ def test_a_convolution_with_groups(tmp_path, compare):
     apply = jlora.lora(twin.fn, fallback="error")
     compare(apply(own, x), twin.fn(jlora.merge(own), x), "merged")
     compare(apply(own, one)[:, :3], apply(own, x)[:, :3], "the first group's outputs")
+
+
+def test_dora_of_a_convolution_with_groups(tmp_path, compare):
+    """PEFT reads B (out, r/g) as (out/g, r), of which B A has as many numbers as the kernel."""
+    twin = whole_of_groups(2, 2)
+    model = adapt(twin, use_dora=True)
+    params = load(twin, model, tmp_path)
+    x = twin.x(np.random.default_rng(0))
+    theirs = model(torch.tensor(x)).detach().numpy()
+    ours = jlora.lora(twin.fn, fallback="error")(params, x)
+    node = params["layer"]["kernel"]
+    w = np.float64(jlora.merge(dataclasses.replace(node, magnitude=None)))
+    w *= np.float64(node.magnitude) / np.linalg.norm(w.reshape(-1, w.shape[-1]), axis=0)
+    meant = twin.fn({"layer": {**params["layer"], "kernel": jnp.asarray(w, jnp.float32)}}, x)
+    assert distance(theirs, meant) > 0.05
+    compare(ours, meant, "DoRA of the kernel without groups")
 
 
 def spatial(**options: Any) -> Twin:
