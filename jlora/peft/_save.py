@@ -98,7 +98,7 @@ def save(
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
-    named = {place.path for place in found.values()}
+    named = dict.fromkeys(place.path for place in found.values())
     for path in adapted:
         if path not in named:
             raise ValueError(
