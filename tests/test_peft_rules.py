@@ -42,6 +42,8 @@ TUNIX = {
     "layers/1/attn/v_bias": "model.layers.1.self_attn.v_proj.bias",
     "layers/1/attn/q_norm/w": "model.layers.1.self_attn.q_norm.weight",
     "layers/1/mlp/down_proj/kernel": "model.layers.1.mlp.down_proj.weight",
+    "layers/1/mlp/router/kernel": "model.layers.1.mlp.gate.weight",
+    "layers/1/mlp/down_proj": "model.layers.1.mlp.experts.{}.down_proj.weight",
     "layers/1/input_layernorm/w": "model.layers.1.input_layernorm.weight",
     "layers/1/mlp/down_proj/kernel_lora_a": None,
 }
@@ -224,3 +226,16 @@ RECIPES = {
 def test_rules_refuse(config, error, match):
     with pytest.raises(error, match=match):
         peft.rules(config, base(), names=SMALL_NAMES)
+
+
+def test_an_error_lists_keys_in_one_order():
+    """Where nothing is close the first are shown: by name, and not as a set happens to lie."""
+    first = 'Closest: "alora_invocation_tokens", "alpha_pattern", "arrow_config".'
+    with pytest.raises(ValueError, match=says('sets "0123456789"', first)):
+        peft.rules(entries(**{"0123456789": 1}), base(), names=SMALL_NAMES)
+    some = {f"q{k}": jnp.ones((4, 4)) for k in range(9)}
+    rules = {"q[08]": jlora.LoraSpec(2)}
+    params = jlora.attach({**some, "0": some["q0"]}, {**rules, "0": rules["q[08]"]}, key=KEY)
+    names = lambda path: f"m.{path}.weight" if path[0] == "q" else None  # noqa: E731
+    with pytest.raises(ValueError, match=says('Closest: "q0", "q1", "q2".')):
+        peft.save("unused", {"z" * 9: params.pop("0"), **params}, names=names)

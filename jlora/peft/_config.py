@@ -134,7 +134,7 @@ def parse(entries: Mapping[str, Any], call: str) -> Config:
             raise ValueError(
                 f'`{call}`: the configuration sets "{key}" to {value!r}, which jlora does not '
                 "know, and which may change the numbers. Take it out if it does not. "
-                + near_misses(str(key), _READ | set(_VARIANTS))
+                + near_misses(str(key), sorted(_READ | set(_VARIANTS)))
             )
     known = {f.name for f in dataclasses.fields(Config)}
     typed = {

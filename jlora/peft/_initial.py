@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,22 @@ def initializer(chosen: bool | str, embedding: bool, call: str) -> initializers.
 def _randomized(niter: int) -> initializers.Initializer:
     """Return one and the same function for one number, so that equal rules are equal."""
     return functools.partial(initializers.pissa, niter=niter)
+
+
+@functools.cache
+def of_groups(init: initializers.Initializer, n: int) -> initializers.Initializer:
+    """Return PEFT's initializer for one of n groups, which has a n-th of the rank.
+
+    "gaussian" alone reads the rank of all groups: the standard deviation of A is 1/(n r).
+    """
+    if init is not initializers.gaussian or n == 1:
+        return init
+
+    def gaussian(*args: Any, **kwargs: Any) -> initializers.Factors:
+        a, b = initializers.gaussian(*args, **kwargs)
+        return a / n, b
+
+    return gaussian
 
 
 def embedding_init(

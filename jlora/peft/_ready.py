@@ -45,14 +45,21 @@ def tunix_names(path: str) -> str | None:
     """Name a leaf of Tunix's Llama 3, Qwen 2 or Qwen 3 as Hugging Face does.
 
     Their attention kernels are einsum weights, (D, N, H) and (N, H, D): give `load` the layouts,
-    `jlora.layouts(fn, params, x)`, or "ioo" and "iio". The experts of a mixture have no name:
-    Hugging Face keeps gate and up in one parameter.
+    `jlora.layouts(fn, params, x)`, or "ioo" and "iio".
+
+    The experts of Qwen 3's mixture, (E, in, out) here, are one layer each in Hugging Face's
+    checkpoints, and in the adapters of transformers 4: "...mlp.experts.{}.up_proj.weight".
+    transformers 5 has gate and up of all experts in one parameter, "mlp.experts.gate_up_proj".
+    PEFT 0.21.2 reads a file of one layer each into it, where gate and up are both adapted and the
+    experts have the rank and alpha that most of the file has. What it writes over transformers 5
+    holds one A for gate and up together: `load` refuses it, but for files of
+    `target_parameters=["mlp.experts.down_proj"]`, with "...mlp.experts.down_proj" for a name.
 
     Args:
         path: a leaf's path, "layers/0/attn/q_proj/w".
 
     Returns:
-        The PyTorch name; None where there is none.
+        The PyTorch name, with "{}" for the expert; None where there is none.
 
     Example:
         >>> tunix_names("layers/0/attn/q_proj/w"), tunix_names("layers/0/attn/q_bias")
@@ -69,6 +76,7 @@ def tunix_names(path: str) -> str | None:
         **{f"attn/{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
         **{f"attn/{x}_norm/w": f"self_attn.{x}_norm.weight" for x in "qk"},
         "mlp/router/kernel": "mlp.gate.weight",
+        **{f"mlp/{x}_proj": f"mlp.experts.{{}}.{x}_proj.weight" for x in ("gate", "up", "down")},
         "input_layernorm/w": "input_layernorm.weight",
         "post_attention_layernorm/w": "post_attention_layernorm.weight",
     }

@@ -1,5 +1,7 @@
 """PEFT's configurations as jlora rules: the same weights, ranks, alphas and first values."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +13,8 @@ from jlora._arrays import is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
-from jlora.peft._initial import initializer
+from jlora.peft._forms import even
+from jlora.peft._initial import initializer, of_groups
 from jlora.peft._match import ends_with, first_match, targeted
 from jlora.peft._names import (
     Names,
@@ -34,6 +37,7 @@ def rules(
     *,
     names: Names,
     init: initializers.Initializer | None = None,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, LoraSpec | str]:
     """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
 
@@ -49,6 +53,11 @@ def rules(
         params: the plain parameters, of arrays or their shapes.
         names: from a leaf's path to its PyTorch name, as for `load`.
         init: the initializer of all weights, in place of `init_lora_weights`.
+        groups: path to the number of groups of a convolution that has them in PyTorch, whose kernel
+            here, (..., in, out), is written without. PEFT's update of it fills that kernel, in as
+            many slices of the outputs; `save` takes it as the kind "grouped". A kernel does not
+            tell its groups: one that has them here too, (..., in/g, out), gets an update that
+            merges into it, and is none of PEFT's, which refuses a file of it by its shapes.
 
     Returns:
         Rules for `jlora.attach`: a `LoraSpec` for each weight that PEFT would adapt, and "full"
@@ -58,8 +67,8 @@ def rules(
         FileNotFoundError: no file there.
         ValueError: another method than LoRA, a variant or an initializer that jlora does not have;
             an entry that matches nothing (PEFT ignores it); layers of one stacked leaf that are
-            to be adapted differently.
-        KeyError: `names` speaks of a leaf that is not there.
+            to be adapted differently; groups that do not divide the outputs and the rank.
+        KeyError: `names` or `groups` speak of a leaf that is not there.
         TypeError: `config` is of another type.
 
     Example:
@@ -76,12 +85,15 @@ def rules(
     call = "jlora.peft.rules(config, params)"
     parsed = read_config(config, call)
     leaves = leaves_with_paths(params, is_adapted)
-    check_keys(names, [path for path, _ in leaves], "names", call)
+    for argument, value in (("names", names), ("groups", groups)):
+        check_keys(value, [path for path, _ in leaves], argument, call)
     found = places(leaves, names, call)
     chosen = _choose(parsed, found, call)
     decided: dict[str, LoraSpec | str | None] = {}
     for place in found.values():
         rule = _rule(parsed, place, chosen.get(place.name), init, call)
+        if isinstance(rule, LoraSpec) and groups and place.path in groups:
+            rule = _grouped(rule, place, groups[place.path], init is None, call)
         if decided.setdefault(place.path, rule) != rule:
             raise ValueError(
                 f'`{call}`: "{place.path}" is one stacked leaf, but the configuration has '
@@ -176,6 +188,25 @@ def _rule(
         dora=config.use_dora,
         init=init or initializer(config.init_lora_weights, kind == "embedding", call),
         layout=_layout(place, chosen, kind),
+    )
+
+
+def _grouped(spec: LoraSpec, place: Place, n: int, own_init: bool, call: str) -> LoraSpec:
+    """Divide an update over the groups of a convolution, at the same scaling."""
+    outs, is_conv = place.shape[-1], kind_of(place, None, {}) == "conv" or len(place.shape) == 3
+    if not isinstance(n, int) or n < 1 or outs % n or spec.rank % n or not is_conv:
+        raise ValueError(
+            f'`{call}`: `groups` has {n!r} for "{place.path}" {list(place.shape)}, of rank '
+            f"{spec.rank}. Give what PyTorch's convolution has, whose kernel here ends with the "
+            "outputs: PEFT wants it to divide the rank, which is that of all groups together."
+        )
+    return dataclasses.replace(
+        spec,
+        rank=spec.rank // n,
+        alpha=spec.alpha / (math.sqrt(n) if spec.scaling == "rslora" else n),
+        init=of_groups(spec.init, n) if own_init else spec.init,
+        layout="i" * (len(place.shape) - 1) + "o",
+        slices=even(outs, n),
     )
 
 

@@ -98,7 +98,7 @@ def save(
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
-    named = {place.path for place in found.values()}
+    named = dict.fromkeys(place.path for place in found.values())
     for path in adapted:
         if path not in named:
             raise ValueError(
@@ -166,8 +166,8 @@ def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
     if slices is None or slices != even(outs[0], len(slices)):
         raise ValueError(
             f'`{call}`: the kind of "{path}" is "grouped", whose update is of equal slices of all '
-            f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, or "
-            "leave the kind out."
+            f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, as "
+            "`jlora.peft.rules(groups=...)` does, or leave the kind out."
         )
     return node
 

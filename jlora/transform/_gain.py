@@ -69,18 +69,22 @@ def multiplied(
 
     Without a gain, x·W + x̃·(s·A·B), where dropout drops x, the value of `atom`, to x̃ of `dtype`.
     With one, x·W + x̃·(g ∘ V - W), as in PEFT: what the gain changes of the base product is an
-    update too, so it sees the dropped input, at the cost of a product.
+    update too, so it sees the dropped input, at the cost of a product. Between the sum and the gain
+    nothing is rounded.
     """
+    if gain is NONE:
+        out = product(x)
+        return updated(out, x if walk.key is None else walk.drop(narrowed(x, dtype), atom))
 
-    def whole(x: Any) -> Any:
+    def whole(x: Any) -> tuple[Any, Any]:
         x = times(x, gain.before)
-        return times(updated(product(x), x), gain.after)
+        out = product(x)
+        wide = out if gain.after is None else narrowed(out, accumulator(out.dtype))
+        return times(updated(wide, x), gain.after), out.dtype
 
     if walk.key is None:
-        return whole(x)
-    out = product(x)
-    if gain is NONE:
-        return updated(out, walk.drop(narrowed(x, dtype), atom))
-    dropped, wide = walk.drop(x, atom), accumulator(out.dtype)
-    full, base = (y.astype(wide) for y in (whole(dropped), product(dropped)))
+        return narrowed(*whole(x))
+    out, dropped = product(x), walk.drop(x, atom)
+    wide = accumulator(out.dtype)
+    full, base = (y.astype(wide) for y in (whole(dropped)[0], product(dropped)))
     return narrowed(out.astype(wide) + (full - base), out.dtype)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from jlora._arrays import accumulator
 from jlora.transform._gain import spread, times
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, RANK, View, contract, plus
+from jlora.transform._view import GAIN, RANK, View, contract, narrowed, plus
 from jlora.transform._walk import Walk
 
 
@@ -55,11 +56,12 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     if view.parts:
         dtype = walk.narrow_dtype(base.dtype, base.dtype)
         (a, la), (b, lb) = (_rows(eqn, view, k, indices, looked_up) for k in (0, 1))
-        out = plus(base, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
+        wide = base if view.gain is None else narrowed(base, accumulator(base.dtype))
+        out = plus(wide, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
         cost = 2 * base.size * a.shape[-1]
         if view.gain is not None:
             by, labels = _rows(eqn, view, GAIN, indices, looked_up)
-            out = times(out, spread(by, labels[:-1], out_labels))
+            out = narrowed(times(out, spread(by, labels[:-1], out_labels)), base.dtype)
     walk.used(eqn, view, cost, sorted(looked_up), [k for kind, k in out_labels if kind == "w"])
     return [out]
 

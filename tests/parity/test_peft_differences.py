@@ -8,9 +8,12 @@
 | unmerge | changes the weights | `detach` has them bit for bit |
 | MultiheadAttention's output projection | adds its update twice | once |
 | MultiheadAttention's lora_dropout | ignored | falls on A's input |
+| several active adapters of MultiheadAttention | the last alone gets gradients | all do |
+| several active DoRA adapters | in turn, by order; under dropout their sum | one gain a weight |
 | lora_dropout of expert parameters | refused | falls on A's input |
 | the random B of experts (`init_lora_weights=False`) | U(±1/√(r·E)) | U(±1/√r), as of a layer |
 | a convolution with groups | A sees all channels, no merge | so without groups; with, its group's |
+| DoRA of a convolution with groups | a norm of B A as if without | the kernel's own norm |
 | a dilated convolution | fails | works |
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
 | the linear sum of adapters | has cross terms | A and B side by side are exact |
@@ -31,6 +34,8 @@ import peft
 import pytest
 import torch
 from jax import lax
+from test_dora_several import Kept, at_once, in_turn, two
+from test_peft_groups import grouped as whole_of_groups
 from test_peft_layers import adapt, plain, quiet, randomize
 from test_peft_several import together
 from twins import Holder, Twin, attention, conv, conv1d_hf, experts, hwio, linear, mlp
@@ -116,6 +121,52 @@ def test_attention_adds_its_output_update_twice(tmp_path):
     twice = jlora.lora(attention.fn)(attention.as_peft(params), x)
     errors = [distance(theirs, meant), distance(ours, meant), distance(twice, theirs)]
     assert errors[0] > 0.1 and errors[1] < 1e-5 and errors[2] < 1e-5, errors
+
+
+def test_attention_trains_its_last_adapter_alone(tmp_path):
+    """PEFT registers the merged weight anew for each adapter, which cuts the ones before it off."""
+    model = adapt(attention)
+    quiet(model.add_adapter, "other", model.peft_config["default"])
+    for order in (["default", "other"], ["other", "default"]):
+        quiet(model.base_model.set_adapter, order)
+        randomize(model)
+        model.zero_grad()
+        x = attention.x(np.random.default_rng(0))
+        quiet(model, torch.tensor(x)).sum().backward()
+        found = {n: p.grad is not None for n, p in model.named_parameters() if "lora_" in n}
+        assert found == {name: f".{order[-1]}." in name for name in found} and len(found) == 8
+    adapters = [load(attention, model, tmp_path, adapter=name) for name in ("default", "other")]
+    trainable, frozen = jlora.partition(adapters)
+
+    def loss(trainable: Any) -> Any:
+        return jlora.lora(attention.fn)(together(jlora.combine(trainable, frozen)), x).sum()
+
+    slopes = jax.tree.leaves(jax.grad(loss)(trainable))
+    assert len(slopes) == 8 and all(float(jnp.abs(slope).max()) > 1e-3 for slope in slopes)
+
+
+def test_several_active_dora_adapters(tmp_path, compare):
+    """Which model is meant PEFT says by order, and by whether there is dropout; here the user."""
+    model, adapters = two(linear, tmp_path, lora_dropout=0.5)
+    x = linear.x(np.random.default_rng(0))
+
+    def run(order: list[str]) -> np.ndarray:
+        quiet(model.base_model.set_adapter, order)
+        return model(torch.tensor(x)).detach().numpy()
+
+    names = ["default", "other"]
+    one, other = run(names), run(names[::-1])
+    for name in names:
+        model.base_model.model.layer.lora_dropout[name] = Kept()
+    model.train()
+    summed = [run(names), run(names[::-1])]
+    errors = [distance(a, one) for a in (other, *summed)]
+    assert min(errors) > 0.05 and distance(*summed) < 1e-6, errors
+    apply = jlora.lora(linear.fn, fallback="error")
+    compare(apply(in_turn(adapters)(adapters), x), one, "the first before the second")
+    turned = adapters[::-1]
+    compare(apply(in_turn(turned)(turned), x), other, "the second before the first")
+    compare(at_once(linear, adapters, x), summed[0], "the sum of what they add")
 
 
 @pytest.mark.parametrize("twin", [attention, experts(True)], ids=repr)
@@ -226,6 +277,22 @@ def test_a_convolution_with_groups(tmp_path, compare):
     apply = jlora.lora(twin.fn, fallback="error")
     compare(apply(own, x), twin.fn(jlora.merge(own), x), "merged")
     compare(apply(own, one)[:, :3], apply(own, x)[:, :3], "the first group's outputs")
+
+
+def test_dora_of_a_convolution_with_groups(tmp_path, compare):
+    """PEFT reads B (out, r/g) as (out/g, r), of which B A has as many numbers as the kernel."""
+    twin = whole_of_groups(2, 2)
+    model = adapt(twin, use_dora=True)
+    params = load(twin, model, tmp_path)
+    x = twin.x(np.random.default_rng(0))
+    theirs = model(torch.tensor(x)).detach().numpy()
+    ours = jlora.lora(twin.fn, fallback="error")(params, x)
+    node = params["layer"]["kernel"]
+    w = np.float64(jlora.merge(dataclasses.replace(node, magnitude=None)))
+    w *= np.float64(node.magnitude) / np.linalg.norm(w.reshape(-1, w.shape[-1]), axis=0)
+    meant = twin.fn({"layer": {**params["layer"], "kernel": jnp.asarray(w, jnp.float32)}}, x)
+    assert distance(theirs, meant) > 0.05
+    compare(ours, meant, "DoRA of the kernel without groups")
 
 
 def spatial(**options: Any) -> Twin:
