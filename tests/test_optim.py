@@ -390,6 +390,33 @@ def test_rite_leaves_out_directions_that_a_factor_lacks():
         node = dataclasses.replace(node, lora_b=node.lora_b + updates.lora_b)
 
 
+def test_rite_has_an_orthonormal_basis_of_an_ill_conditioned_factor():
+    values = np.diag([1.0, 0.03, 0.002])
+    q, r = (np.linalg.qr(np.float64(drawn(n, (m, 3))))[0] for n, m in ((0, 11), (1, 3)))
+    b = jnp.asarray((q @ values @ r.T).T, jnp.float32)
+    node = LoraArray(None, drawn(2, (13, 3)), b, None, "io")
+    tx = lora_rite(0.1)
+    _, state = tx.update(node, tx.init(node), node)
+    (sides,) = [s.sides for s in jax.tree.leaves(state, is_leaf=is_rite) if is_rite(s)]
+    u = np.float64(sides[0][0].basis)
+    close(u.T @ u, np.eye(3), 1e-5)
+    close(u @ (u.T @ q), q, 1e-3)
+
+
+def test_rite_makes_no_step_of_noise():
+    """A gradient of one row is of rank 1, and so is its step: of one size, √in · η."""
+    tx = lora_rite(1.0)
+    for n in range(20):
+        node = LoraArray(None, drawn(n, (13, 3)), drawn(n + 20, (3, 11)), None, "io")
+        dense = 1e4 * drawn(n + 40, (13, 1)) @ drawn(n + 60, (1, 11))
+        grads = dataclasses.replace(
+            node, lora_a=dense @ node.lora_b.T, lora_b=node.lora_a.T @ dense
+        )
+        updates, _ = tx.update(grads, tx.init(node), node)
+        size = np.linalg.norm(updates.lora_a @ node.lora_b)
+        assert size == pytest.approx(13**0.5, rel=1e-2)
+
+
 # LoRA-FA.
 
 
