@@ -2,6 +2,7 @@
 
 from jlora import arithmetic as arithmetic
 from jlora import initializers as initializers
+from jlora import optim as optim
 from jlora._adapt import bind as bind
 from jlora._adapt import detach as detach
 from jlora._adapt import merge as merge

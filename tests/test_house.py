@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 
 import jlora
-from jlora import arithmetic, checkpoint, initializers, peft
+from jlora import arithmetic, checkpoint, initializers, optim, peft
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat"},
     {"_arrays", "_dora", "initializers"},
     {"_spec"},
-    {"_adapt", "_attach", "_partition", "_report", "_tie", "arithmetic", "transform"},
+    {"_adapt", "_attach", "_partition", "_report", "_tie", "arithmetic", "optim", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
 PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
-    "arithmetic",
+    *("arithmetic", "optim"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie"),
 }
@@ -114,7 +114,7 @@ def test_importing_jlora_imports_no_optional_library():
 
 
 def documented():
-    spaces = [jlora, arithmetic, initializers, checkpoint, peft]
+    spaces = [jlora, arithmetic, initializers, optim, checkpoint, peft]
     for space in spaces:
         for name, x in vars(space).items():
             if name.startswith("_") or not (inspect.isfunction(x) or inspect.isclass(x)):

@@ -1,0 +1,182 @@
+"""LoRA-RITE: Adam for the product A B, whichever factors it is written in."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jlora._arrays import LoraArray, is_adapted
+from jlora.optim._factors import check, dot, given, gram, label, pairs, turned, unpaired
+
+_CALL = "jlora.optim.lora_rite(learning_rate)"
+
+
+def lora_rite(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | int = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition A and B by matrices that turn with them, so only the product A B matters.
+
+    With `Bᵀ = U R`, UᵀU = I, and P = UᵀU₋₁ from the last step's U to this one's, A's side is
+
+        `G = ∇A R⁻¹`                                    the unmagnified gradient
+        `V = β₂ P V₋₁ Pᵀ + (1 - β₂) GᵀG / in`           rank x rank
+        `ρ = β₂ (ρ₋₁ + maxᵢ(λᵢ(V₋₁) - λᵢ(P V₋₁ Pᵀ)))`   the mass that escaped the new basis
+        `M = β₁ M₋₁ Pᵀ + (1 - β₁) G (V̂ + ρ̂ I)^-½`
+        `A ← A - η (M̂ R⁻ᵀ + weight_decay · A)`
+
+    where a hat divides by 1 - βᵗ; B's side is the same, with the roles turned. From (A, B) and from
+    (A Q, Q⁻¹ B) training takes the same path of A B, as long as A and B have full rank. While B is
+    zero A stays, and directions of B below about 3e-4 of its largest (in float32) count as zero.
+
+    Args:
+        learning_rate: η, or a schedule; of Adam's size, for `M̂` is too.
+        b1: β₁.
+        b2: β₂.
+        eps: what is added to the root of `V̂ + ρ̂ I`.
+        weight_decay: the decoupled one, of whatever trains. It too keeps the path of A B.
+
+    Returns:
+        A whole optimizer over any tree with `LoraArray` nodes; its `update` needs the parameters.
+        What is neither A nor B gets Adam. The state of A and B is float32 (or wider): two arrays
+        of each one's size, as Adam's, and two of rank x rank. Clipping by a norm of the gradients
+        before it would bring the factors back in; clip nothing, or each element of the update.
+
+    Raises:
+        ValueError: the parameters have no `LoraArray`, or one without A or B (on `init`); `update`
+            is not given the parameters.
+
+    Example:
+        >>> import jlora
+        >>> a, b = jax.random.normal(jax.random.key(0), (3, 2)), jnp.eye(2, 4)
+        >>> q = jnp.array([[1.0, 2.0], [0.0, 5.0]])
+        >>> tx, grad = lora_rite(0.1), jax.grad(lambda n: jnp.sum((n.lora_a @ n.lora_b) ** 3))
+        >>> def product(a, b):  # after one step
+        ...     node = jlora.LoraArray(None, a, b, None, "io")
+        ...     with jax.numpy_dtype_promotion("standard"):  # JAX's own default
+        ...         update, _ = tx.update(grad(node), tx.init(node), node)
+        ...     return (a + update.lora_a) @ (b + update.lora_b)
+        >>> bool(jnp.allclose(product(a, b), product(a @ q, jnp.linalg.inv(q) @ b), atol=1e-4))
+        True
+
+    Reference: Yen et al. 2024, arXiv:2410.20625, algorithm 1, with the moving averages and the
+    division by `in` of its authors' code; without that code's clipping and skipping of steps.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+    rite = _scale_by_rite(b1, b2, eps)
+    return optax.chain(
+        optax.multi_transform({"factor": rite, "other": adam}, label(_CALL, "lora_a", "lora_b")),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+class Side(NamedTuple):
+    """What is remembered of one factor, all in the basis of the other."""
+
+    basis: Float[Array, "*stack other rank"]
+    first: Float[Array, "*stack own rank"]
+    second: Float[Array, "*stack rank rank"]
+    escaped: Float[Array, "*stack"]
+
+
+class RiteState(NamedTuple):
+    """The number of steps, and where a node stands, a `Side` for A and for B (of each slice)."""
+
+    count: Int[Array, ""]
+    sides: PyTree
+
+
+def _scale_by_rite(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    def empty(node: Any) -> Any:
+        return [(_empty(a, b), _empty(b, a)) for a, b in _pairs(node)]
+
+    def init(params: PyTree) -> RiteState:
+        check(params, _CALL)
+        sides = jax.tree.map(empty, params, is_leaf=is_adapted)
+        return RiteState(jnp.zeros((), jnp.int32), sides)
+
+    def turn(gradient: Any, node: Any, olds: Any, count: Array) -> tuple[Any, Any]:
+        changed, news = [], []
+        for (da, db), (a, b), (old_a, old_b) in zip(
+            _pairs(gradient), _pairs(node), olds, strict=True
+        ):
+            da, new_a = _step(da, b, old_a, count, b1, b2, eps)
+            db, new_b = _step(db, a, old_b, count, b1, b2, eps)
+            changed.append((da, db))
+            news.append((new_a, new_b))
+        return (unpaired(changed, gradient) if changed else gradient), news
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        count = state.count + 1
+        gradients, tree = jax.tree.flatten(updates, is_leaf=is_adapted)
+        nodes = tree.flatten_up_to(given(params, _CALL))
+        olds = tree.flatten_up_to(state.sides)
+        done = [turn(*each, count) for each in zip(gradients, nodes, olds, strict=True)]
+        sides = tree.unflatten([news for _, news in done])
+        return tree.unflatten([changed for changed, _ in done]), RiteState(count, sides)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _pairs(node: Any) -> list[Any]:
+    """Return a node's pairs; a `FullArray` here is empty, for its value is Adam's."""
+    return pairs(node) if isinstance(node, LoraArray) else []
+
+
+def _empty(own: Array, other: Array) -> Side:
+    square = jnp.zeros((*own.shape[:-2], own.shape[-1], own.shape[-1]), own.dtype)
+    return Side(jnp.zeros_like(other), jnp.zeros_like(own), square, square[..., 0, 0])
+
+
+def _step(
+    gradient: Array, other: Array, old: Side, count: Array, b1: float, b2: float, eps: float
+) -> tuple[Array, Side]:
+    """Return one factor's update (against which it is to move) and what to remember."""
+    steps = count.astype(gradient.dtype)
+    basis, inverse = _basis(other)
+    g = dot(gradient, inverse)  # (*stack, own, rank)
+    p = dot(turned(basis), old.basis)  # (*stack, rank, rank)
+    moved = dot(dot(p, old.second), turned(p))
+    lost = jnp.linalg.eigvalsh(old.second) - jnp.linalg.eigvalsh(moved)
+    escaped = b2 * (old.escaped + jnp.maximum(lost, 0.0).max(-1))
+    second = b2 * moved + (1.0 - b2) * gram(g) / g.shape[-2]
+    corrected = 1.0 - b2**steps
+    root = _inverse_root(second / corrected, escaped / corrected, eps)
+    first = b1 * dot(old.first, turned(p)) + (1.0 - b1) * dot(g, root)
+    update = dot(first / (1.0 - b1**steps), turned(inverse))
+    return update, Side(basis, first, second, escaped)
+
+
+def _basis(x: Array) -> tuple[Array, Array]:
+    """Return U and R⁻¹ of `X = U R`; directions that X lacks are zero in both.
+
+    Once for a start and once for what the square of X's condition number took away.
+    """
+    tiny = float(jnp.finfo(x.dtype).eps)
+    inverse = _pseudo_root(gram(x), tiny)
+    rough = dot(x, inverse)
+    again = _pseudo_root(gram(rough), 0.5)  # near 1 where X has a direction, near 0 where not
+    return dot(rough, again), dot(inverse, again)
+
+
+def _pseudo_root(square: Array, least: float) -> Array:
+    """Return `S^-½`, of the eigenvalues above `least` times the largest; 0 of the others."""
+    values, vectors = jnp.linalg.eigh(square)
+    kept = values > least * values.max(-1, keepdims=True)
+    roots = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1.0)), 0.0)
+    return dot(vectors * roots[..., None, :], turned(vectors))
+
+
+def _inverse_root(square: Array, more: Array, eps: float) -> Array:
+    """Return `(S + more I)^-½`."""
+    values, vectors = jnp.linalg.eigh(square)
+    # Below its rounding an eigenvalue says nothing, and its inverse would be a step of noise.
+    floor = float(jnp.finfo(values.dtype).eps) * values.max(-1, keepdims=True)
+    roots = 1.0 / (jnp.sqrt(jnp.maximum(values, floor) + more[..., None]) + eps)
+    return dot(vectors * roots[..., None, :], turned(vectors))
