@@ -99,7 +99,7 @@ def recipe(variant: Variant) -> dict[str, Any]:
         if not isinstance(rule, jlora.LoraSpec):
             return rule
         pairs = [(f.name, getattr(rule, f.name), f.default) for f in dataclasses.fields(rule)]
-        return {name: getattr(v, "__name__", repr(v)) for name, v, old in pairs if v != old}
+        return {name: getattr(v, "__name__", str(v)) for name, v, old in pairs if v != old}
 
     names = {k: getattr(getattr(variant, k), "__name__", None) for k in ("optimizer", "begin")}
     return {"rules": {k: said(v) for k, v in variant.rules.items()}, "lr": variant.lr, **names}
