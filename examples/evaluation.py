@@ -46,9 +46,14 @@ class Programs(NamedTuple):
     generate: Callable[..., jax.Array]
 
 
-def compile_all(job: Job, tx: Any, state: training.State, frozen: Any) -> Programs:
-    """Compile training step, held-out loss and generation ahead of time, behind a progress bar."""
-    apply = jlora.lora(make_apply(job.config))
+def compile_all(
+    job: Job, tx: Any, state: training.State, frozen: Any, apply: Apply | None = None
+) -> Programs:
+    """Compile training step, held-out loss and generation ahead of time, behind a progress bar.
+
+    `apply` is the adapted model, where more is done to its params than jlora.lora does.
+    """
+    apply = apply or jlora.lora(make_apply(job.config))
     loss = training.make_loss(apply)
     step = training.make_step(loss, tx)
     longest = max(len(e.tokens) - e.start for e in job.dataset.held_out)

@@ -72,10 +72,14 @@ def _cross_entropy_gradient(kept: Any, g: jax.Array) -> tuple[jax.Array, None]:
 cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
 
 
+def make_schedule(lr: float, steps: int) -> optax.Schedule:
+    """A warm-up over the first tenth, and a cosine to 2 %."""
+    return optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 10), steps, lr * 0.02)
+
+
 def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with a warm-up over the first tenth, a cosine to 2 %, and clipping."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 10), steps, lr * 0.02)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    """AdamW on `make_schedule`, with clipping."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(lr, steps)))
 
 
 def make_step(

@@ -1,17 +1,21 @@
 """The benchmarks: what they compute is right; each runs, at tiny sizes and without its peers."""
 
 import json
+import subprocess
 import sys
 
 import blocks
 import decode
+import finetune
 import jax
 import llama
 import memory
 import peers
 import plots
 import pytest
+import quality
 import step
+import tiny_llama
 
 TINY = blocks.Sizes(2, 32, 48, 4, 2, 8, 2, 16, 2, "float32")
 
@@ -112,3 +116,59 @@ def test_presets_compile_abstractly():
         params = jax.eval_shape(lambda p, sizes=sizes: blocks.attached(sizes, p), base)
         loss = jax.eval_shape(lambda p, x, d=sizes.head_dim: blocks.loss(p, x, head_dim=d), base, x)
         assert len(params) == sizes.blocks and loss.shape == ()
+
+
+def test_the_default_variant_is_the_main_jobs():
+    args = finetune.parse([])
+    (spec,), variant = quality.VARIANTS["lora"].rules.values(), quality.VARIANTS["lora"]
+    assert (spec.rank, spec.alpha, variant.lr) == (args.rank, args.alpha, args.lr)
+
+
+def test_quality_does_what_is_missing(tmp_path, capsys):
+    model = tiny_llama.write_model(tmp_path / "tiny", tiny_llama.TINY)
+    data, results = tmp_path / "sums.jsonl", tmp_path / "quality.json"
+    sums = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(40)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in sums))
+    paths = {"--model": model, "--data": data, "--json": results}
+    job = [str(x) for pair in paths.items() for x in pair] + ["--seeds", "0", "--steps", "2"]
+    job += ["--only", "lora", "full"]
+    command = [sys.executable, quality.__file__, *job]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0 and "2 runs to do" in first.stdout, first.stderr
+    found = json.loads(results.read_text())
+    lora, full = (found["variants"][name]["seeds"]["0"] for name in ("lora", "full"))
+    assert lora["trained_bytes"] < full["trained_bytes"] == full["adapter_bytes"]
+    assert 0 < lora["loss"] != full["loss"] > 0 and lora["seconds_per_step"] > 0
+    assert not list(tmp_path.glob("*.part"))
+    written = results.read_bytes()
+    assert quality.main(job) == 0 and "0 runs to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quality.main([*job, "--steps", "3"])
+    assert "other settings: steps=2 (now 3)" in capsys.readouterr().err
+    assert results.read_bytes() == written
+
+
+def test_quality_refuses_a_variant_that_was_changed(tmp_path, monkeypatch):
+    found = quality.load(tmp_path / "q.json", {"steps": 2}, ["lora"])
+    variant = quality.VARIANTS["lora"]
+    found["variants"]["lora"] = {"recipe": quality.recipe(variant), "seeds": {}}
+    quality.save(tmp_path / "q.json", found)
+    assert quality.load(tmp_path / "q.json", {"steps": 2}, ["lora"]) == found
+    monkeypatch.setitem(quality.VARIANTS, "lora", variant._replace(lr=1.0))
+    with pytest.raises(ValueError, match=r'another "lora": .*0\.002.*, now .*1\.0.*another name'):
+        quality.load(tmp_path / "q.json", {"steps": 2}, ["lora"])
+
+
+def test_the_table_of_quality(tmp_path, capsys):
+    run = {"seconds_per_step": 2.0, "trained_bytes": 2_000_000, "adapter_bytes": 3_000_000}
+    two = {"0": {**run, "loss": 1.0, "rate": 0.5}, "1": {**run, "loss": 1.2, "rate": 0.5}}
+    rows = {"a": {"seeds": two}, "b": {"seeds": {"0": {**run, "loss": 1.0, "rate": None}}}}
+    quality.save(tmp_path / "q.json", {"settings": {}, "variants": rows})
+    assert quality.main(["--table", "--json", str(tmp_path / "q.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| a | 1.100 ± 0.141 | 0.500 ± 0.000 | 2.00 ± 0.00 | 2.00 MB | 3.00 MB | 2 |",
+        "| b | 1.000 | – | 2.00 | 2.00 MB | 3.00 MB | 1 |",
+    ]
+    with pytest.raises(SystemExit):
+        quality.main(["--table", "--json", str(tmp_path / "none.json")])
+    assert "run without --table first" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 import data
 import numpy as np
 import pytest
-from conftest import byte_tokenizer
+from tiny_llama import byte_tokenizer
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 

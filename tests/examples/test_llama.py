@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
-from conftest import TINY, tiny_tensors
+from tiny_llama import TINY, tiny_tensors
 
 
 def apply_of(config: llama.Config) -> Any:

@@ -16,8 +16,8 @@ import llama
 import numpy as np
 import pytest
 import weights
-from conftest import TINY, tiny_tensors, write_model
 from safetensors.flax import save_file as save_flax
+from tiny_llama import TINY, tiny_tensors, write_model
 
 
 def test_directory_round_trip(tiny_dir: Path) -> None:
