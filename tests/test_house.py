@@ -14,7 +14,7 @@ from jlora import arithmetic, checkpoint, initializers, peft
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat"},
-    {"_arrays", "_dora", "initializers"},
+    {"_arrays", "_dora", "_moments", "initializers"},
     {"_spec"},
     {"_adapt", "_attach", "_partition", "_report", "arithmetic", "transform"},
     {"checkpoint", "peft"},
@@ -22,9 +22,19 @@ FLOORS = [
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
 PUBLIC = {
-    *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
+    *(
+        "LoraArray",
+        "FullArray",
+        "Moments",
+        "LoraSpec",
+        "Explanation",
+        "initializers",
+        "attach",
+        "detach",
+    ),
     "arithmetic",
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
+    "capture",
     *("summary", "explain"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
