@@ -53,6 +53,7 @@ def trees_agree(got, want):
 
 def test_dense():
     holds(single(lambda p, x: x @ p["w"], w(11, 7), X), X.reshape(-1, 11))
+    holds(single(lambda p, x: x @ p["w"], w(11, 7), np.asarray(X)), X.reshape(-1, 11))
     holds(single(lambda p, x: x @ p["w"].T, w(7, 11), X, layout="oi"), X.reshape(-1, 11))
 
 

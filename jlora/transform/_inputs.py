@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jlora._arrays import accumulator
 from jlora.transform._view import RANK, View, contract
 from jlora.transform.conv import convolve, sides_of, with_rank_at
 from jlora.transform.ragged import into_rank, meeting
@@ -58,7 +57,7 @@ def of_dot(eqn: JaxprEqn, lhs: Any, rhs: Any) -> Sums | None:
         second = contract(
             square.astype(factor.dtype), [*have, *primes], factor, [*p, RANK], [*axes, RANK], _EXACT
         )
-    summed = x.sum([n for n, k in enumerate(x_labels) if k not in have], dtype=second.dtype)
+    summed = x.sum(tuple(n for n, k in enumerate(x_labels) if k not in have), dtype=second.dtype)
     order = [k for k in x_labels if k in have]
     summed = lax.transpose(summed, [order.index(k) for k in have])
     total = summed.reshape(*(view.shape[k] if k in have else 1 for k in axes), 1)
@@ -106,4 +105,5 @@ def _pulled(narrow: Callable[[Any], Any], a: Any) -> tuple[Any, Any, Any]:
 
 def _wide(x: Any) -> Any:
     """Cast what is no float; bfloat16 stays, for its products are exact in float32."""
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(accumulator(jnp.float32))
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)

@@ -41,15 +41,19 @@ twins = pytest.mark.parametrize("twin", [linear, conv1d_hf, mlp], ids=repr)
 
 
 def inputs(twin: Twin, rows: int = 60) -> np.ndarray:
-    """Inputs whose spectrum falls, off the origin, as one sequence."""
-    wide = twin.x(np.random.default_rng(0)).shape[-1]
-    x = np.random.default_rng(1).normal(size=(1, rows, wide)) * 0.8 ** np.arange(wide) + 0.2
+    """Inputs whose spectrum falls, off the origin; where there are sequences, of one."""
+    *lead, wide = twin.x(np.random.default_rng(0)).shape
+    x = (
+        np.random.default_rng(1).normal(size=(*[1] * (len(lead) - 1), rows, wide))
+        * 0.8 ** np.arange(wide)
+        + 0.2
+    )
     return x.astype(np.float32)
 
 
 def ours(twin: Twin, **spec: Any) -> tuple[Any, Any]:
     base = twin.params(decaying(twin))
-    rules = {r".*kernel": LoraSpec(RANK, alpha=ALPHA, **spec)}
+    rules = {rf".*({'|'.join(twin.targets)})/kernel": LoraSpec(RANK, alpha=ALPHA, **spec)}
     return base, jlora.attach(base, rules, key=jax.random.key(0))
 
 
@@ -89,7 +93,9 @@ def test_corda(twin, method, compare):
     model = quiet(peft.get_peft_model, module, theirs)
     _, params = ours(twin)
     begun = corda(params, jlora.capture(twin.fn, params, x), method=method)
-    the_same(twin, begun, model, compare)
+    # The inputs of the second layer are nearly dependent, and its residual is a small rest of W:
+    # C⁻¹, the SVD and the difference lose a digit in float32, here and there.
+    the_same(twin, begun, model, compare, 1e-4 if twin is mlp else 1e-5)
 
 
 def test_corda_of_several_batches(compare):
@@ -138,7 +144,19 @@ def test_lora_ga(twin, direction, compare):
     model = begun_in_peft(twin, x, direction=direction)
     _, params = ours(twin)
     slopes = gradient_of(twin, decaying(twin), x)
-    the_same(twin, lora_ga(params, slopes, direction=direction, scale="peft"), model, compare)
+    begun = lora_ga(params, slopes, direction=direction, scale="peft")
+    most = 5e-5 if twin is mlp else 1e-5  # PEFT's decomposition is a randomized one
+    for path, node, a, b, rest in matched(twin, begun, model):
+        # A and B have the vectors of different singular values, whose signs are free of each other.
+        compare(node.lora_a * signs(node.lora_a, a), a, f"A of {path}", most)
+        compare(node.lora_b * signs(node.lora_b.T, b.T).T, b, f"B of {path}", most)
+        s = float(node.scaling)
+        compare(node.base + s * node.lora_a @ node.lora_b, rest + s * a @ b, f"{path} as it was")
+
+
+def signs(got: Any, want: Any) -> np.ndarray:
+    """How the columns of one are turned to the other's, `(1, columns)`."""
+    return np.sign((np.asarray(got) * want).sum(0, keepdims=True))
 
 
 def test_lora_ga_of_the_paper():
@@ -161,7 +179,9 @@ def test_lora_ga_of_a_conv1d(compare):
     slopes = gradient_of(conv1d_hf, decaying(conv1d_hf), x)
     node = lora_ga(params, slopes, scale="peft")["layer"]["kernel"]
     ((path, _, a, b, _),) = matched(conv1d_hf, params, model)
-    compare((13 / 7) ** 0.25 * node.lora_a @ node.lora_b, a @ b, f"A · B of {path}")
+    compare(node.lora_a * signs(node.lora_a, a), a, f"A of {path}")
+    turned = node.lora_b * signs(node.lora_b.T, b.T).T
+    compare((13 / 7) ** 0.25 * turned, b, f"B of {path}")
 
 
 class Trunk(torch.nn.Module):
