@@ -10,6 +10,7 @@ from jlora._adapt import unmerge as unmerge
 from jlora._arrays import FullArray as FullArray
 from jlora._arrays import LoraArray as LoraArray
 from jlora._attach import attach as attach
+from jlora._moments import Moments as Moments
 from jlora._partition import combine as combine
 from jlora._partition import freeze as freeze
 from jlora._partition import labels as labels
@@ -20,5 +21,6 @@ from jlora._report import summary as summary
 from jlora._spec import LoraSpec as LoraSpec
 from jlora._tie import tie as tie
 from jlora._tie import untie as untie
+from jlora.transform import capture as capture
 from jlora.transform import layouts as layouts
 from jlora.transform import lora as lora

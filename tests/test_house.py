@@ -14,7 +14,7 @@ from jlora import arithmetic, checkpoint, initializers, optim, peft
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat"},
-    {"_arrays", "_dora", "initializers"},
+    {"_arrays", "_dora", "_moments", "initializers"},
     {"_spec"},
     {"_adapt", "_attach", "_partition", "_report", "_tie", "arithmetic", "optim", "transform"},
     {"checkpoint", "peft"},
@@ -23,7 +23,7 @@ FLOORS = [
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
 PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
-    *("arithmetic", "optim"),
+    *("arithmetic", "optim", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie"),
 }

@@ -7,13 +7,19 @@ nothing for them: `attach` compiles it, and what is not used is not computed.
 A function whose `s·A·B` is not zero may return a third array, `(in, out)`: what is to stand for the
 weight, `W - s·A·B`, so that the model starts unchanged all the same. `attach` makes it the node's
 `base`, a new array, and marks the node `residual`.
+
+`eva`, `corda` and `lora_ga` read data as well, and come after `attach`: functions of its tree and
+of the moments of the inputs, or of a gradient.
 """
 
+from jlora.initializers._corda import corda as corda
 from jlora.initializers._decomposed import lora_xs as lora_xs
 from jlora.initializers._decomposed import mica as mica
 from jlora.initializers._decomposed import milora as milora
 from jlora.initializers._decomposed import olora as olora
 from jlora.initializers._decomposed import pissa as pissa
+from jlora.initializers._eva import eva as eva
+from jlora.initializers._gradient import lora_ga as lora_ga
 from jlora.initializers._random import Factors as Factors
 from jlora.initializers._random import Initializer as Initializer
 from jlora.initializers._random import Split as Split

@@ -19,14 +19,14 @@ def _wide(weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
     return weight.astype(accumulator(weight.dtype))
 
 
-def _residual(weight: Array, a: Array, b: Array, scaling: ArrayLike) -> Array:
+def residual_of(weight: Array, a: Array, b: Array, scaling: ArrayLike) -> Array:
     """Return `W - s·A·B` of A and B as they are stored, in W's dtype."""
     wide = _wide(weight)
     ab = jnp.matmul(a.astype(wide.dtype), b.astype(wide.dtype), precision=_EXACT)
     return (wide - jnp.asarray(scaling, wide.dtype) * ab).astype(weight.dtype)
 
 
-def _share(
+def share(
     weight: Array, u: Array, s: Array, vt: Array, scaling: ArrayLike, dtype: DTypeLike
 ) -> Split:
     """Give A and B the root of the singular values each, so that `s·A·B = U S Vᵀ`."""
@@ -37,7 +37,7 @@ def _share(
         )
     root = jnp.sqrt(s / jnp.asarray(scaling, s.dtype))
     a, b = (u * root[None]).astype(dtype), (root[:, None] * vt).astype(dtype)
-    return a, b, _residual(weight, a, b, scaling)
+    return a, b, residual_of(weight, a, b, scaling)
 
 
 def pissa(
@@ -84,7 +84,7 @@ def pissa(
         u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
     else:
         u, s, vt = _svd_of_a_range(key, wide, rank, niter)
-    return _share(weight, u[:, :rank], s[:rank], vt[:rank], scaling, dtype)
+    return share(weight, u[:, :rank], s[:rank], vt[:rank], scaling, dtype)
 
 
 def _svd_of_a_range(
@@ -139,7 +139,7 @@ def milora(
     Reference: Wang et al. 2024, arXiv:2406.09044, section 3.
     """
     u, s, vt = jnp.linalg.svd(_wide(weight), full_matrices=False)
-    return _share(weight, u[:, -rank:], s[-rank:], vt[-rank:], scaling, dtype)
+    return share(weight, u[:, -rank:], s[-rank:], vt[-rank:], scaling, dtype)
 
 
 def olora(
@@ -174,7 +174,7 @@ def olora(
     """
     q, r = jnp.linalg.qr(_wide(weight).T)  # (out, k), (k, in)
     a, b = r[:rank].T.astype(dtype), q[:, :rank].T.astype(dtype)
-    return a, b, _residual(weight, a, b, scaling)
+    return a, b, residual_of(weight, a, b, scaling)
 
 
 def mica(

@@ -41,6 +41,8 @@ class Settings:
     dropout: float = 0.0
     dtype: Any = None
     observe: Callable[[JaxprEqn, Use], None] | None = None
+    # What applies an equation that meets a view, in place of its rule: `jlora.capture` does.
+    instead: Callable[["Walk", JaxprEqn, list[Any]], Sequence[Any]] | None = None
     told: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     # Walked inner functions, by the jaxpr they came from: layers that share one are traced once,
     # and an eager call of a jitted function finds its compiled self again.
@@ -151,6 +153,8 @@ class Walk:
                 x.settled("e" * x.ndim if equal else ()) if isinstance(x, View) else x
                 for x in operands
             ]
+        if self.settings.instead is not None:
+            return self.settings.instead(self, eqn, operands)
         gained = any(isinstance(x, View) and x.gain is not None for x in operands)
         rule = None if gained and name not in KNOW_GAIN else RULES.get(name)
         outs = rule(self, eqn, *operands) if rule else NotImplemented

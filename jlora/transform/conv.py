@@ -21,7 +21,7 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     if isinstance(lhs, View):
         lhs = walk.materialize(eqn, lhs)
     out_axis, in_axis, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    sides, gain = _sides(eqn, view) if view.parts else (0, 0), _gain(eqn, view)
+    sides, gain = sides_of(eqn, view) if view.parts else (0, 0), _gain(eqn, view)
     if sides is None or gain is None:
         return NotImplemented
     result: Any = eqn.outvars[0].aval
@@ -54,7 +54,7 @@ def _gain(eqn: JaxprEqn, view: View) -> Gain | None:
     return placed(view, w_labels, x_labels, out_labels)
 
 
-def _sides(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
+def sides_of(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
     """Return the factor that has the window and the one that meets the input; None if neither."""
     p = eqn.params
     out_axis, in_axis, *spatial = p["dimension_numbers"].rhs_spec
@@ -83,7 +83,7 @@ def _narrow_conv(
     # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed
     # first (as in a transposed kernel), for the inputs.
     replaced = out_axis if window == inward else in_axis
-    kernel = _with_rank_at(view, window, replaced).astype(dtype)
+    kernel = with_rank_at(view, window, replaced).astype(dtype)
     other = view.factors[1 - window].astype(dtype)
     other = other.reshape(-1, other.shape[-1])  # (channels, rank): spatial axes of size 1 fall away
     if replaced == in_axis:
@@ -91,10 +91,10 @@ def _narrow_conv(
         labels: list[Any] = [("x", k) for k in range(x.ndim)]
         narrow = [RANK if k == feature else label for k, label in enumerate(labels)]
         x = contract(x, labels, other, [labels[feature], RANK], narrow, p["precision"])
-        return _convolve(eqn, x.astype(dtype), kernel, 1)
+        return convolve(eqn, x.astype(dtype), kernel, 1)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
-    z = _convolve(eqn, x, kernel, groups).astype(dtype)
+    z = convolve(eqn, x, kernel, groups).astype(dtype)
     feature = dn.out_spec[1]
     rank, channels = other.shape[-1], other.shape[0]
     z = z.reshape(*z.shape[:feature], groups, rank, *z.shape[feature + 1 :])
@@ -106,7 +106,7 @@ def _narrow_conv(
     return y.reshape(shape)
 
 
-def _with_rank_at(view: View, k: int, axis: int) -> Any:
+def with_rank_at(view: View, k: int, axis: int) -> Any:
     """Arrange a factor as a kernel of the base's rank, with the rank of the update at one axis."""
     f, axes = view.factors[k], view.axes(k)
     for missing in range(len(view.roles)):
@@ -116,7 +116,8 @@ def _with_rank_at(view: View, k: int, axis: int) -> Any:
     return jnp.moveaxis(f if axis not in axes else f.squeeze(axes.index(axis)), -1, axis)
 
 
-def _convolve(eqn: JaxprEqn, x: Any, kernel: Any, groups: int) -> Any:
+def convolve(eqn: JaxprEqn, x: Any, kernel: Any, groups: int, precision: Any = None) -> Any:
+    """Convolve as `eqn` does, with a kernel of another number of channels."""
     p = eqn.params
     return lax.conv_general_dilated(
         x,
@@ -127,6 +128,6 @@ def _convolve(eqn: JaxprEqn, x: Any, kernel: Any, groups: int) -> Any:
         p["rhs_dilation"],
         p["dimension_numbers"],
         feature_group_count=groups,
-        precision=p["precision"],
+        precision=precision or p["precision"],
         preferred_element_type=accumulator(x.dtype),
     )

@@ -16,21 +16,12 @@ from jlora.transform._walk import Walk
 
 @rule("ragged_dot_general", gain=True)
 def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Any:
-    dn = eqn.params["ragged_dot_dimension_numbers"]
     if not isinstance(view, View) or isinstance(x, View):
         return NotImplemented
-    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
-    groups, ragged = [*dn.rhs_group_dimensions], [*dn.lhs_ragged_dimensions]
-    if not groups or set(ragged) & {*x_sum, *x_batch}:
+    first, w_sum, free = meeting(eqn, view)
+    if first is None:
         return NotImplemented
-    free = [k for k in range(len(view.roles)) if k not in (*w_sum, *w_batch, *groups)]
-    sides = {view.roles[k] for k in w_sum}, {view.roles[k] for k in free}
-    if view.parts:
-        stacks = {view.roles[k] for k in (*groups, *w_batch)}
-        if stacks != {"s"} or sides not in (({"i"}, {"o"}), ({"o"}, {"i"})):
-            return NotImplemented
     result: Any = eqn.outvars[0].aval
-    first = int(sides[0] == {"o"})
     dtype = walk.narrow_dtype(x.dtype, result.dtype)
 
     def product(x: Any) -> Any:
@@ -47,14 +38,37 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
     return [out]
 
 
+def meeting(eqn: JaxprEqn, view: View) -> tuple[int | None, Sequence[int], Sequence[int]]:
+    """Return the factor that meets the input, None if neither, and the axes summed and kept."""
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
+    groups, ragged = [*dn.rhs_group_dimensions], [*dn.lhs_ragged_dimensions]
+    free = [k for k in range(len(view.roles)) if k not in (*w_sum, *w_batch, *groups)]
+    sides = {view.roles[k] for k in w_sum}, {view.roles[k] for k in free}
+    fits = bool(groups) and not set(ragged) & {*x_sum, *x_batch}
+    if view.parts:
+        stacks = {view.roles[k] for k in (*groups, *w_batch)}
+        fits &= stacks == {"s"} and sides in (({"i"}, {"o"}), ({"o"}, {"i"}))
+    return int(sides[0] == {"o"}) if fits else None, w_sum, free
+
+
+def into_rank(
+    eqn: JaxprEqn, x: Any, factor: Any, axes: list[int], group_sizes: Any, precision: Any = None
+) -> Any:
+    """Multiply x by the factor that it meets, which has these axes of the weight."""
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
+    numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
+    groups, ragged = _at(axes, dn.rhs_group_dimensions), [*dn.lhs_ragged_dimensions]
+    return _ragged(eqn, x, factor, group_sizes, numbers, ragged, groups, precision)
+
+
 def _narrow(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Any:
     """Multiply by one factor and then by the other; x is of the narrow products' dtype."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
-    (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
-    axes = view.axes(first)
-    numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
-    factor, groups = view.factors[first].astype(x.dtype), _at(axes, dn.rhs_group_dimensions)
-    z = _ragged(eqn, x, factor, group_sizes, numbers, [*dn.lhs_ragged_dimensions], groups)
+    (x_sum, _), (x_batch, _) = dn.dot_dimension_numbers
+    factor = view.factors[first].astype(x.dtype)
+    z = into_rank(eqn, x, factor, view.axes(first), group_sizes)
     x_free = [k for k in range(x.ndim) if k not in (*x_sum, *x_batch)]
     row = len(x_batch) + x_free.index(dn.lhs_ragged_dimensions[0])
     return _out_of_rank(eqn, z.astype(x.dtype), view, 1 - first, group_sizes, row)

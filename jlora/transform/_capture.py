@@ -1,0 +1,115 @@
+"""`capture(fn, params, ...)`: the moments of each adapted weight's inputs, summed as they pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, check, is_adapted
+from jlora._moments import Moments
+from jlora._paths import describe
+from jlora.transform._inputs import Sums
+from jlora.transform._lora import Traced, argument_path
+from jlora.transform._sites import Sites
+from jlora.transform._view import Names, View
+from jlora.transform._walk import Settings, Walk
+
+_CALL = "jlora.capture(fn, params, ...)"
+
+
+def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    """Sum `x xᵀ`, `x` and 1 over the inputs x of every adapted weight, while `fn` runs.
+
+    `fn(params, *args, **kwargs)` runs forward on the base weights, every adapter off, as PEFT does
+    for EVA. What a weight meets where its inputs are contracted is its input, flattened over
+    the in-dimensions: a patch of a convolution, the rows of an expert. A weight that is used twice,
+    or cut in two that meet the same x, has seen it twice.
+
+    Memory is `(in, in)` per weight, whatever the number of inputs; compile it, as
+    `jax.jit(lambda params, batch: jlora.capture(fn, params, batch))`, and add batches up by
+    `jax.tree.map(jnp.add, one, other)`.
+
+    Args:
+        fn: a function of a pytree of parameters, such as a Flax `module.apply`.
+        params: its parameters, after `jlora.attach`; the A and B there are not read.
+        *args: its other arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A tree like `params`: `Moments` for each `LoraArray`, None for anything else.
+
+    Raises:
+        ValueError: no `LoraArray` in `params`; one whose parts do not fit, or which meets no input
+            that is contracted: a lookup (an embedding), a tied head, a weight that is used whole.
+
+    Example:
+        >>> from jlora import LoraSpec, attach
+        >>> params = attach({"w": jnp.ones((2, 3))}, {"w": LoraSpec(1)}, key=jax.random.key(0))
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> moments = capture(lambda p, x: x @ p["w"], params, x)["w"]
+        >>> moments.second.tolist(), moments.total.tolist(), moments.count.item()
+        ([[10.0, 14.0], [14.0, 20.0]], [4.0, 6.0], 2.0)
+
+    Reference: the inputs' statistics of Paischer et al. 2024, arXiv:2410.07170, and Yang et al.
+    2024, arXiv:2406.05223. PEFT's `get_eva_state_dict` and `preprocess_corda`, which hook modules.
+    """
+    pairs, tree = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_adapted)
+    leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
+    plain = [x.base if isinstance(x, LoraArray) else x for x in leaves]
+    nodes = {
+        k: argument_path(path)
+        for k, (path, x) in enumerate(pairs)
+        if isinstance(x, LoraArray) and (path[0].idx, getattr(path[1], "idx", None)) == (0, 0)
+    }
+    if not nodes:
+        raise ValueError(
+            f"`{_CALL}`: there is no LoraArray in `params`, so there is no input to sum over. Put "
+            "the adapter on first: `params = jlora.attach(params, rules, key=key)`."
+        )
+    for k, name in nodes.items():
+        check(name, leaves[k], "jlora.capture")
+    traced = Traced(fn, tree, plain)
+    views = {k: _probe(leaves[k], name) for k, name in nodes.items()}
+    sites = Sites()
+    walk = Walk(Settings("materialize", instead=sites.apply))
+    values = [views.get(k, plain[k]) for k in traced.dynamic]
+    _, found = sites.pulled(walk, traced.jaxpr, values)
+    _refuse({name: leaves[k] for k, name in nodes.items() if name not in sites.met}, sites.missed)
+    result = iter(_moments(leaves[k], found[traced.dynamic.index(k)]) for k in nodes)
+    return jax.tree.map(
+        lambda x: next(result) if isinstance(x, LoraArray) else None, params, is_leaf=is_adapted
+    )
+
+
+def _probe(node: LoraArray, name: str) -> View:
+    """See a weight with the identity over its inputs for A, and nothing for B."""
+    geometry = Geometry.of(node.shape, node.layout)
+    wide, n = accumulator(node.dtype), geometry.fan_in
+    eye = jnp.eye(n, dtype=wide).reshape(*geometry.in_dims, n)
+    a = jnp.broadcast_to(eye, (*geometry.stack, *eye.shape))
+    b = jnp.zeros((*geometry.stack, n, *geometry.out_dims), wide)
+    roles = ("s",) * len(geometry.stack) + tuple(node.layout)
+    return View(node.base, (a, b, jnp.ones((), wide)), roles, Names([name]), True)
+
+
+def _moments(node: LoraArray, sums: Sums) -> Moments:
+    stack = Geometry.of(node.shape, node.layout).stack
+    n = sums.second.shape[-1]
+    total, count = (x.reshape(*stack, n) for x in sums[1:])
+    return Moments(sums.second.reshape(*stack, n, n), total, count.max(-1))
+
+
+def _refuse(unmet: dict[str, LoraArray], missed: dict[str, str]) -> None:
+    """Refuse weights whose inputs nothing summed, and say what was done with them instead."""
+    if not unmet:
+        return
+    what = [
+        f"{describe(path, node)} ({missed.get(path, 'never used')})" for path, node in unmet.items()
+    ]
+    raise ValueError(
+        f"`{_CALL}`: no input was met by {', '.join(what)}. Only a product or a convolution that "
+        "contracts a weight's inputs has any. Leave these out of the rules here, as in "
+        f'`{{"{next(iter(unmet))}": None, ...}}`, and attach them afterwards.'
+    )

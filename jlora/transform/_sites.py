@@ -1,0 +1,220 @@
+"""The walk of `jlora.capture`: where weights meet inputs these are summed, and the sums noted.
+
+The function is walked on the base weights. A note is a number that has a product's sums for its
+derivative in A, so they reach the parameters as a gradient would, through whatever cut, joined or
+moved the weight. Nothing of the model itself is differentiated, and a loop adds up its own sums.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from jlora import _compat
+from jlora.transform._inputs import Sums, of_conv, of_dot, of_ragged
+from jlora.transform._registry import RULES
+from jlora.transform._view import SIDES, View
+from jlora.transform._walk import Walk
+
+# Nothing is differentiated, so their own rules do not matter: the body is walked where it stands.
+_INLINE = {
+    **dict.fromkeys(("jit", "pjit", "remat2", "checkpoint", "remat"), "jaxpr"),
+    **dict.fromkeys(("custom_vjp_call", "custom_jvp_call"), "call_jaxpr"),
+    "custom_vmap_call": "call",
+}
+_OF = {"dot_general": of_dot, "conv_general_dilated": of_conv, "ragged_dot_general": of_ragged}
+
+
+class Sites:
+    """What one capture has met so far.
+
+    Attributes:
+        met: the paths of weights whose inputs were summed somewhere.
+        missed: for other uses of a weight, by path, the primitive and the line.
+    """
+
+    def __init__(self) -> None:
+        self.met: set[str] = set()
+        self.missed: dict[str, str] = {}
+        self._notes: list[Sums] = []
+
+    def apply(self, walk: Walk, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        """Apply an equation that meets a view, on the bases; what comes of a view may be one."""
+        name = eqn.primitive.name
+        if name in _INLINE:
+            return walk.inside(eqn, None).evaluate(eqn.params[_INLINE[name]], operands)
+        loop = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
+        if loop is not None:
+            return loop(walk, eqn, *operands)
+        if name in _OF and self._product(eqn, operands):
+            return walk.bind(eqn, *operands)
+        views = [x for x in operands if isinstance(x, View)]
+        if name == "stop_gradient":  # not of the sums
+            return [views[0].over(walk.bind(eqn, *operands)[0])]
+        rule = None if name in (*_OF, "shard_map") else RULES.get(name)
+        outs = rule(walk, eqn, *operands) if rule else NotImplemented
+        if outs is NotImplemented or not any(isinstance(x, View) for x in outs):
+            for path in (path for view in views for path in view.names):
+                self.missed.setdefault(path, f"{name} at {walk.line(eqn)}")
+            return walk.bind(eqn, *operands)
+        if all(isinstance(x, View) for x in outs):
+            return outs
+        plain = walk.bind(eqn, *operands)
+        return [x if isinstance(x, View) else y for x, y in zip(outs, plain, strict=True)]
+
+    def pulled(
+        self, walk: Walk, jaxpr: Any, args: Sequence[Any]
+    ) -> tuple[list[Any], dict[int, Sums]]:
+        """Walk a jaxpr; return its outputs, as arrays, and the sums for each view in `args`."""
+        views = {k: x for k, x in enumerate(args) if isinstance(x, View)}
+
+        def run(probes: dict[int, Any]) -> tuple[Sums, list[Any]]:
+            outer, self._notes = self._notes, [Sums(*(jnp.zeros(()) for _ in range(3)))]
+            filled = [_with(x, probes[k]) if k in views else x for k, x in enumerate(args)]
+            outs = walk.evaluate(jaxpr, filled)
+            notes, self._notes = self._notes, outer
+            return jax.tree.map(lambda *xs: sum(xs), *notes), _arrays(outs)
+
+        probes = {k: lax.stop_gradient(x.parts[0]) for k, x in views.items()}
+        notes, pull, outs = jax.vjp(run, probes, has_aux=True)
+        second, total, count = (
+            pull(Sums(*(jnp.full_like(x, k == n) for n, x in enumerate(notes))))[0]
+            for k in range(len(notes))
+        )
+        return outs, {
+            k: Sums(
+                second[k],
+                total[k][..., :1],  # the same at every rank
+                (count[k] * probes[k]).sum(_ins(x), keepdims=True),
+            )
+            for k, x in views.items()
+        }
+
+    def _product(self, eqn: JaxprEqn, operands: list[Any]) -> bool:
+        """Note the sums of a product's inputs, where it has them; return whether it has."""
+        operands = [x.settled() if isinstance(x, View) and "e" in x.roles else x for x in operands]
+        views = [x for x in operands if isinstance(x, View)]
+        sums = _OF[eqn.primitive.name](eqn, *operands) if len(views) == 1 else None
+        if sums is None:
+            return False
+        self._note(views[0], sums)
+        self.met.update(views[0].names)
+        return True
+
+    def _note(self, view: View, sums: Sums) -> None:
+        """Note sums that lie as the view's A does."""
+        a = view.parts[0]
+        # <A, this> is the number at each rank, whatever has scaled A or cut rows from it.
+        square = (a * a).sum(_ins(view), keepdims=True)
+        count = jnp.where(square == 0, 0.0, sums.count * a / jnp.where(square == 0, 1.0, square))
+        fixed = (lax.stop_gradient(x) for x in (sums.second, sums.total, count))
+        self._notes.append(Sums(*((x.astype(a.dtype) * a).sum() for x in fixed)))
+
+    def _scan(self, walk: Walk, eqn: JaxprEqn, *operands: Any) -> list[Any]:
+        p, body = eqn.params, _compat.body(eqn.params["jaxpr"])
+        n_consts, n_carry = _compat.scan_arity(p)
+        first = n_consts + n_carry
+        views = {k: x for k, x in enumerate(operands) if isinstance(x, View)}
+        kept = _held(operands, body, n_consts, first)
+        inner, sliced = walk.inside(eqn, None), {k: views[k] for k in views if k >= first}
+        by_step = {k for k, x in sliced.items() if x.roles[0] in SIDES[0]}
+
+        def step(state: Any, inputs: Any) -> Any:
+            (carry, sums), (pieces, probes) = state, inputs
+            args = [*_arrays(operands[:n_consts]), *carry, *pieces]
+            for k, x in kept.items():
+                args[k] = x
+            for k, x in sliced.items():
+                args[k] = _piece(x, args[k], probes.get(k, x.parts[0]))
+            outs, found = self.pulled(inner, p["jaxpr"], args)
+            sums = {k: jax.tree.map(jnp.add, sums[k], found[k]) for k in sums}
+            return (outs[:n_carry], sums), (outs[n_carry:], {k: found[k] for k in by_step})
+
+        probes = {k: sliced[k].parts[0] for k in by_step}
+        xs = lax.stop_gradient((_arrays(operands[first:]), probes))
+        start = {k: _zeros(x) for k, x in (*kept.items(), *sliced.items()) if k not in by_step}
+        init = (_arrays(operands[n_consts:first]), start)
+        (carry, sums), (ys, stacked) = lax.scan(
+            step, init, xs, p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        )
+        for k, found in (*sums.items(), *stacked.items()):
+            self._note(views[k], found)
+        return [*carry, *ys]
+
+    def _while(self, walk: Walk, eqn: JaxprEqn, *operands: Any) -> list[Any]:
+        p, body = eqn.params, _compat.body(eqn.params["body_jaxpr"])
+        n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+        cond_consts, operands = operands[:n_cond], operands[n_cond:]
+        kept = _held(operands, body, n_body, len(operands))
+        inner, condition = walk.inside(eqn, None), _compat.body(p["cond_jaxpr"])
+
+        def going(state: Any) -> Any:
+            return walk.quiet().evaluate(condition, [*_arrays(cond_consts), *state[0]])[0]
+
+        def step(state: Any) -> Any:
+            args = [*_arrays(operands[:n_body]), *state[0]]
+            for k, x in kept.items():
+                args[k] = x
+            outs, found = self.pulled(inner, p["body_jaxpr"], args)
+            return outs, {k: jax.tree.map(jnp.add, x, found[k]) for k, x in state[1].items()}
+
+        start = {k: _zeros(x) for k, x in kept.items()}
+        carry, sums = lax.while_loop(going, step, (_arrays(operands[n_body:]), start))
+        for k, found in sums.items():
+            self._note(operands[k], found)
+        return carry
+
+    def _cond(self, walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
+        args = [_fixed(x) if isinstance(x, View) else x for x in operands]
+        branches = [
+            functools.partial(self.pulled, walk.inside(eqn, None), jaxpr, args)
+            for jaxpr in eqn.params["branches"]
+        ]
+        outs, sums = lax.switch(index, branches)
+        for k, found in sums.items():
+            self._note(operands[k], found)
+        return outs
+
+
+def _arrays(values: Sequence[Any]) -> list[Any]:
+    return [x.base if isinstance(x, View) else x for x in values]
+
+
+def _with(view: View, a: Any) -> View:
+    return dataclasses.replace(view, parts=(a, *view.parts[1:]))
+
+
+def _fixed(view: View) -> View:
+    """Cut the derivative: what a loop sums up is noted behind it."""
+    return _with(view, lax.stop_gradient(view.parts[0]))
+
+
+def _held(operands: Sequence[Any], body: _compat.Body, first: int, end: int) -> dict[int, View]:
+    """Return the views that every step of a loop sees: constants, or carried on as they came."""
+    return {
+        k: _fixed(x)
+        for k, x in enumerate(operands[:end])
+        if isinstance(x, View) and (k < first or body.invars[k] is body.outvars[k - first])
+    }
+
+
+def _piece(view: View, base: Any, a: Any) -> View:
+    """See one step's slice of a view along its first axis; B, which is zero, is made anew."""
+    b = view.parts[1]
+    shape = b.shape[1:] if view.roles[0] in SIDES[1] else b.shape
+    return View(base, (a, jnp.zeros(shape, b.dtype)), view.roles[1:], view.names)
+
+
+def _zeros(view: View) -> Sums:
+    a = jnp.zeros_like(view.parts[0])
+    return Sums(a, a[..., :1], a.sum(_ins(view), keepdims=True))
+
+
+def _ins(view: View) -> tuple[int, ...]:
+    """Return which axes of A are inputs."""
+    return tuple(n for n, k in enumerate(view.axes(0)) if view.roles[k] == "i")
