@@ -5,7 +5,7 @@
 
 Every variant does the job of examples/finetune.py: SmolLM2-135M learns to pronounce words from
 CMUdict in 120 steps. The model, the batches of a seed, the schedule and the evaluation are the
-job's own, and a row of `VARIANTS` says what differs from its defaults. A seed is that of A and B
+job's own, and a row of variants.py says what differs from its defaults. A seed is that of A and B
 and of the order of the data.
 
 Each run of a variant and a seed has a process of its own, so that no memory outlives it, and is
@@ -23,73 +23,26 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import optax
 from measure import surroundings
 from memory import nbytes
 
 import jlora
-from jlora import initializers
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import finetune
 import training
 from evaluation import Job, compile_all, evaluate, make_apply
+from variants import VARIANTS, Variant
 
-LR = 2e-3  # the job's own
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SMOKE = Path("runs") / "quality_smoke.json"
-
-
-class Variant(NamedTuple):
-    """What is adapted, how fast it learns and by what, and what else is done before it begins."""
-
-    rules: dict[str, Any]
-    lr: float = LR
-    optimizer: Callable[[float, int], optax.GradientTransformation] = training.make_optimizer
-    begin: Callable[[Job], Any] | None = None  # the job, adapted by the rules -> its parameters
-
-
-def linear(**spec: Any) -> dict[str, Any]:
-    """Rules for all linear layers."""
-    return {r".*_proj/kernel": jlora.LoraSpec(**spec)}
-
-
-def share_factors(job: Job) -> Any:
-    """Give all layers one A and one B, as VeRA does."""
-    return jlora.tie(job.params, {".*": ("lora_a", "lora_b")})
-
-
-# An optimizer of another kind is a function of (lr, steps) that ends in, or begins with, the job's:
-# `lambda lr, steps: optax.chain(training.make_optimizer(lr, steps), jlora.optim.lora_plus(16.0))`;
-# one that stands alone takes `training.make_schedule(lr, steps)` for its rate.
-VARIANTS = {
-    "lora": Variant(linear()),  # rank 8, alpha 16
-    "lora_qv": Variant({r".*/(q|v)_proj/kernel": jlora.LoraSpec()}),
-    "lora_lr_low": Variant(linear(), LR / 4),
-    "lora_lr_high": Variant(linear(), LR * 4),
-    "lora_r64": Variant(linear(rank=64)),
-    "rslora_r64": Variant(linear(rank=64, scaling="rslora")),  # s is that of rank 8
-    "dora": Variant(linear(dora=True)),
-    "pissa": Variant(linear(init=initializers.pissa)),
-    "olora": Variant(linear(init=initializers.olora)),
-    "orthogonal": Variant(linear(init=initializers.orthogonal)),
-    "lora_fa": Variant(linear(form="lora_fa")),
-    # Alpha is the rank and the rate 4e-3 in the scripts of its authors, who take rank 64.
-    "lora_xs": Variant(linear(form="lora_xs", rank=32, alpha=32), 2 * LR),
-    # The paper tunes Llama at ten times LoRA's rate. 192 is the width of the narrowest layer.
-    "vera": Variant(linear(form="vera", rank=192, alpha=192), 10 * LR, begin=share_factors),
-    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's.
-    "full": Variant({".*": "full"}, LR / 10),
-    "full_lr_high": Variant({".*": "full"}, LR / 10 * 4),  # to `full` what lora_lr_high is to lora
-}
 
 
 def recipe(variant: Variant) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     `fn(params, *args, **kwargs)` runs forward on the base weights, every adapter off, as PEFT does
     for EVA. What a weight meets where its inputs are contracted is its input, flattened over
     the in-dimensions: a patch of a convolution, the rows of an expert. A weight that is used twice,
-    or cut in two that meet the same x, has seen it twice.
+    or cut in two that meet the same x, has seen it twice; of one cut along its inputs the parts'
+    own sums are known, and zeros between them.
 
     Memory is `(in, in)` per weight, whatever the number of inputs; compile it, as
     `jax.jit(lambda params, batch: jlora.capture(fn, params, batch))`, and add batches up by
