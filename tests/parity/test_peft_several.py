@@ -81,7 +81,7 @@ def slopes_of_several(
         find = peft.get_peft_model_state_dict
         want = quiet(find, model, state_dict=theirs, adapter_name=name)
         assert set(ours) == set(want)
-        # PEFT gives none to the first of a MultiheadAttention's (test_peft_differences).
+        # PEFT gives none to the first of a MultiheadAttention's (test_peft_differences_of_layers).
         lost = {key for key, grad in want.items() if grad is None}
         assert lost == (set(want) if twin.slopes and name == "default" else set())
         for key, grad in ((k, g) for k, g in want.items() if k not in lost):
