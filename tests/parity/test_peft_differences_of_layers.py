@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from jax import lax
 from test_dora_several import Kept, at_once, in_turn, two
 from test_peft_differences import distance, load
 from test_peft_groups import grouped as whole_of_groups
-from test_peft_layers import adapt, plain, quiet, randomize
+from test_peft_layers import adapt, plain, quiet, randomize, save
 from test_peft_several import together
 from twins import Holder, Twin, attention, conv, experts, hwio, linear
 
@@ -31,26 +32,38 @@ def test_attention_adds_its_output_update_twice(tmp_path):
     assert errors[0] > 0.1 and errors[1] < 1e-5 and errors[2] < 1e-5, errors
 
 
-def test_attention_trains_its_last_adapter_alone(tmp_path):
-    """PEFT registers the merged weight anew for each adapter, which cuts the ones before it off."""
+def test_attention_trains_its_last_adapter_alone(tmp_path, compare):
+    """PEFT registers the merged weight anew for each adapter, which cuts the ones before it off.
+
+    So each adapter's gradients are PEFT's where it is the last.
+    """
     model = adapt(attention)
     quiet(model.add_adapter, "other", model.peft_config["default"])
-    for order in (["default", "other"], ["other", "default"]):
-        quiet(model.base_model.set_adapter, order)
-        randomize(model)
-        model.zero_grad()
-        x = attention.x(np.random.default_rng(0))
-        quiet(model, torch.tensor(x)).sum().backward()
-        found = {n: p.grad is not None for n, p in model.named_parameters() if "lora_" in n}
-        assert found == {name: f".{order[-1]}." in name for name in found} and len(found) == 8
-    adapters = [load(attention, model, tmp_path, adapter=name) for name in ("default", "other")]
+    names = ["default", "other"]
+    quiet(model.base_model.set_adapter, names)
+    randomize(model)
+    x = attention.x(np.random.default_rng(0))
+    adapters = [load(attention, model, tmp_path, adapter=name) for name in names]
     trainable, frozen = jlora.partition(adapters)
 
     def loss(trainable: Any) -> Any:
-        return jlora.lora(attention.fn)(together(jlora.combine(trainable, frozen)), x).sum()
+        trees = [attention.as_peft(tree) for tree in jlora.combine(trainable, frozen)]
+        return jlora.lora(attention.fn)(together(trees), x).sum()
 
-    slopes = jax.tree.leaves(jax.grad(loss)(trainable))
-    assert len(slopes) == 8 and all(float(jnp.abs(slope).max()) > 1e-3 for slope in slopes)
+    slopes = jlora.combine(jax.grad(loss)(trainable), frozen)
+    for order in (names, names[::-1]):
+        quiet(model.base_model.set_adapter, order)
+        model.zero_grad()
+        quiet(model, torch.tensor(x)).sum().backward()
+        theirs = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+        found = {name: grad is not None for name, grad in theirs.items()}
+        assert found == {name: f".{order[-1]}." in name for name in found} and len(found) == 8
+        ours = save(tmp_path / order[-1], slopes[names.index(order[-1])], attention)
+        want = peft.get_peft_model_state_dict(model, state_dict=theirs, adapter_name=order[-1])
+        assert set(ours) == set(want) and len(want) == 4
+        for key, grad in want.items():
+            slope = next((s for part, s in attention.slopes.items() if part in key), 1.0)
+            compare(slope * ours[key].numpy(), grad.numpy(), f"{order[-1]}: gradient of {key}")
 
 
 def test_attention_does_not_train_a_bias_of_lora_b(tmp_path):
