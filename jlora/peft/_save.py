@@ -45,6 +45,9 @@ def save(
 
     PEFT and transformers load them. The files are written beside their place and renamed;
     an adapter that is there already is replaced, other files in the folder stay.
+    What PEFT's LoRA does not have is written as plain LoRA of the same update: slices become one
+    A and B, and what stands between A and B or scales it (`LoraSpec(form="lora_xs")`, "vera" and
+    "adalora") goes into B. It loads as plain LoRA too; `jlora.checkpoint` keeps the form.
 
     Args:
         directory: the folder. For one of several adapters PEFT has a sub-folder of its name.
