@@ -3,6 +3,8 @@
 | what | PEFT | jlora |
 |---|---|---|
 | an entry of target_modules that matches nothing | ignored | an error |
+| a key of a file that fits nothing, or that lacks | passed over, or warned of | an error |
+| an entry of adapter_config.json that it does not know | dropped with a warning | an error |
 | "all-linear" in a plain module | takes the output head too | leaves a head of the usual names |
 | `safe_merge` over bfloat16 | rounds the delta, then the sum | rounds once |
 | unmerge | changes the weights | `detach` has them bit for bit |
@@ -15,6 +17,7 @@
 | the random B of experts (`init_lora_weights=False`) | U(±1/√(r·E)) | U(±1/√r), as of a layer |
 | a convolution with groups | A sees all channels, no merge | so without groups; with, its group's |
 | DoRA of a convolution with groups | a norm of B A as if without | the kernel's own norm |
+| DoRA of an output whose weights are all zero | 0 / 0 | g = 1 |
 | a dilated convolution | fails | works |
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
 | the linear sum of adapters | has cross terms | A and B side by side are exact |
@@ -28,6 +31,7 @@ The rows from MultiheadAttention's to padding_mode's are tested in test_peft_dif
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -36,6 +40,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_peft_layers import adapt, plain, quiet, randomize
 from test_peft_several import together
 from twins import Holder, Twin, conv1d_hf, experts, linear, mlp
@@ -60,6 +65,36 @@ def test_an_entry_that_matches_nothing():
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 1
     with pytest.raises(ValueError, match=r"\['dwon'\] of the configuration choose nothing.*down"):
         jlora.peft.rules(config.to_dict(), mlp.params(mlp.make()), names=mlp.names)
+
+
+def test_keys_that_fit_nothing_or_lack(tmp_path):
+    quiet(adapt(linear).save_pretrained, tmp_path)
+    file, config = (
+        tmp_path / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    first, said = load_file(file), json.loads(config.read_text())
+    base, read = linear.params(plain(linear)), dict(names=linear.names)
+    key = "base_model.model.layer.lora_B.weight"
+    odd = key.replace("layer", "leyar")
+
+    save_file({**first, odd: first[key].clone()}, file)
+    peft.PeftModel.from_pretrained(plain(linear), str(tmp_path))  # a warning would be an error
+    with pytest.raises(ValueError, match=r"1 keys are unexpected.*leyar.*Closest: .layer"):
+        jlora.peft.load(tmp_path, base, **read)
+
+    save_file({k: x for k, x in first.items() if k != key}, file)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        model = peft.PeftModel.from_pretrained(plain(linear), str(tmp_path))
+    assert model.base_model.model.layer.lora_B["default"].weight.shape == (7, 4)
+    with pytest.raises(ValueError, match=r"1 keys are missing: .*layer\.lora_B\.weight"):
+        jlora.peft.load(tmp_path, base, **read)
+
+    save_file(first, file)
+    config.write_text(json.dumps({**said, "use_rslora2": True}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments.*use_rslora2"):
+        peft.PeftModel.from_pretrained(plain(linear), str(tmp_path))
+    with pytest.raises(ValueError, match=r'sets "use_rslora2" to True.*use_rslora'):
+        jlora.peft.load(tmp_path, base, **read)
 
 
 def test_all_linear_in_a_plain_module():

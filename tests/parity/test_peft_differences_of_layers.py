@@ -191,6 +191,25 @@ def test_dora_of_a_convolution_with_groups(tmp_path, compare):
     compare(ours, meant, "DoRA of the kernel without groups")
 
 
+def test_dora_of_an_output_of_zeros(tmp_path, compare):
+    def make() -> torch.nn.Module:
+        module = linear.make()
+        torch.nn.init.zeros_(module.layer.weight[2].data)
+        return module
+
+    twin = dataclasses.replace(linear, make=make)
+    model = adapt(twin, use_dora=True)
+    for p in (model.base_model.model.layer.lora_B["default"].weight,):
+        torch.nn.init.zeros_(p.data)
+    params, x = load(twin, model, tmp_path), twin.x(np.random.default_rng(0))
+    theirs = model(torch.tensor(x)).detach().numpy()
+    ours = np.asarray(jlora.lora(twin.fn, fallback="error")(params, x))
+    assert not np.isfinite(theirs[..., 2]).any() and np.isfinite(ours).all()
+    others = [k for k in range(7) if k != 2]
+    compare(ours[..., others], theirs[..., others], "the other outputs")
+    compare(ours[..., 2], np.full((2, 5), params["layer"]["bias"][2]), "its bias alone", 0)
+
+
 def spatial(**options: Any) -> Twin:
     """A convolution with options that PEFT does not hand on to A."""
 
