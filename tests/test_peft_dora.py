@@ -263,5 +263,5 @@ def test_a_bias_of_an_embedding(tmp_path):
         key=KEY,
     )
     names = {"embedding": "m.e.weight", "bias": "m.e.bias"}
-    with pytest.raises(ValueError, match=says("PEFT has no bias of lora_B", "an embedding")):
+    with pytest.raises(ValueError, match=says("PEFT trains no bias of lora_B", "an embedding")):
         peft.save(tmp_path / "a", params, names=names, lora_bias=True)

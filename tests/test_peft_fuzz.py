@@ -44,7 +44,7 @@ def test_damaged_files_load_right_or_not_at_all(in_header, in_config, keep):
         (folder / "adapter_config.json").write_bytes(config)
         try:
             got = load(folder)
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
+        except ValueError:
             return
         # What was read is what the files still say.
         found, says_ = safetensors.numpy.load(weights), json.loads(config)
@@ -127,5 +127,5 @@ def test_any_json_is_read_or_refused(changes):
         for use in (lambda: load(folder), lambda: peft.rules(config, base(), names=SMALL_NAMES)):
             try:
                 use()
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue

@@ -1,4 +1,7 @@
-"""PEFT's files: adapters of PyTorch's in, adapters of jlora's out, and its recipes as rules."""
+"""PEFT's files: adapters of PyTorch's in, adapters of jlora's out, and its recipes as rules.
+
+Where jlora means to give another answer than PEFT: `tests/parity/test_peft_differences.py`.
+"""
 
 from jlora.peft._load import load as load
 from jlora.peft._ready import llama_names as llama_names

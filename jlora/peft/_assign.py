@@ -75,7 +75,8 @@ def assign(
         place = found.places.get(name)
         is_copy = groups.base.get(name) == key
         if place is None or (not is_copy and place.path in plan.lora):
-            plan.unexpected.append(key)
+            if not _is_repeated(name, groups, tensors):
+                plan.unexpected.append(key)
             continue
         geometry, kind = found.whole(place, call)
         plan.check_shape(key, tensors[key], whole_shape(place.shape, geometry, kind), place)
@@ -89,6 +90,19 @@ def assign(
     for parts in (*plan.lora.values(), *plan.full.values()):
         parts.sort(key=lambda one: one.place.index)
     return plan
+
+
+def _is_repeated(name: str, groups: Groups, tensors: Tensors) -> bool:
+    """Whether PEFT wrote this bias once more: bias="all" finds both copies of a module to save.
+
+    The one that trains is the same as the module's own; the original is used nowhere.
+    """
+    for copy in (".modules_to_save.", ".original_module."):
+        own = groups.full.get(name.replace(copy, ".", 1))
+        if copy in name and name.endswith(".bias") and own is not None:
+            same = np.array_equal(tensors[groups.full[name]], tensors[own])
+            return same or copy == ".original_module."
+    return False
 
 
 def _assign_lora(

@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
 def _typed(key: str, value: Any, call: str) -> Any:
     """Check the type of one entry; single strings and numbers that stand for lists become lists."""
     if key in ("layers_pattern", "modules_to_save") and isinstance(value, str):
-        value = [value]
+        value = [value] if value else []  # PEFT takes an empty one for none
     if key == "layers_to_transform":
         value = [value] if isinstance(value, int) else value
         value = value or None  # an empty list chooses every layer

@@ -185,6 +185,9 @@ def refuse_variants(
         what = "an embedding"
     else:
         return
-    for word, on in (("DoRA (use_dora=True)", dora), ("bias of lora_B (lora_bias=True)", bias)):
+    for has, on in (
+        ("has no DoRA (use_dora=True)", dora),
+        ("trains no bias of lora_B (lora_bias=True)", bias),
+    ):
         if on:
-            raise ValueError(f'`{call}`: PEFT has no {word} for {what}, such as "{place.name}".')
+            raise ValueError(f'`{call}`: PEFT {has} for {what}, such as "{place.name}".')

@@ -45,6 +45,9 @@ def save(
 
     PEFT and transformers load them. The files are written beside their place and renamed;
     an adapter that is there already is replaced, other files in the folder stay.
+    What PEFT's LoRA does not have is written as plain LoRA of the same update: slices become one
+    A and B, and what stands between A and B or scales it (`LoraSpec(form="lora_xs")`, "vera" and
+    "adalora") goes into B. It loads as plain LoRA too; `jlora.checkpoint` keeps the form.
 
     Args:
         directory: the folder. For one of several adapters PEFT has a sub-folder of its name.
@@ -156,12 +159,10 @@ def _check(path: str, node: Any, call: str) -> None:
 
 def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
     """Write slices and cores as one A and B of the whole weight, but for slices of groups."""
-    if not isinstance(node, LoraArray):
-        return node
-    if kind != "grouped":
-        odd = node.slices is not None or node.core is not None
+    if kind != "grouped" or not is_adapted(node):
+        odd = isinstance(node, LoraArray) and (node.slices is not None or node.core is not None)
         return plain(node, shape_of(node)) if odd else node
-    slices = node.slices
+    slices = getattr(node, "slices", None)  # what is trained whole has none
     outs = Geometry.of(node.shape, node.layout).out_dims if slices else (0,)
     if slices is None or slices != even(outs[0], len(slices)):
         raise ValueError(
@@ -183,6 +184,8 @@ def shape_of(node: Any) -> tuple[int, ...]:
     """Return the shape of a weight, of a detached adapter's too."""
     if not isinstance(node, LoraArray):
         return tuple(np.shape(node.value if isinstance(node, FullArray) else node))
+    if node.slices is not None:  # B is narrower than the weight
+        return tuple(node.base.shape)
     ins, outs = node.layout.count("i"), node.layout.count("o")
     stack = node.lora_a.shape[: node.lora_a.ndim - ins - 1]
     sides = {

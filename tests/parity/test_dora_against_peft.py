@@ -10,13 +10,16 @@ import numpy as np
 import peft
 import pytest
 import torch
+from test_peft_groups import grouped
 from test_peft_layers import VARIANTS, adapt, hold, load, plain, quiet, save, tensors
-from twins import Twin, attention, conv, conv1d_hf, embedding, experts, linear, mlp
+from twins import Twin, attention, conv, conv1d_hf, embedding, experts, heads, linear, mlp
 
 import jlora
 
 LAYERS = [linear, conv1d_hf, embedding, conv(1, 2, 1), conv(2, 2, 1), conv(3, 1, 0)]
-BIASED = [linear, conv1d_hf, conv(1, 2, 1), conv(2, 2, 1), conv(3, 1, 0)]
+EVERY = [*LAYERS, heads, mlp]
+BIASED = [linear, conv1d_hf, conv(1, 2, 1), conv(2, 2, 1), conv(3, 1, 0), grouped(2, 2)]
+PATTERNS = {"plain": {}, "patterns": {"rank_pattern": {"layer": 2}, "alpha_pattern": {"^layer": 7}}}
 
 
 def bare() -> torch.nn.Module:
@@ -27,16 +30,23 @@ def bare() -> torch.nn.Module:
 
 @pytest.mark.parametrize("rank", [1, 4, 6])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("twin", LAYERS, ids=repr)
+@pytest.mark.parametrize("twin", EVERY, ids=repr)
 def test_dora(twin, variant, rank, tmp_path, compare):
     """Forward, the gradients of x, A, B and m, the merged weight, the file bit for bit."""
-    model = adapt(twin, use_dora=True, rank_pattern={"layer": rank}, **VARIANTS[variant])
+    first = twin.targets[0]
+    patterns = {"rank_pattern": {first: rank}, "alpha_pattern": {f"^{first}": 7}}
+    model = adapt(twin, use_dora=True, **patterns, **VARIANTS[variant])
     hold(twin, model, tmp_path, compare, **VARIANTS[variant])
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["use_dora"] is True
 
 
-def test_dora_of_several_layers_and_their_biases(tmp_path, compare):
-    hold(mlp, adapt(mlp, use_dora=True, bias="lora_only"), tmp_path, compare)
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("twin", [t for t in EVERY if t not in (embedding, heads)], ids=repr)
+def test_dora_and_biases(twin, bias, tmp_path, compare):
+    hold(twin, adapt(twin, use_dora=True, bias=bias), tmp_path, compare)
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["bias"] == (
+        bias if twin is mlp else "lora_only"  # of one layer they are the same
+    )
 
 
 @pytest.mark.parametrize("twin", LAYERS, ids=repr)
@@ -120,30 +130,49 @@ def test_what_peft_itself_refuses(twin: Twin, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("twin", [embedding, experts(False)], ids=repr)
+def test_where_peft_itself_refuses_a_bias_of_lora_b(twin: Twin):
+    with pytest.raises(ValueError, match="lora_bias=True"):
+        adapt(twin, lora_bias=True)
+    config = dict(peft_type="LORA", lora_bias=True, target_modules=list(twin.targets) or None)
+    config |= dict(target_parameters=list(twin.parameters) or None)
+    with pytest.raises(ValueError, match=r"lora_bias=True lora_B of \"layer\" has a bias"):
+        jlora.peft.rules(config, twin.params(plain(twin)), names=twin.names)
+
+
+@pytest.mark.parametrize("patterns", PATTERNS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", BIASED, ids=repr)
-def test_a_bias_of_lora_b(twin, variant, tmp_path, compare):
+def test_a_bias_of_lora_b(twin, variant, patterns, tmp_path, compare):
     """It is a part of the layer's own bias, s·b, so its gradient is s times the bias's."""
-    model = adapt(twin, lora_bias=True, **VARIANTS[variant])
+    model = adapt(twin, lora_bias=True, **PATTERNS[patterns], **VARIANTS[variant])
     quiet(model.save_pretrained, tmp_path)
     base = twin.params(plain(twin))
     params = load(tmp_path, base, twin)
     assert params["layer"]["bias"].base is base["layer"]["bias"]
     x = twin.x(np.random.default_rng(0))
-    out = model(torch.tensor(x))
+    tx = torch.tensor(x, requires_grad=True)
+    out = model(tx)
     weight = torch.randn_like(out)
     (out * weight).sum().backward()
     t, f = jlora.partition(params)
 
-    def loss(t: Any) -> Any:
+    def loss(t: Any, x: Any) -> Any:
         y = jlora.lora(twin.fn, fallback="error")(jlora.combine(t, f), x)
         return (y * weight.numpy()).sum(), y
 
-    grads, y = jax.grad(loss, has_aux=True)(t)
+    (grads, of_x), y = jax.grad(loss, (0, 1), has_aux=True)(t, x)
     compare(y, out.detach().numpy(), "forward")
+    compare(of_x, tx.grad.numpy(), "gradient of the input")
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    theirs = quiet(peft.get_peft_model_state_dict, model, state_dict=theirs)
+    ours = save(tmp_path / "gradients", jlora.combine(grads, f), twin, **VARIANTS[variant])
     s = float(params["layer"]["kernel"].scaling)
-    (theirs,) = [p.grad for n, p in model.named_parameters() if n.endswith("lora_B.default.bias")]
-    compare(s * grads["layer"]["bias"].value, theirs.numpy(), "gradient of the bias")
+    prefix = "base_model.model.layer."
+    ours[f"{prefix}lora_B.bias"] = s * ours.pop(f"{prefix}base_layer.bias")
+    assert set(ours) == set(theirs) and len(ours) == 3
+    for key, grad in theirs.items():
+        compare(ours[key].numpy(), grad.numpy(), f"gradient of {key}")
 
     given = {"lora_bias": True, **VARIANTS[variant]}
     first, again = tensors(tmp_path), save(tmp_path / "again", params, twin, **given)
@@ -157,6 +186,8 @@ def test_a_bias_of_lora_b(twin, variant, tmp_path, compare):
     assert not result.missing_keys and not result.unexpected_keys
     compare(reloaded.eval()(torch.tensor(x)).detach().numpy(), out.detach().numpy(), "PEFT")
 
+    if not twin.merges:
+        return
     merged = twin.params(quiet(model.merge_and_unload))
     ours = dict(jax.tree.leaves_with_path(jlora.merge(params)))
     for path, want in jax.tree.leaves_with_path(merged):

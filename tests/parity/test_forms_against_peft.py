@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
+import pytest
 import torch
+from test_peft_layers import into_peft, plain, save
+from twins import linear
 
 import jlora
 from jlora import LoraSpec
@@ -111,3 +114,20 @@ def test_vera_begins_as_peft_begins(compare):
         compare(ours.std(), theirs.std(), "spread", most=0.02)
     compare(node.core, layer.vera_lambda_d["default"].detach().numpy(), "λ_d")
     compare(node.lambda_b, layer.vera_lambda_b["default"].detach().numpy(), "λ_b")
+
+
+@pytest.mark.parametrize("form", ["lora_fa", "lora_xs", "vera", "adalora"])
+def test_what_is_saved_is_plain_lora_to_peft(form, tmp_path, compare):
+    base = linear.params(plain(linear))
+    rules = {".*kernel": LoraSpec(RANK, form=form)}
+    trainable, frozen = jlora.partition(jlora.attach(base, rules, key=jax.random.key(0)))
+    rng = np.random.default_rng(1)
+    move = lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    params = jlora.combine(jax.tree.map(move, trainable), frozen)
+    x = linear.x(rng)
+    y = jlora.lora(linear.fn, fallback="error")(params, x)
+    assert np.abs(y - linear.fn(base, x)).max() > 0.1
+    save(tmp_path, jlora.detach(params)[1], linear)
+    model, result = into_peft(linear, tmp_path)
+    assert not result.missing_keys and not result.unexpected_keys
+    compare(model(torch.tensor(x)).detach().numpy(), y, "PEFT")

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from test_peft_layers import adapt, hold, load, plain, quiet, save
-from twins import Holder, Twin, conv, hwio
+from twins import Holder, Twin, conv, hwio, linear
 
 import jlora.peft
 
@@ -173,9 +173,16 @@ def test_groups_that_rules_cannot_have(tmp_path):
         config = {**recipe(twin).to_dict(), **more}
         return jlora.peft.rules(config, base, names=twin.names, groups=groups)
 
-    for n, more in ((3, {}), (5, {}), (0, {}), (4, {"r": 6})):
+    # 12 outputs: 8 divides the rank alone, 3 the outputs alone.
+    for n, more in ((3, {}), (8, {}), (5, {}), (0, {}), (-2, {}), (4, {"r": 6})):
         with pytest.raises(ValueError, match=rf"`groups` has {n} for \"layer/kernel\".*divide"):
             rules({"layer/kernel": n}, **more)
+    dense, names = linear.params(plain(linear)), linear.names
+    with pytest.raises(
+        ValueError, match=r"`groups` has 1 for \"layer/kernel\" \[13, 7\], of rank 8"
+    ):
+        config = recipe(linear).to_dict()
+        jlora.peft.rules(config, dense, names=names, groups={"layer/kernel": 1})
     with pytest.raises(KeyError, match=r"`groups` has \"layer/kernal\".*layer/kernel"):
         rules({"layer/kernal": 4})
     # Untold, the rules are of a convolution without groups: right here, and refused by PEFT.

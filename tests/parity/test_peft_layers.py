@@ -162,11 +162,13 @@ def test_biases_and_patterns(bias, variant, tmp_path, compare):
     assert written["bias"] == bias and ranks == {3, 4}
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bias", BIASES[1:])
 @pytest.mark.parametrize("twin", [t for t in TWINS if t.targets and t is not mlp], ids=repr)
-def test_biases(twin, bias, tmp_path, compare):
+def test_biases(twin, bias, variant, tmp_path, compare):
     """What has no bias, an embedding, saves none."""
-    hold(twin, adapt(twin, bias=bias), tmp_path, compare)
+    model = adapt(twin, bias=bias, **VARIANTS[variant])
+    hold(twin, model, tmp_path, compare, **VARIANTS[variant])
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     biased = any(name.endswith("bias") for name in plain(twin).state_dict())
     saved = {key for key in tensors(tmp_path) if key.endswith("bias")}

@@ -22,6 +22,7 @@ KEYS = [
     *("h.1.attn.q", "m.h.1.attn.q", "m.h.11.attn.q", "m.h.1.mlp.experts.2.q", "m.h.2.mlp.1.q"),
     *("bar.1.baz", "foo.bar.1.baz", "blocks.1.weight", "enc.blocks.1.weight", "enc.1", "1.q"),
     *("a.fc", "a.b.fc", "afc", "a.bfc", "enc.layers.3.self_attn.q", "dec.layers.3.self_attn.q"),
+    *("a.layers.001.q", "a.bar.1.x.2.baz", "a.bar.2.x.1.baz", "bar.1.bias", "m.h.1.attn.q.drop"),
 ]
 NAMES = [
     *("q", "fc", "weight", "baz", "1", "attn.q", "1.q", "layers.1.q", "h.1.attn.q", "a.fc", "w"),
@@ -38,10 +39,15 @@ PATTERNS = [
     ".*",
 ]
 LAYERS = [None, 1, [1], [0, 1], [2, 3], [10, 11], []]
-LAYER_NAMES = [None, "layers", ["h"], ["layers", "h"], "bar", "blocks", "l.*s", "experts", []]
+LAYER_NAMES = [None, "", "layers", ["h"], ["layers", "h"], "bar", "blocks", "l.*s", "experts", []]
 
 TARGETS: dict[str, list[dict[str, Any]]] = {
     "lists": [{"target_modules": [name]} for name in NAMES],
+    "pairs": [
+        {"target_modules": list(pair), "layers_to_transform": layers, "layers_pattern": pattern}
+        for pair in (("q", "fc"), ("baz", "spam"), ("layers.1.q", "weight"))
+        for layers, pattern in ((None, None), (1, "bar"), ([0, 1], ["layers", "h"]), ([2, 3], ""))
+    ],
     "patterns": [{"target_modules": pattern} for pattern in PATTERNS],
     "layers": [
         {"target_modules": [name], "layers_to_transform": layers, "layers_pattern": pattern}
@@ -66,6 +72,9 @@ def jlora_chooses(key: str, config: dict[str, Any]) -> bool:
     names = {key: f"{key}.weight"}
     for entry in config.get("modules_to_save", ()):  # so that no entry chooses nothing
         names[f"saved {entry}"] = f"other.{entry}.weight"
+    targets = config["target_modules"]
+    if isinstance(targets, list) and len(targets) > 1:  # a whole name is chosen in any layer
+        names |= {f"target {entry}": f"{entry}.weight" for entry in targets if entry != key}
     params = dict.fromkeys(names, jax.ShapeDtypeStruct((4, 4), np.float32))
     try:
         found = jlora.peft.rules({"peft_type": "LORA", **config}, params, names=names)
@@ -209,3 +218,35 @@ def test_odd_module_names(tmp_path, compare):
     assert set(first) == set(again) and len(first) == 2 * len(Odd.NAMES)
     for key in first:
         compare(again[key].numpy(), first[key].numpy(), key, 0)
+
+
+def leaf() -> torch.nn.Module:
+    """Parameters that are no module's weight."""
+    module = torch.nn.Module()
+    for name in ("up", "down", "xup"):
+        module.register_parameter(name, torch.nn.Parameter(torch.ones(3, 4, 4)))
+    return module
+
+
+PARAMETERS = [
+    *(["up"], ["down", "up"], ["a.up"], ["n.a.up"], ["b.down"], ["xup", "b.up"], ["m.a.up"]),
+    *(["m.n.b.xup"], ["a.up", "up"], ["xa.up"]),
+]
+
+
+@pytest.mark.parametrize("entries", PARAMETERS, ids=str)
+def test_the_same_parameters_are_chosen(entries, compare):
+    """An entry of `target_parameters` is a whole name or its last components, and no pattern."""
+    module = torch.nn.Module()
+    module.m = torch.nn.ModuleDict({"a": leaf(), "b": leaf(), "xa": leaf()})
+    module.m["n"] = torch.nn.ModuleDict({"a": leaf(), "b": leaf()})
+    shapes = {
+        n: jax.ShapeDtypeStruct(tuple(p.shape), np.float32) for n, p in module.named_parameters()
+    }
+    config = peft.LoraConfig(target_modules=[], target_parameters=entries)
+    model = quiet(peft.get_peft_model, module, config)
+    theirs = set(model.base_model.targeted_parameter_names)
+    found = jlora.peft.rules(config.to_dict(), shapes, names={name: name for name in shapes})
+    assert {path.replace("\\", "") for path in found} == theirs and 0 < len(theirs) < len(shapes)
+    assert all(isinstance(rule, jlora.LoraSpec) for rule in found.values())
+    compare(len(found), len(theirs), "the number of adapted parameters", 0)
