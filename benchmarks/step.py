@@ -8,12 +8,14 @@ loss and its gradient with respect to what it trains and to the input (in a mode
 below). Each runs once a round, in turn; a ratio is a median over the rounds of its seconds over its
 limit's. Expected on a CPU: `jlora` near 1.1, `naive` and `qwix` near 1.6.
 
-`limit` and `full` train nothing and everything; `naive` is x W + (x A) B s by autodiff, `merged`
-builds W + s A B each step, `qwix` and `peft` are what benchmarks/peers.py says. `peft` is measured
-against its own limit, PyTorch's, and PyTorch's temporary memory includes the gradients.
+`limit` and `full` train nothing and everything; `lora_fa` is `jlora` with A frozen, which keeps
+fewer inputs; `naive` is x W + (x A) B s by autodiff, `merged` builds W + s A B each step, `qwix`
+and `peft` are what benchmarks/peers.py says. `peft` is measured against its own limit, PyTorch's,
+and PyTorch's temporary memory includes the gradients.
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -37,19 +39,26 @@ def naive_product(x: jax.Array, node: Any) -> jax.Array:
 def own_variants(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
     """The variants that need no other library."""
     base, _ = jlora.detach(params)
-    trainable, frozen = jlora.partition(params)
     plain = functools.partial(loss, head_dim=sizes.head_dim)
     naive = functools.partial(plain, mul=naive_product)
 
-    def of(fn: Callable[..., jax.Array]) -> Variant:
+    def of(fn: Callable[..., jax.Array], params: Any = params) -> Variant:
         def value(t: Any, x: jax.Array, frozen: Any) -> jax.Array:
             return fn(jlora.combine(t, frozen), x)
 
+        trainable, frozen = jlora.partition(params)
         return compiled(value, (0, 1), trainable, x, frozen)
+
+    def without_a(node: Any) -> Any:
+        return dataclasses.replace(node, frozen=("lora_a",))
+
+    is_node = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
+    b_alone = jax.tree.map(without_a, params, is_leaf=is_node)
 
     return {
         "limit": compiled(plain, (1,), base, x),
         "jlora": of(jlora.lora(plain, fallback="error")),
+        "lora_fa": of(jlora.lora(plain, fallback="error"), b_alone),
         "naive": of(naive),
         "merged": of(lambda p, x: plain(jlora.merge(p), x)),
         "full": compiled(plain, (0, 1), base, x),

@@ -70,7 +70,7 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert {"jax", "jaxlib", "torch", "peft", "qwix"} <= set(result["versions"])
     assert result["device"] and result["date"] and result["sizes"]["width"] == 32
     rows = result["variants"]
-    assert list(rows) == ["limit", "jlora", "naive", "merged", "full"]
+    assert list(rows) == ["limit", "jlora", "lora_fa", "naive", "merged", "full"]
     for row in rows.values():
         assert {"ratio", "seconds", "temp_bytes", "flops"} <= set(row)
     assert rows["limit"]["ratio"] == 1

@@ -156,6 +156,39 @@ def test_vmap_over_adapters(form):
         np.testing.assert_allclose(got[k], X @ jlora.merge(alone)["w"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_frozen_a_keeps_no_inputs():
+    """The gradient of A needs each layer's input, normed and so kept for nothing else."""
+
+    def norm(x):
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    def model(p, x):
+        for layer in p:
+            x = x + jnp.tanh(norm(x) @ layer["up"]) @ layer["down"]
+        return (x * x).mean()
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    base = [
+        {"up": jax.random.normal(k, (64, 128)), "down": jax.random.normal(k, (128, 64))}
+        for k in keys
+    ]
+    x = jnp.ones((256, 64))
+
+    def cost(form):
+        params = jlora.attach(base, {".*": LoraSpec(4, form=form)}, key=jax.random.key(0))
+        trainable, frozen = jlora.partition(params)
+        run = jlora.lora(model, fallback="error")
+        step = jax.jit(jax.grad(lambda t, f, x: run(jlora.combine(t, f), x)))
+        compiled = step.lower(trainable, frozen, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
+
+    memory, flops = cost("lora")
+    inputs = 4 * x.size * 4  # of the four layers, in bytes
+    for form in ("lora_fa", "lora_xs", "vera"):
+        less, fewer = cost(form)
+        assert memory - less >= 0.9 * inputs and fewer < flops, form
+
+
 @forms
 def test_pefts_files_hold_it_as_plain_lora(form, tmp_path):
     """Of a node without a base too: what stands between A and B goes into B."""
