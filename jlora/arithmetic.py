@@ -19,7 +19,8 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
 
     Args:
         params: trained parameters, or their adapter from `jlora.detach`.
-        initial: what `jlora.attach` returned before training, or its adapter.
+        initial: what the training began with, from `jlora.attach` (or `corda`, `lora_ga`), or its
+            adapter.
         base: the original weights, what `jlora.attach` was given.
 
     Returns:

@@ -114,7 +114,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     Args:
         directory: what `save` wrote.
         params: base parameters, plain or adapted (their adapter is left out). An adapter over a
-            residual needs that residual: what `attach` makes with the same rules and key.
+            residual needs that residual: what the training began with, made again in the same way.
 
     Returns:
         The adapted parameters; the base weights are the very arrays that were given.
@@ -193,8 +193,9 @@ def _same_bases(index: dict[str, Any], nodes: dict[str, Any], call: str) -> None
         if index.get(path, {}).get("residual", False) and not ours:
             raise ValueError(
                 f'`{call}`: the adapter of "{path}" was trained over a residual, W less its first '
-                "A and B (`pissa`, `olora`, `milora`), so on W it gives other numbers. Restore it "
-                "into what `jlora.attach` makes with the same rules and key, or save it converted: "
+                "A and B (`pissa`, `corda`, ...), so on W it gives other numbers. Restore it into "
+                "what the training began with, made again with the same rules, key and data, or "
+                "save it converted: "
                 "`jlora.arithmetic.residual_to_lora(params, initial, base)`."
             )
         if ours and not index.get(path, {}).get("residual", False):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jlora._arrays import Geometry, LoraArray, check, is_adapted
@@ -19,7 +20,11 @@ from jlora._paths import describe, leaves_with_paths, near_misses, path_str
 
 def known(x: Any) -> bool:
     """Whether an array's values can be read: not while it is being traced."""
-    return not isinstance(x, jax.core.Tracer)
+    try:
+        np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        return False
+    return True
 
 
 def adapted(params: PyTree, call: str) -> dict[str, LoraArray]:

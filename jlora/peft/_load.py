@@ -129,8 +129,7 @@ def _refuse_residuals(params: PyTree, call: str) -> None:
         if getattr(node, "residual", False):
             raise ValueError(
                 f'`{call}`: the base of "{path}" is a residual, W less its first A and B '
-                "(`pissa`, `olora`, `milora`). Give the original weights, what `jlora.attach` was "
-                "given."
+                "(`pissa`, `corda`, ...). Give the original weights, what `jlora.attach` was given."
             )
 
 

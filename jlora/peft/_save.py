@@ -143,7 +143,7 @@ def _check(path: str, node: Any, call: str) -> None:
     if node.residual:
         raise ValueError(
             f'`{call}`: the base of "{path}" is a residual, W less its first A and B (`pissa`, '
-            "`olora`, `milora`), so on the model's own weights this adapter gives other numbers. "
+            "`corda`, ...), so on the model's own weights this adapter gives other numbers. "
             "Convert it: `jlora.arithmetic.residual_to_lora(params, initial, base)`."
         )
     if node.base is None and node.slices is not None:
