@@ -80,10 +80,6 @@ def test_rematerialized_a_step_keeps_one_block_s_inputs(remat):
     assert remat["jlora"] <= 1.3 * remat["limit"] + SIZES.input_bytes / SIZES.blocks
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="1.057: of `base + update` XLA keeps both terms for the backward pass, not their sum",
-)
 def test_rematerialized_a_step_is_the_base_model_s(remat):
     assert remat["jlora"] <= 1.05 * remat["full"]
 

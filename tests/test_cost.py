@@ -1,8 +1,12 @@
 """What the walk adds to a program, counted in equations: linear in layers, and shared by them."""
 
+import dataclasses
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_laws import equations
 
@@ -74,3 +78,77 @@ def test_layers_of_one_shape_share_the_added_function():
     # Of the six adapted products of a layer query, key and value have one shape.
     assert text.count("func.func private @low_rank") == 4
     assert text.count("call @low_rank") == 6 * 6
+
+
+def dense(rank, dtype=jnp.float32):
+    """One adapted product, all of it random, and its input."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    w, a, b, x = (
+        jax.random.normal(k, s, dtype)
+        for k, s in zip(keys, ((24, 32), (24, rank), (rank, 32), (5, 7, 24)), strict=True)
+    )
+    return {"w": jlora.LoraArray(w, a, b, jnp.float32(0.5), "io")}, x
+
+
+def product(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize(("rank", "products"), [(1, 2), (8, 2), (9, 3)])
+def test_up_to_rank_8_the_update_is_written_out_in_terms(rank, products):
+    params, x = dense(rank)
+    run = jlora.lora(product, fallback="error")
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(run)(params, x))]
+    assert found.count("dot_general") == products
+    # A gradient is products whatever the rank: those of x by W and A, of A and of B, and z's.
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(gradient(run))(params, x))]
+    assert found.count("dot_general") == products + 3
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's compiler for CPU")
+@pytest.mark.parametrize("rank", [3, 12])
+def test_the_gradient_of_a_is_compiled_rank_first(rank):
+    params, x = dense(rank)
+    run = gradient(jlora.lora(product, fallback="error"))
+    text = jax.jit(run).lower(params, x).compile().as_text()
+    made = re.findall(r"f32\[([\d,]+)\]\S* dot\(", text)
+    assert f"{rank},24" in made and f"24,{rank}" not in made
+
+
+@pytest.mark.parametrize("rank", [1, 8, 9])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_both_forms_of_the_update_are_the_product(rank, dtype):
+    params, x = dense(rank, dtype)
+    found = jlora.lora(product, fallback="error")(params, x)
+    assert found.dtype == dtype
+    node = params["w"]
+    w, a, b, x = (np.asarray(v, np.float64) for v in (node.base, node.lora_a, node.lora_b, x))
+    wanted = x @ w + 0.5 * (x @ a) @ b
+    bound = np.abs(x) @ np.abs(w) + 0.5 * (np.abs(x) @ np.abs(a)) @ np.abs(b)
+    # x A, the update, x W and the sum are each rounded once to bfloat16.
+    eps = 4 * float(jnp.finfo(dtype).eps)
+    assert np.all(np.abs(np.asarray(found, np.float64) - wanted) <= eps * bound)
+
+
+@pytest.mark.parametrize("moved", [("lora_a", "lora_b"), ("lora_a",), ("lora_b",), ("scaling",)])
+def test_a_written_out_update_is_differentiated_as_a_product_is(moved):
+    params, x = dense(3)
+    run = jlora.lora(product, fallback="error")
+
+    def merged(params, x):
+        return product(jlora.merge(params), x)
+
+    def along(fn):
+        """The derivative of fn, and of its gradient, as the named arrays move."""
+
+        def of(values):
+            node = dataclasses.replace(params["w"], **values)
+            return jnp.sin(fn({"w": node}, x))
+
+        values = {name: getattr(params["w"], name) for name in moved}
+        ways = {name: jnp.cos(v) for name, v in values.items()}
+        second = jax.jvp(jax.grad(lambda v: of(v).sum()), (values,), (ways,))[1]
+        return jax.jvp(of, (values,), (ways,))[1], second
+
+    for one, other in zip(*(jax.tree.leaves(along(f)) for f in (run, merged)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))

@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType
 
+from jlora._arrays import accumulator
 from jlora.transform._gain import multiplied, placed
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, all_names, contract, flops, narrowed, plus, scaled
 from jlora.transform._walk import Walk
 
 TOKENS = "tokens"
+# Up to this rank, that many multiply-adds where a number is used cost less than to write z·B out
+# and read it again (benchmarks/forms.py).
+WRITTEN_OUT = 8
 
 
 class Form(NamedTuple):
@@ -30,6 +35,7 @@ class Form(NamedTuple):
     out: tuple[Any, ...]
     dtype: Any
     precision: Any
+    written_out: bool
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -39,14 +45,68 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     A function of its own under jit: layers of one shape share its trace, its derivative and its
     lowering, which is most of what an adapter costs to trace.
     """
-    a, b, *s = parts
-    pair = [a, scaled(b, s[0]) if s else b]
+    pair, labels = list(parts[:2]), list(form.factors)
+    if parts[2:]:
+        pair[form.first], labels[form.first] = _turned(*parts[2:], pair[form.first], form)
     one, two = (narrowed(pair[k], form.dtype) for k in (form.first, 1 - form.first))
+    first, second = labels[form.first], labels[1 - form.first]
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
-    first, second = form.factors[form.first], form.factors[1 - form.first]
     z = narrowed(contract(x, form.x, one, first, form.between, form.precision), form.dtype)
-    y = contract(z, form.between, two, second, form.out, form.precision)
+    last = written_out if form.written_out else contract
+    y = last(z, form.between, two, second, form.out, form.precision)
     return plus(base, lax.reshape(y, base.shape))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
+def written_out(
+    z: Any,
+    z_labels: tuple[Any, ...],
+    factor: Any,
+    labels: tuple[Any, ...],
+    out_labels: tuple[Any, ...],
+    precision: Any,
+) -> Any:
+    """Sum over the rank as `contract` does, term by term: XLA fuses the terms into what reads them.
+
+    The derivative is that of the product, so a gradient is a product again.
+    """
+    del precision  # the terms are exact
+    wide = accumulator(z.dtype)
+    z, factor = narrowed(z, wide), narrowed(factor, wide)
+    sizes = dict(zip((*z_labels, *labels), (*z.shape, *factor.shape), strict=True))
+    shape = [sizes[k] for k in out_labels]
+
+    def term(x: Any, names: tuple[Any, ...], n: int) -> Any:
+        x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
+        names = tuple(k for k in names if k != RANK)
+        order = sorted(range(len(names)), key=lambda i: out_labels.index(names[i]))
+        x = lax.transpose(x, order)
+        return lax.broadcast_in_dim(x, shape, [out_labels.index(names[i]) for i in order])
+
+    terms = [term(z, z_labels, n) * term(factor, labels, n) for n in range(sizes[RANK])]
+    return functools.reduce(lax.add, terms)
+
+
+@functools.partial(written_out.defjvp, symbolic_zeros=True)
+def _(z_labels: Any, labels: Any, out_labels: Any, precision: Any, at: Any, along: Any) -> Any:
+    (z, factor), (dz, dfactor) = at, along
+    out = written_out(z, z_labels, factor, labels, out_labels, precision)
+    moved = [(dz, factor), (z, dfactor)]
+    moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
+    parts = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
+    return out, functools.reduce(lax.add, parts) if parts else jnp.zeros_like(out)
+
+
+def _turned(s: Any, factor: Any, form: Form) -> tuple[Any, tuple[Any, ...]]:
+    """Scale the factor that meets x, its rank before all that is summed.
+
+    So its gradient is dzᵀ x, which a CPU multiplies 3 to 7 times as fast as xᵀ dz. XLA would make
+    the one of the other if the scaling did not stand between the product and the transpose.
+    """
+    labels = form.factors[form.first]
+    kept = [k for k in labels if k in form.between and k != RANK]
+    order = [*kept, RANK, *(k for k in labels if k not in (*kept, RANK))]
+    return scaled(lax.transpose(factor, [labels.index(k) for k in order]), s), tuple(order)
 
 
 @rule("dot_general", whole=True, gain=True)
@@ -132,8 +192,16 @@ def _form(
 
     first = min((0, 1), key=cost)
     shape = tuple(sizes[k] for k in x_labels)
-    order = (first, tuple(between(first)), out_labels)
-    return Form(x_labels, shape, labels, *order, jnp.dtype(dtype), precision), cost(first)
+    middle = tuple(between(first))
+    summed = [k for k in labels[1 - first] if k not in out_labels]
+    written = summed == [RANK] and sizes[RANK] <= WRITTEN_OUT and not _explicit(x)
+    how = (first, middle, out_labels, jnp.dtype(dtype), precision, written)
+    return Form(x_labels, shape, labels, *how), cost(first)
+
+
+def _explicit(x: Any) -> bool:
+    """Whether every operation must say how its result is sharded."""
+    return any(kind == AxisType.Explicit for kind in x.sharding.mesh.axis_types)
 
 
 def _as_one(labels: tuple[Any, ...], tokens: list[Any]) -> tuple[Any, ...]:
