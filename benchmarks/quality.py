@@ -1,6 +1,7 @@
 """Which variant learns best in the same steps? Loss and phoneme error rate, beside time and bytes.
 
     python benchmarks/quality.py [--seeds 0 1 2] [--only NAME ...]    # does what is missing
+    python benchmarks/quality.py --time [--rounds 5]                  # times a step of each
     python benchmarks/quality.py --table                              # what there is, as Markdown
 
 Every variant does the job of examples/finetune.py: SmolLM2-135M learns to pronounce words from
@@ -10,9 +11,10 @@ and of the order of the data.
 
 Each run of a variant and a seed has a process of its own, so that no memory outlives it, and is
 written to benchmarks/results/quality.json as soon as it is done; Ctrl-C loses the one in progress.
-Results of other settings, or of a variant that was changed, are refused. Expected, after "LoRA
-Without Regret" (Schulman et al. 2025): `lora` beats `lora_qv`, and learns as well as `full`, whose
-best learning rate is a tenth of its own.
+Results of other settings, or of a variant that was changed, are refused. Such runs may share a
+machine, so a step's time is measured apart: `--time` lets the steps of all variants take turns in
+one process. Expected, after "LoRA Without Regret" (Schulman et al. 2025): `lora` beats `lora_qv`,
+and learns as well as `full`, whose best learning rate is a tenth of its own.
 """
 
 import argparse
@@ -22,22 +24,25 @@ import json
 import multiprocessing
 import os
 import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from measure import surroundings
+import jax.numpy as jnp
+import optax
+from measure import cores, surroundings, take_turns
 from memory import nbytes
+from tqdm import tqdm
 
 import jlora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import finetune
 import training
-from evaluation import Job, compile_all, evaluate, make_apply
+from evaluation import Apply, Job, compile_all, evaluate, make_apply
 from variants import VARIANTS, Variant
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
@@ -61,43 +66,62 @@ def recipe(variant: Variant) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- one run
 
 
-def adapted(variant: Variant, flags: list[str]) -> Job:
-    """The job of examples/finetune.py, its model adapted as the variant has it."""
-    args = finetune.parse(flags)
-    job = finetune.prepare(args)
+class Run(NamedTuple):
+    """A job adapted as a variant has it, and what trains it."""
+
+    job: Job
+    frozen: Any
+    state: training.State
+    tx: optax.GradientTransformation
+    apply: Apply
+
+
+def begin(variant: Variant, job: Job, args: argparse.Namespace) -> Run:
+    """Adapt the job of examples/finetune.py, and make what trains it."""
     base = jlora.detach(job.params)[0]
     params = jlora.attach(base, variant.rules, key=jax.random.key(args.seed))
     job = job._replace(params=params)
-    return job if variant.begin is None else job._replace(params=variant.begin(job))
+    job = job if variant.begin is None else job._replace(params=variant.begin(job))
+    trainable, frozen = jlora.partition(job.params)
+    tx = variant.optimizer(variant.lr, args.steps)
+    state = training.State(trainable, tx.init(trainable), [], [])
+    model = jlora.lora(make_apply(job.config))
+    # What is not tied, `untie` leaves as it is.
+    return Run(job, frozen, state, tx, lambda params, *rest: model(jlora.untie(params), *rest))
 
 
 def train(name: str, flags: list[str]) -> dict[str, Any]:
     """Train one variant on one seed and evaluate it."""
-    load, variant = round(os.getloadavg()[0], 2), VARIANTS[name]
-    job, steps = adapted(variant, flags), finetune.parse(flags).steps
-    model = jlora.lora(make_apply(job.config))
-    trainable, frozen = jlora.partition(job.params)
-    trained, adapter = nbytes(trainable), nbytes(jlora.detach(job.params)[1])
-    tx = variant.optimizer(variant.lr, steps)
-    state = training.State(trainable, tx.init(trainable), [], [])
-    # What is not tied, `untie` leaves as it is.
-    apply = lambda params, *rest: model(jlora.untie(params), *rest)  # noqa: E731
+    args = finetune.parse(flags)
+    job, frozen, state, tx, apply = begin(VARIANTS[name], finetune.prepare(args), args)
+    trained, adapter = nbytes(state.trainable), nbytes(jlora.detach(job.params)[1])
     programs = compile_all(job, tx, state, frozen, apply)
     state = training.fit(programs.step, state, frozen, job.batches)
-    if state.step < steps:
+    if state.step < args.steps:
         raise KeyboardInterrupt
-    start = time.perf_counter()
     score = evaluate(job, programs, jlora.combine(state.trainable, frozen))
     return {
         "loss": score["loss"],
         "rate": score["rate"],
-        "seconds_per_step": median(state.seconds),
         "trained_bytes": trained,
         "adapter_bytes": adapter,
-        "evaluation_seconds": time.perf_counter() - start,
-        "load_before": load,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def stepper(variant: Variant, job: Job, args: argparse.Namespace) -> Callable[[], Any]:
+    """Compile a variant's step; each call is the next one."""
+    job, frozen, state, tx, apply = begin(variant, job, args)
+    step = training.make_step(training.make_loss(apply), tx)
+    # A step donates what it trains, and `full` trains the base that all share.
+    now = [jax.tree.map(jnp.copy, state.trainable), state.opt_state]
+    step = step.lower(*now, frozen, job.batches[0]).compile()
+
+    def run() -> None:
+        *now[:], loss = step(*now, frozen, job.batches[0])
+        jax.block_until_ready(loss)
+
+    return run
 
 
 # --------------------------------------------------------------------------------------- all runs
@@ -115,7 +139,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     around, job = surroundings(), finetune.parse(flags_of(args, 0))
     shared = {k: getattr(job, k) for k in ("model", "data", "steps", "smoke")}
     shared |= {"rows": finetune.ROWS, "length": finetune.LENGTH, "scored": finetune.SCORED}
-    shared |= {k: around[k] for k in ("device", "cores")}
+    shared["device"] = around["device"]
     return shared | {k: around["versions"][k] for k in LIBRARIES}
 
 
@@ -173,12 +197,35 @@ def run(args: argparse.Namespace, found: dict[str, Any]) -> int:
     return 1 if failed else 0
 
 
+def measure_time(args: argparse.Namespace, found: dict[str, Any]) -> int:
+    """Let a step of each variant take turns, over one base model."""
+    job_args = finetune.parse(flags_of(args, 0))
+    job, runs = finetune.prepare(job_args), {}
+    for name in tqdm(args.only, desc="compile", unit="variant"):
+        runs[name] = stepper(VARIANTS[name], job, job_args)
+    load = round(os.getloadavg()[0], 2)
+    seconds = take_turns(runs, args.rounds)
+    about = {"date": datetime.date.today().isoformat(), "cores": cores(), "load_before": load}
+    found["time"] = {
+        **about,
+        "rounds": args.rounds,
+        "seconds": {name: median(times) for name, times in seconds.items()},
+    }
+    save(args.json, found)
+    print(f"\n{table(found)}")
+    return 0
+
+
 def table(found: dict[str, Any]) -> str:
     """A row of Markdown for each variant: means over the seeds, ± the standard deviation."""
     heads = ["variant", "held-out loss", "phoneme error rate", "s / step", "trained", "adapter"]
     lines = ["| " + " | ".join([*heads, "seeds"]) + " |", "|---" * 7 + "|"]
+    times = found.get("time", {"seconds": {}})["seconds"]
     for name, row in found["variants"].items():
         runs = list(row["seeds"].values())
+        if not runs:
+            continue
+        time = f"{times[name]:.2f}" if name in times else "–"
 
         def cell(key: str, digits: int, runs: list[dict[str, Any]] = runs) -> str:
             values = [run[key] for run in runs]
@@ -188,7 +235,7 @@ def table(found: dict[str, Any]) -> str:
             return f"{mean(values):.{digits}f}{spread}"
 
         sizes = [f"{runs[0][k] / 1e6:.2f} MB" for k in ("trained_bytes", "adapter_bytes")]
-        cells = [name, cell("loss", 3), cell("rate", 3), cell("seconds_per_step", 2), *sizes]
+        cells = [name, cell("loss", 3), cell("rate", 3), time, *sizes]
         lines.append("| " + " | ".join([*cells, str(len(runs))]) + " |")
     return "\n".join(lines)
 
@@ -203,6 +250,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     add("--model", help="as of examples/finetune.py")
     add("--data", help="as of examples/finetune.py")
     add("--json", type=Path, help=f"default: benchmarks/results/{RESULTS.name}, or {SMOKE}")
+    add("--time", action="store_true", help="time a step of each variant, and train none")
+    add("--rounds", type=finetune.positive, default=5, help="of --time (default: 5)")
     add("--table", action="store_true", help="print what is there as Markdown, and run nothing")
     args = parser.parse_args(argv)
     args.json = args.json or (SMOKE if args.smoke else RESULTS)
@@ -221,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        status = run(args, found)
+        status = (measure_time if args.time else run)(args, found)
     except KeyboardInterrupt:
         print(f"stopped; what was finished is in {args.json}", file=sys.stderr)
         return 130

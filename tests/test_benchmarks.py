@@ -138,8 +138,12 @@ def test_quality_does_what_is_missing(tmp_path, capsys):
     found = json.loads(results.read_text())
     lora, full = (found["variants"][name]["seeds"]["0"] for name in ("lora", "full"))
     assert lora["trained_bytes"] < full["trained_bytes"] == full["adapter_bytes"]
-    assert 0 < lora["loss"] != full["loss"] > 0 and lora["seconds_per_step"] > 0
+    assert 0 < lora["loss"] != full["loss"] > 0
     assert not list(tmp_path.glob("*.part"))
+    assert quality.main([*job, "--time", "--rounds", "1"]) == 0
+    found = json.loads(results.read_text())
+    assert all(found["time"]["seconds"][name] > 0 for name in ("lora", "full"))
+    assert found["variants"]["lora"]["seeds"] == {"0": lora}
     written = results.read_bytes()
     assert quality.main(job) == 0 and "0 runs to do" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -160,14 +164,15 @@ def test_quality_refuses_a_variant_that_was_changed(tmp_path, monkeypatch):
 
 
 def test_the_table_of_quality(tmp_path, capsys):
-    run = {"seconds_per_step": 2.0, "trained_bytes": 2_000_000, "adapter_bytes": 3_000_000}
+    run = {"trained_bytes": 2_000_000, "adapter_bytes": 3_000_000}
     two = {"0": {**run, "loss": 1.0, "rate": 0.5}, "1": {**run, "loss": 1.2, "rate": 0.5}}
     rows = {"a": {"seeds": two}, "b": {"seeds": {"0": {**run, "loss": 1.0, "rate": None}}}}
-    quality.save(tmp_path / "q.json", {"settings": {}, "variants": rows})
+    found = {"settings": {}, "variants": rows, "time": {"seconds": {"a": 2.0}}}
+    quality.save(tmp_path / "q.json", found)
     assert quality.main(["--table", "--json", str(tmp_path / "q.json")]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| a | 1.100 ± 0.141 | 0.500 ± 0.000 | 2.00 ± 0.00 | 2.00 MB | 3.00 MB | 2 |",
-        "| b | 1.000 | – | 2.00 | 2.00 MB | 3.00 MB | 1 |",
+        "| a | 1.100 ± 0.141 | 0.500 ± 0.000 | 2.00 | 2.00 MB | 3.00 MB | 2 |",
+        "| b | 1.000 | – | – | 2.00 MB | 3.00 MB | 1 |",
     ]
     with pytest.raises(SystemExit):
         quality.main(["--table", "--json", str(tmp_path / "none.json")])
