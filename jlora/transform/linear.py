@@ -1,4 +1,4 @@
-"""Rules for what multiplies: x·(W + s·A·B) becomes x·W + (x·A)·(s·B), whatever is contracted."""
+"""Rules for what multiplies: x·(W + s·A·B) becomes x·W + (x·A)·B, scaled, whatever is contracted."""
 
 import functools
 import math
@@ -40,14 +40,14 @@ class Form(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="form")
 def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
-    """Return x·W + (x·A)·(s·B), the base product given.
+    """Return x·W + (x·A)·B, scaled, the base product given.
 
     A function of its own under jit: layers of one shape share its trace, its derivative and its
     lowering, which is most of what an adapter costs to trace.
     """
     pair, labels = list(parts[:2]), list(form.factors)
-    if parts[2:]:
-        pair[form.first], labels[form.first] = _turned(*parts[2:], pair[form.first], form)
+    if len(parts) > len(pair):
+        pair[form.first], labels[form.first] = _turned(parts[2], pair[form.first], form)
     one, two = (narrowed(pair[k], form.dtype) for k in (form.first, 1 - form.first))
     first, second = labels[form.first], labels[1 - form.first]
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
