@@ -95,7 +95,7 @@ def product(params, x):
 
 
 @pytest.mark.parametrize(("rank", "products"), [(1, 2), (8, 2), (9, 3)])
-def test_up_to_rank_8_the_update_is_written_out_in_terms(rank, products):
+def test_up_to_rank_8_the_update_is_a_sum_of_terms(rank, products):
     params, x = dense(rank)
     run = jlora.lora(product, fallback="error")
     found = [e.primitive.name for e in equations(jax.make_jaxpr(run)(params, x))]
@@ -131,7 +131,7 @@ def test_both_forms_of_the_update_are_the_product(rank, dtype):
 
 
 @pytest.mark.parametrize("moved", [("lora_a", "lora_b"), ("lora_a",), ("lora_b",), ("scaling",)])
-def test_a_written_out_update_is_differentiated_as_a_product_is(moved):
+def test_a_sum_of_terms_is_differentiated_as_a_product_is(moved):
     params, x = dense(3)
     run = jlora.lora(product, fallback="error")
 

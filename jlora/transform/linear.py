@@ -1,4 +1,4 @@
-"""Rules for what multiplies: x·(W + s·A·B) becomes x·W + (x·A)·B, scaled, whatever is contracted."""
+"""Rules for what multiplies: x·(W + s·A·B) becomes x·W + (x·s·A)·B, whatever is contracted."""
 
 import functools
 import math
@@ -19,9 +19,9 @@ from jlora.transform._view import RANK, View, all_names, contract, flops, narrow
 from jlora.transform._walk import Walk
 
 TOKENS = "tokens"
-# Up to this rank, that many multiply-adds where a number is used cost less than to write z·B out
-# and read it again (benchmarks/forms.py).
-WRITTEN_OUT = 8
+# Up to this rank z·B is a sum of terms: that many multiply-adds where a number is used cost less
+# than to store it and read it again (benchmarks/forms.py, form "terms").
+MOST_TERMS = 8
 
 
 class Form(NamedTuple):
@@ -35,12 +35,12 @@ class Form(NamedTuple):
     out: tuple[Any, ...]
     dtype: Any
     precision: Any
-    written_out: bool
+    terms: bool
 
 
 @functools.partial(jax.jit, static_argnames="form")
 def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
-    """Return x·W + (x·A)·B, scaled, the base product given.
+    """Return x·W + (x·s·A)·B, the base product given.
 
     A function of its own under jit: layers of one shape share its trace, its derivative and its
     lowering, which is most of what an adapter costs to trace.
@@ -52,13 +52,13 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     first, second = labels[form.first], labels[1 - form.first]
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
     z = narrowed(contract(x, form.x, one, first, form.between, form.precision), form.dtype)
-    last = written_out if form.written_out else contract
+    last = in_terms if form.terms else contract
     y = last(z, form.between, two, second, form.out, form.precision)
     return plus(base, lax.reshape(y, base.shape))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
-def written_out(
+def in_terms(
     z: Any,
     z_labels: tuple[Any, ...],
     factor: Any,
@@ -87,10 +87,10 @@ def written_out(
     return functools.reduce(lax.add, terms)
 
 
-@functools.partial(written_out.defjvp, symbolic_zeros=True)
+@functools.partial(in_terms.defjvp, symbolic_zeros=True)
 def _(z_labels: Any, labels: Any, out_labels: Any, precision: Any, at: Any, along: Any) -> Any:
     (z, factor), (dz, dfactor) = at, along
-    out = written_out(z, z_labels, factor, labels, out_labels, precision)
+    out = in_terms(z, z_labels, factor, labels, out_labels, precision)
     moved = [(dz, factor), (z, dfactor)]
     moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
     parts = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
@@ -194,8 +194,8 @@ def _form(
     shape = tuple(sizes[k] for k in x_labels)
     middle = tuple(between(first))
     summed = [k for k in labels[1 - first] if k not in out_labels]
-    written = summed == [RANK] and sizes[RANK] <= WRITTEN_OUT and not _explicit(x)
-    how = (first, middle, out_labels, jnp.dtype(dtype), precision, written)
+    terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
+    how = (first, middle, out_labels, jnp.dtype(dtype), precision, terms)
     return Form(x_labels, shape, labels, *how), cost(first)
 
 
