@@ -82,6 +82,7 @@ VARIANTS = {
     "lora_qv": Variant({r".*/(q|v)_proj/kernel": jlora.LoraSpec()}),
     "lora_lr_low": Variant(linear(), LR / 4),
     "lora_lr_high": Variant(linear(), LR * 4),
+    "lora_lr_highest": Variant(linear(), LR * 16),
     "lora_r64": Variant(linear(rank=64)),
     "rslora_r64": Variant(linear(rank=64, scaling="rslora")),  # s is that of rank 8
     "dora": Variant(linear(dora=True)),
@@ -99,7 +100,9 @@ VARIANTS = {
     "lora_xs": Variant(linear(form="lora_xs", rank=32, alpha=32), 2 * LR),
     # The paper tunes Llama at ten times LoRA's rate. 192 is the width of the narrowest layer.
     "vera": Variant(linear(form="vera", rank=192, alpha=192), 10 * LR, begin=share_factors),
-    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's.
+    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's: each of these is
+    # to `full` what its namesake is to `lora`.
     "full": Variant({".*": "full"}, LR / 10),
-    "full_lr_high": Variant({".*": "full"}, LR / 10 * 4),  # to `full` what lora_lr_high is to lora
+    "full_lr_low": Variant({".*": "full"}, LR / 10 / 4),
+    "full_lr_high": Variant({".*": "full"}, LR / 10 * 4),
 }
