@@ -100,8 +100,8 @@ VARIANTS = {
     "lora_xs": Variant(linear(form="lora_xs", rank=32, alpha=32), 2 * LR),
     # The paper tunes Llama at ten times LoRA's rate. 192 is the width of the narrowest layer.
     "vera": Variant(linear(form="vera", rank=192, alpha=192), 10 * LR, begin=share_factors),
-    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's: each of these is
-    # to `full` what its namesake is to `lora`.
+    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's: each of these
+    # is to `full` what its namesake is to `lora`.
     "full": Variant({".*": "full"}, LR / 10),
     "full_lr_low": Variant({".*": "full"}, LR / 10 / 4),
     "full_lr_high": Variant({".*": "full"}, LR / 10 * 4),
