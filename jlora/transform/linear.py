@@ -1,112 +1,18 @@
 """Rules for what multiplies: x·(W + s·A·B) becomes x·W + (x·s·A)·B, whatever is contracted."""
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import JaxprEqn
-from jax.sharding import AxisType
 
-from jlora._arrays import accumulator
+from jlora.transform._form import choose, low_rank
 from jlora.transform._gain import multiplied, placed
 from jlora.transform._registry import rule
-from jlora.transform._view import RANK, View, all_names, contract, flops, narrowed, plus, scaled
+from jlora.transform._view import RANK, View, all_names, contract
 from jlora.transform._walk import Walk
-
-TOKENS = "tokens"
-# Up to this rank z·B is a sum of terms: that many multiply-adds where a number is used cost less
-# than to store it and read it again (benchmarks/forms.py, form "terms").
-MOST_TERMS = 8
-
-
-class Form(NamedTuple):
-    """How an activation meets a weight's factors: labels for the axes of all, and the order."""
-
-    x: tuple[Any, ...]
-    x_shape: tuple[int, ...]
-    factors: tuple[tuple[Any, ...], tuple[Any, ...]]
-    first: int
-    between: tuple[Any, ...]
-    out: tuple[Any, ...]
-    dtype: Any
-    precision: Any
-    terms: bool
-
-
-@functools.partial(jax.jit, static_argnames="form")
-def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
-    """Return x·W + (x·s·A)·B, the base product given.
-
-    A function of its own under jit: layers of one shape share its trace, its derivative and its
-    lowering, which is most of what an adapter costs to trace.
-    """
-    pair, labels = list(parts[:2]), list(form.factors)
-    if len(parts) > len(pair):
-        pair[form.first], labels[form.first] = _turned(parts[2], pair[form.first], form)
-    one, two = (narrowed(pair[k], form.dtype) for k in (form.first, 1 - form.first))
-    first, second = labels[form.first], labels[1 - form.first]
-    x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
-    z = narrowed(contract(x, form.x, one, first, form.between, form.precision), form.dtype)
-    last = in_terms if form.terms else contract
-    y = last(z, form.between, two, second, form.out, form.precision)
-    return plus(base, lax.reshape(y, base.shape))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
-def in_terms(
-    z: Any,
-    z_labels: tuple[Any, ...],
-    factor: Any,
-    labels: tuple[Any, ...],
-    out_labels: tuple[Any, ...],
-    precision: Any,
-) -> Any:
-    """Sum over the rank as `contract` does, term by term: XLA fuses the terms into what reads them.
-
-    The derivative is that of the product, so a gradient is a product again.
-    """
-    del precision  # the terms are exact
-    wide = accumulator(z.dtype)
-    z, factor = narrowed(z, wide), narrowed(factor, wide)
-    sizes = dict(zip((*z_labels, *labels), (*z.shape, *factor.shape), strict=True))
-    shape = [sizes[k] for k in out_labels]
-
-    def term(x: Any, names: tuple[Any, ...], n: int) -> Any:
-        x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
-        names = tuple(k for k in names if k != RANK)
-        order = sorted(range(len(names)), key=lambda i: out_labels.index(names[i]))
-        x = lax.transpose(x, order)
-        return lax.broadcast_in_dim(x, shape, [out_labels.index(names[i]) for i in order])
-
-    terms = [term(z, z_labels, n) * term(factor, labels, n) for n in range(sizes[RANK])]
-    return functools.reduce(lax.add, terms)
-
-
-@functools.partial(in_terms.defjvp, symbolic_zeros=True)
-def _(z_labels: Any, labels: Any, out_labels: Any, precision: Any, at: Any, along: Any) -> Any:
-    (z, factor), (dz, dfactor) = at, along
-    out = in_terms(z, z_labels, factor, labels, out_labels, precision)
-    moved = [(dz, factor), (z, dfactor)]
-    moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
-    parts = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
-    return out, functools.reduce(lax.add, parts) if parts else jnp.zeros_like(out)
-
-
-def _turned(s: Any, factor: Any, form: Form) -> tuple[Any, tuple[Any, ...]]:
-    """Scale the factor that meets x, its rank before all that is summed.
-
-    So its gradient is dzᵀ x, which a CPU multiplies 3 to 7 times as fast as xᵀ dz. XLA would make
-    the one of the other if the scaling did not stand between the product and the transpose.
-    """
-    labels = form.factors[form.first]
-    kept = [k for k in labels if k in form.between and k != RANK]
-    order = [*kept, RANK, *(k for k in labels if k not in (*kept, RANK))]
-    return scaled(lax.transpose(factor, [labels.index(k) for k in order]), s), tuple(order)
 
 
 @rule("dot_general", whole=True, gain=True)
@@ -139,7 +45,7 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
     if view.parts:
         sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
         labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
-        form, cost = _form(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
+        form, cost = choose(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
 
     def product(x: Any) -> Any:
         return walk.bind(eqn, *((view, x) if view is lhs else (x, view)))[0]
@@ -159,75 +65,6 @@ def _factor_labels(view: View, w_labels: list[Any]) -> tuple[tuple[Any, ...], tu
         stack = view.roles.count("s")
         b = [*b[:stack], RANK, *b[stack:-1]]
     return tuple(a), tuple(b)
-
-
-@functools.lru_cache(1024)  # layers of one shape share it
-def _form(
-    x: Any,
-    weight_sizes: tuple[tuple[Any, int], ...],
-    x_labels: tuple[Any, ...],
-    labels: tuple[tuple[Any, ...], tuple[Any, ...]],
-    out_labels: tuple[Any, ...],
-    dtype: Any,
-    precision: Any,
-) -> tuple[Form, int]:
-    """Choose how x (its type is given) meets the two factors, by fewer FLOPs, and count these."""
-    sizes = dict(weight_sizes)
-    tokens = [k for k in x_labels if k not in sizes]
-    sizes |= dict(zip(x_labels, x.shape, strict=True))
-    if len(tokens) > 1 and _adjacent(x_labels, tokens) and _may_merge(x, x_labels, tokens):
-        x_labels, out_labels = (_as_one(group, tokens) for group in (x_labels, out_labels))
-        sizes[TOKENS] = math.prod(sizes[k] for k in tokens)
-
-    def between(first: int) -> list[Any]:
-        needed = {*labels[1 - first], *out_labels}
-        made = [*x_labels, *(k for k in labels[first] if k not in x_labels)]
-        batch = [k for k in x_labels if k in labels[first] and k in needed]
-        return batch + [k for k in made if k in needed and k not in batch]
-
-    def cost(first: int) -> int:
-        return flops(sizes, x_labels, labels[first]) + flops(
-            sizes, between(first), labels[1 - first]
-        )
-
-    first = min((0, 1), key=cost)
-    shape = tuple(sizes[k] for k in x_labels)
-    middle = tuple(between(first))
-    summed = [k for k in labels[1 - first] if k not in out_labels]
-    terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
-    how = (first, middle, out_labels, jnp.dtype(dtype), precision, terms)
-    return Form(x_labels, shape, labels, *how), cost(first)
-
-
-def _explicit(x: Any) -> bool:
-    """Whether every operation must say how its result is sharded."""
-    return any(kind == AxisType.Explicit for kind in x.sharding.mesh.axis_types)
-
-
-def _as_one(labels: tuple[Any, ...], tokens: list[Any]) -> tuple[Any, ...]:
-    """Replace neighboring labels by one.
-
-    Contracting two token axes in the gradient of A would otherwise make XLA transpose and copy
-    every saved input.
-    """
-    first = labels.index(tokens[0])
-    return (*labels[:first], TOKENS, *labels[first + len(tokens) :])
-
-
-def _adjacent(labels: tuple[Any, ...], run: list[Any]) -> bool:
-    first = labels.index(run[0])
-    return labels[first : first + len(run)] == tuple(run)
-
-
-def _may_merge(x: Any, labels: tuple[Any, ...], run: list[Any]) -> bool:
-    """Whether merging axes keeps a sharded array where it lies: at most the first is sharded.
-
-    Under automatic sharding only the mesh is known, not what is sharded over it, so nothing merges.
-    """
-    sharding = x.sharding
-    if any(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
-        return math.prod(sharding.mesh.axis_sizes) == 1
-    return all(sharding.spec[labels.index(k)] is None for k in run[1:])
 
 
 def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: View, rhs: View) -> Any:
