@@ -105,4 +105,5 @@ VARIANTS = {
     "full": Variant({".*": "full"}, LR / 10),
     "full_lr_low": Variant({".*": "full"}, LR / 10 / 4),
     "full_lr_high": Variant({".*": "full"}, LR / 10 * 4),
+    "full_lr_highest": Variant({".*": "full"}, LR / 10 * 16),
 }
