@@ -124,6 +124,7 @@ def test_the_default_variant_is_the_main_jobs():
     assert (spec.rank, spec.alpha, variant.lr) == (args.rank, args.alpha, args.lr)
 
 
+@pytest.mark.usefixtures("usual_promotion")  # Optax counts in integers
 def test_quality_does_what_is_missing(tmp_path, capsys):
     model = tiny_llama.write_model(tmp_path / "tiny", tiny_llama.TINY)
     data, results = tmp_path / "sums.jsonl", tmp_path / "quality.json"

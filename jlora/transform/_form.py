@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from jlora._arrays import accumulator
-from jlora.transform._view import RANK, contract, flops, narrowed, plus, scaled
+from jlora.transform._view import RANK, contract, flops, narrowed, plus, scaled, spread
 
 TOKENS = "tokens"
 # Up to this rank z·B is a sum of terms: that many multiply-adds where a number is used cost less
@@ -68,17 +68,13 @@ def in_terms(
     del precision  # the terms are exact
     wide = accumulator(z.dtype)
     z, factor = narrowed(z, wide), narrowed(factor, wide)
-    sizes = dict(zip((*z_labels, *labels), (*z.shape, *factor.shape), strict=True))
-    shape = [sizes[k] for k in out_labels]
 
-    def term(x: Any, names: tuple[Any, ...], n: int) -> Any:
+    def row(n: int, x: Any, names: tuple[Any, ...]) -> Any:
         x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
-        names = tuple(k for k in names if k != RANK)
-        order = sorted(range(len(names)), key=lambda i: out_labels.index(names[i]))
-        x = lax.transpose(x, order)
-        return lax.broadcast_in_dim(x, shape, [out_labels.index(names[i]) for i in order])
+        return spread(x, [k for k in names if k != RANK], out_labels)
 
-    terms = [term(z, z_labels, n) * term(factor, labels, n) for n in range(sizes[RANK])]
+    ranks = range(z.shape[z_labels.index(RANK)])
+    terms = [row(n, z, z_labels) * row(n, factor, labels) for n in ranks]
     return functools.reduce(lax.add, terms)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax import lax
 
 from jlora._arrays import accumulator
-from jlora.transform._view import GAIN, View, narrowed
+from jlora.transform._view import GAIN, View, narrowed, spread
 from jlora.transform._walk import Walk
 
 
@@ -22,14 +22,6 @@ class Gain(NamedTuple):
 
 
 NONE = Gain()
-
-
-def spread(gain: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
-    """Arrange a gain, its axes labeled, to broadcast against an array whose axes are `among`."""
-    have = [k for k in among if k in labels]
-    gain = lax.transpose(lax.squeeze(gain, [len(labels)]), [list(labels).index(k) for k in have])
-    sizes = dict(zip(have, gain.shape, strict=True))
-    return lax.reshape(gain, [sizes.get(k, 1) for k in among])
 
 
 def times(x: Any, gain: Any) -> Any:
@@ -48,7 +40,7 @@ def placed(
         return NONE
     short = [n for n, k in enumerate(view.axes(GAIN)) if view.shape[k] == 1]
     labels = [w_labels[k] for k in view.axes(GAIN) if view.shape[k] != 1]
-    gain = lax.squeeze(view.gain, short)
+    gain = lax.squeeze(view.gain, [*short, view.gain.ndim - 1])
     if set(labels) <= set(out_labels):
         return Gain(after=spread(gain, labels, out_labels))
     if set(labels) <= set(x_labels):

@@ -297,6 +297,14 @@ def narrowed(x: Any, dtype: Any) -> Any:
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
+def spread(x: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
+    """Arrange an array, its axes labeled, to broadcast against one whose axes are `among`."""
+    have = [k for k in among if k in labels]
+    x = lax.transpose(x, [list(labels).index(k) for k in have])
+    sizes = dict(zip(have, x.shape, strict=True))
+    return lax.reshape(x, [sizes.get(k, 1) for k in among])
+
+
 def contract(
     x: Any,
     x_labels: Sequence[Any],

@@ -8,9 +8,9 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
-from jlora.transform._gain import spread, times
+from jlora.transform._gain import times
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, RANK, View, contract, narrowed, plus
+from jlora.transform._view import GAIN, RANK, View, contract, narrowed, plus, spread
 from jlora.transform._walk import Walk
 
 
@@ -61,7 +61,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
         cost = 2 * base.size * a.shape[-1]
         if view.gain is not None:
             by, labels = _rows(eqn, view, GAIN, indices, looked_up)
-            out = narrowed(times(out, spread(by, labels[:-1], out_labels)), base.dtype)
+            out = narrowed(times(out, spread(by[..., 0], labels[:-1], out_labels)), base.dtype)
     walk.used(eqn, view, cost, sorted(looked_up), [k for kind, k in out_labels if kind == "w"])
     return [out]
 

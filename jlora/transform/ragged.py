@@ -8,9 +8,9 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
-from jlora.transform._gain import NONE, Gain, multiplied, spread
+from jlora.transform._gain import NONE, Gain, multiplied
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, View, plus
+from jlora.transform._view import GAIN, View, plus, spread
 from jlora.transform._walk import Walk
 
 
@@ -93,7 +93,7 @@ def _gain(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Ga
     row, batch = dn.lhs_ragged_dimensions[0], len(x_batch)
     ones = jnp.ones((*(x.shape[k] for k in x_batch), x.shape[row], 1), accumulator(x.dtype))
     highest = lax.Precision.HIGHEST
-    rows = _out_of_rank(eqn, ones, view, GAIN, group_sizes, batch, highest)[..., None]
+    rows = _out_of_rank(eqn, ones, view, GAIN, group_sizes, batch, highest)
     lead = [*w_batch, *dn.rhs_group_dimensions]
     labels = [*x_batch, row, *(("w", k) for k in view.axes(GAIN) if k not in lead)]
     x_labels: list[Any] = list(range(x.ndim))
