@@ -172,7 +172,7 @@ def test_a_frozen_a_keeps_no_inputs():
         {"up": jax.random.normal(k, (64, 128)), "down": jax.random.normal(k, (128, 64))}
         for k in keys
     ]
-    x = jnp.ones((256, 64))
+    x = jnp.ones((1024, 64))  # many tokens, beside which the factors are small
 
     def cost(form):
         params = jlora.attach(base, {".*": LoraSpec(4, form=form)}, key=jax.random.key(0))
@@ -186,7 +186,7 @@ def test_a_frozen_a_keeps_no_inputs():
     inputs = 4 * x.size * 4  # of the four layers, in bytes
     for form in ("lora_fa", "lora_xs", "vera"):
         less, fewer = cost(form)
-        assert memory - less >= 0.9 * inputs and fewer < flops, form
+        assert memory - less >= 0.95 * inputs and fewer < flops, form
 
 
 @forms
