@@ -11,11 +11,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from jlora._arrays import accumulator
-from jlora.transform._view import RANK, contract, flops, narrowed, plus, scaled, spread
+from jlora.transform._labeled import contract, flops, spread
+from jlora.transform._view import RANK, narrowed, plus, scaled
 
 TOKENS = "tokens"
-# Up to this rank z·B is a sum of terms: that many multiply-adds where a number is used cost less
-# than to store it and read it again (benchmarks/forms.py, form "terms").
+# Up to this rank a differentiated z·B is a sum of terms: that many multiply-adds where a number is
+# used cost less than to store it and read it again (benchmarks/forms.py, form "terms").
 MOST_TERMS = 8
 
 
@@ -47,41 +48,63 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     first, second = labels[form.first], labels[1 - form.first]
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
     z = narrowed(contract(x, form.x, one, first, form.between, form.precision), form.dtype)
-    last = in_terms if form.terms else contract
-    y = last(z, form.between, two, second, form.out, form.precision)
+    if form.terms:
+        y = update(z, two, form.between, second, form.out, form.precision)
+    else:
+        y = contract(z, form.between, two, second, form.out, form.precision)
     return plus(base, lax.reshape(y, base.shape))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
-def in_terms(
-    z: Any,
-    z_labels: tuple[Any, ...],
-    factor: Any,
-    labels: tuple[Any, ...],
-    out_labels: tuple[Any, ...],
-    precision: Any,
-) -> Any:
-    """Sum over the rank as `contract` does, term by term: XLA fuses the terms into what reads them.
+Labels = tuple[Any, ...]
 
-    The derivative is that of the product, so a gradient is a product again.
-    """
-    del precision  # the terms are exact
+
+def _terms(z: Any, factor: Any, z_labels: Labels, labels: Labels, out_labels: Labels) -> Any:
+    """Sum over the rank as `contract` does, term by term."""
     wide = accumulator(z.dtype)
     z, factor = narrowed(z, wide), narrowed(factor, wide)
 
-    def row(n: int, x: Any, names: tuple[Any, ...]) -> Any:
+    def row(n: int, x: Any, names: Labels) -> Any:
         x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
         return spread(x, [k for k in names if k != RANK], out_labels)
 
     ranks = range(z.shape[z_labels.index(RANK)])
-    terms = [row(n, z, z_labels) * row(n, factor, labels) for n in ranks]
-    return functools.reduce(lax.add, terms)
+    return functools.reduce(lax.add, [row(n, z, z_labels) * row(n, factor, labels) for n in ranks])
 
 
-@functools.partial(in_terms.defjvp, symbolic_zeros=True)
-def _(z_labels: Any, labels: Any, out_labels: Any, precision: Any, at: Any, along: Any) -> Any:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
+def update(
+    z: Any,
+    factor: Any,
+    z_labels: Labels,
+    labels: Labels,
+    out_labels: Labels,
+    precision: Any,
+    terms: bool = False,
+) -> Any:
+    """Return z·B: a product, but a sum of terms where it is differentiated, or where `terms`.
+
+    XLA fuses the terms into what reads them, so that a step keeps one array instead of the base
+    product and the update. Without a derivative nothing is kept, and attention over a cache, which
+    reads one token's numbers once for each position, would compute the terms as often. The
+    derivative is that of the product, so a gradient is a product again.
+    """
+    if terms:
+        return _terms(z, factor, z_labels, labels, out_labels)
+    return contract(z, z_labels, factor, labels, out_labels, precision)
+
+
+@functools.partial(update.defjvp, symbolic_zeros=True)
+def _(
+    z_labels: Labels,
+    labels: Labels,
+    out_labels: Labels,
+    precision: Any,
+    _: bool,
+    at: Any,
+    along: Any,
+) -> Any:
     (z, factor), (dz, dfactor) = at, along
-    out = in_terms(z, z_labels, factor, labels, out_labels, precision)
+    out = update(z, factor, z_labels, labels, out_labels, precision, True)
     moved = [(dz, factor), (z, dfactor)]
     moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
     parts = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]

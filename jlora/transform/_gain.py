@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from jax import lax
 
 from jlora._arrays import accumulator
-from jlora.transform._view import GAIN, View, narrowed, spread
+from jlora.transform._labeled import spread
+from jlora.transform._view import GAIN, View, narrowed
 from jlora.transform._walk import Walk
 
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jlora.transform._view import RANK, View, contract
+from jlora.transform._labeled import contract
+from jlora.transform._view import RANK, View
 from jlora.transform.conv import convolve, sides_of, with_rank_at
 from jlora.transform.ragged import into_rank, meeting
 

@@ -9,8 +9,9 @@ from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import Gain, multiplied, placed
+from jlora.transform._labeled import contract
 from jlora.transform._registry import rule
-from jlora.transform._view import RANK, View, contract, plus
+from jlora.transform._view import RANK, View, plus
 from jlora.transform._walk import Walk
 
 

@@ -10,8 +10,9 @@ from jax.extend.core import JaxprEqn
 
 from jlora.transform._form import choose, low_rank
 from jlora.transform._gain import multiplied, placed
+from jlora.transform._labeled import contract
 from jlora.transform._registry import rule
-from jlora.transform._view import RANK, View, all_names, contract
+from jlora.transform._view import RANK, View, all_names
 from jlora.transform._walk import Walk
 
 

@@ -9,8 +9,9 @@ from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import times
+from jlora.transform._labeled import contract, spread
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, RANK, View, contract, narrowed, plus, spread
+from jlora.transform._view import GAIN, RANK, View, narrowed, plus
 from jlora.transform._walk import Walk
 
 

@@ -9,8 +9,9 @@ from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import NONE, Gain, multiplied
+from jlora.transform._labeled import spread
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, View, plus, spread
+from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
 
 
