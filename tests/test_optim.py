@@ -187,9 +187,11 @@ def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):
         tx = jlora.freeze(make()) if way == "freeze" else make()
         state = tx.init(params if way == "freeze" else jlora.partition(params)[0])
         step, begun = program(way, tx, loss), float(loss(params))
-        for _ in range(8):
-            params, state = step(params, state)
-        assert step._cache_size() == 1 and float(loss(params)) < begun
+        params, state = step(params, state)
+        with jax.no_tracing():
+            for _ in range(7):
+                params, state = step(params, state)
+        assert float(loss(params)) < begun
         after = jax.tree.leaves(jlora.partition(params)[1])
         assert all(np.array_equal(a, b) for a, b in zip(frozen, after, strict=True))
         assert not np.array_equal(params["bias"].value, params["bias"].base)

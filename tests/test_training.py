@@ -127,6 +127,7 @@ def test_full_parameters_train_and_survive_donation():
 def test_the_second_step_never_retraces():
     params = attached()
     step, state = program("freeze", params)
-    for _ in range(3):
+    params, state, _ = step(params, state)
+    with jax.no_tracing():
         params, state, _ = step(params, state)
-    assert step._cache_size() == 1
+        step(params, state)
