@@ -114,7 +114,7 @@ def read_config(config: Any, call: str) -> Config:
     return parse(read_json(file, call), call)
 
 
-def parse(entries: Mapping[str, Any], call: str) -> Config:
+def parse(entries: Mapping[Any, Any], call: str) -> Config:
     """Check every key; what jlora would have to ignore, but changes the numbers, is refused."""
     kind = _plain(entries.get("peft_type"))
     if kind is None:
