@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +17,14 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "peft")
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return each run's seconds, one per round; they go in turn, so the machine's drift cancels."""
+    """Return each run's seconds, one per round; they go in turn, so the machine's drift cancels.
+
+    Their order is another in every round: what ran before leaves its mark on caches and memory.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    shuffled = random.Random(0)
     for n in range(rounds + 1):
-        for name, run in runs.items():
+        for name, run in shuffled.sample(list(runs.items()), len(runs)):
             start = time.perf_counter()
             run()
             if n:  # the first round warms up

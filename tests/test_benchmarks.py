@@ -7,9 +7,12 @@ import sys
 import blocks
 import decode
 import finetune
+import forms
 import jax
 import llama
+import measure
 import memory
+import numpy as np
 import peers
 import plots
 import pytest
@@ -108,6 +111,40 @@ def test_a_peer_computes_the_same(library):
 def test_decode_runs():
     rows = decode.measure(llama.Config(64, 16, 32, 2, 2, 1, 8, 128), rounds=1)
     assert list(rows) == ["base", "jlora", "merged"] and rows["base"]["ratio"] == 1
+
+
+def test_every_form_computes_the_same():
+    compiled, args = forms.programs(12, (5, 7), 3)
+    assert set(compiled) == {"limit", *forms.FORMS}
+    want, *got = (jax.tree.leaves(compiled[name](*args)) for name in forms.FORMS)
+    assert [x.shape for x in want] == [(4, 3, 7), (4, 3, 5), (5, 3), (3, 7)]
+    for leaves in got:
+        for x, y in zip(leaves, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    for name, value in {"TOKENS": (8,), "SHAPES": ((5, 7),), "RANKS": (2, 3)}.items():
+        monkeypatch.setattr(forms, name, value)
+    monkeypatch.setattr(forms, "repeats", lambda tokens, shape: 1)
+    monkeypatch.setattr(sys, "argv", ["forms", "--rounds", "1", "--json", str(tmp_path / "f.json")])
+    forms.main()
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [row["rank"] for row in found["rows"]] == [2, 3]
+    assert all(
+        set(row[of]) == set(forms.FORMS) for row in found["rows"] for of in ("ratios", "apart")
+    )
+    assert found["one form, slowest copy over fastest"]["worst"] >= 1
+    assert "jlora over the best factored form: " in capsys.readouterr().out
+
+
+def test_turns_are_taken_in_another_order_each_round():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abcdef"}
+    seconds = measure.take_turns(runs, 3)
+    rounds = [tuple(order[n : n + 6]) for n in range(0, 24, 6)]
+    assert all(sorted(turn) == list("abcdef") for turn in rounds) and len(set(rounds)) == 4
+    assert all(len(times) == 3 for times in seconds.values())
 
 
 def test_presets_compile_abstractly():
