@@ -125,6 +125,23 @@ def test_up_to_rank_8_a_differentiated_update_is_a_sum_of_terms(rank):
     assert made(squared(run)) == (terms if rank <= 8 else products)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_without_a_derivative_the_factors_stay_as_they_lie(stacked):
+    (params, x), z = dense(3), 35 * 3
+    x = x.reshape(35, 24)
+    if stacked:  # two weights, two scalings
+        params = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), params)
+        x, z = jnp.stack([x, x]), 2 * z
+    run = jlora.lora(lambda p, x: jnp.matmul(x, p["w"]), fallback="error")
+    eqns = equations(jax.make_jaxpr(run)(params, x))
+    assert [e.outvars[0].aval.size for e in eqns if e.primitive.name == "mul"] == [z]
+    factors = {params["w"].lora_a.size, params["w"].lora_b.size}
+    moved = [e for e in eqns if e.primitive.name in ("transpose", "mul")]
+    assert not factors & {e.outvars[0].aval.size for e in moved}
+    want = jnp.matmul(x, jlora.merge(params)["w"])
+    np.testing.assert_allclose(run(params, x), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's compiler for CPU")
 @pytest.mark.parametrize("rank", [3, 12])
 def test_the_gradient_of_a_is_compiled_rank_first(rank):

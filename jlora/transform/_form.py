@@ -14,6 +14,7 @@ from jlora._arrays import accumulator
 from jlora.transform._labeled import contract, flops, spread
 from jlora.transform._view import RANK, narrowed, plus, scaled
 
+Labels = tuple[Any, ...]
 TOKENS = "tokens"
 # Up to this rank a differentiated z·B is a sum of terms: that many multiply-adds where a number is
 # used cost less than to store it and read it again (benchmarks/forms.py, form "terms").
@@ -36,30 +37,70 @@ class Form(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="form")
 def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
-    """Return x·W + (x·s·A)·B, the base product given.
+    """Return x·W + s·(x·A)·B, the base product given.
 
     A function of its own under jit: layers of one shape share its trace, its derivative and its
     lowering, which is most of what an adapter costs to trace.
     """
+    return _forward(form, base, x, parts)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+    """Take the factors as they lie, and scale what is small: a decoded token is mostly overhead."""
+    a, b, *s = parts
+    z = _met(form, x, (a, b)[form.first], form.factors[form.first])
+    for scaling in s:
+        stack = [k for k in form.factors[0] if k in form.factors[1] and k != RANK]
+        z = z * narrowed(spread(scaling, stack[: scaling.ndim], form.between), z.dtype)
+    z, other = (narrowed(f, form.dtype) for f in (z, (a, b)[1 - form.first]))
+    labels = form.factors[1 - form.first]
+    return _added(base, contract(z, form.between, other, labels, form.out, form.precision))
+
+
+@functools.partial(_forward.defjvp, symbolic_zeros=True)
+def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
+    leaves, tree = jax.tree.flatten(at)
+    moves = dict(enumerate(tree.flatten_up_to(along)))
+    moves = {n: dx for n, dx in moves.items() if not isinstance(dx, SymbolicZero)}
+
+    def run(moved: dict[int, Any]) -> Any:
+        return _step(form, *tree.unflatten([moved.get(n, x) for n, x in enumerate(leaves)]))
+
+    return jax.jvp(run, [{n: leaves[n] for n in moves}], [moves])
+
+
+def _step(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+    """Compute the same as `_forward`, in the form that is fastest together with its gradient."""
     pair, labels = list(parts[:2]), list(form.factors)
     if len(parts) > len(pair):
         pair[form.first], labels[form.first] = _turned(parts[2], pair[form.first], form)
-    one, two = (narrowed(pair[k], form.dtype) for k in (form.first, 1 - form.first))
-    first, second = labels[form.first], labels[1 - form.first]
-    x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
-    z = narrowed(contract(x, form.x, one, first, form.between, form.precision), form.dtype)
-    if form.terms:
-        y = update(z, two, form.between, second, form.out, form.precision)
-    else:
-        y = contract(z, form.between, two, second, form.out, form.precision)
-    return plus(base, lax.reshape(y, base.shape))
+    z = narrowed(_met(form, x, pair[form.first], labels[form.first]), form.dtype)
+    other, names = narrowed(pair[1 - form.first], form.dtype), labels[1 - form.first]
+    last = in_terms if form.terms else contract
+    return _added(base, last(z, form.between, other, names, form.out, form.precision))
 
 
-Labels = tuple[Any, ...]
+def _met(form: Form, x: Any, factor: Any, labels: Labels) -> Any:
+    """Multiply x by the factor that it meets."""
+    x, factor = narrowed(lax.reshape(x, form.x_shape), form.dtype), narrowed(factor, form.dtype)
+    return contract(x, form.x, factor, labels, form.between, form.precision)
 
 
-def _terms(z: Any, factor: Any, z_labels: Labels, labels: Labels, out_labels: Labels) -> Any:
-    """Sum over the rank as `contract` does, term by term."""
+def _added(base: Any, update: Any) -> Any:
+    return plus(base, lax.reshape(update, base.shape))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
+def in_terms(
+    z: Any, z_labels: Labels, factor: Any, labels: Labels, out_labels: Labels, precision: Any
+) -> Any:
+    """Sum over the rank as `contract` does, term by term: XLA fuses the terms into what reads them.
+
+    So a step keeps one array instead of the base product and the update. The derivative is that of
+    the product, so a gradient is a product again.
+    """
+    del precision  # the terms are exact
     wide = accumulator(z.dtype)
     z, factor = narrowed(z, wide), narrowed(factor, wide)
 
@@ -71,40 +112,10 @@ def _terms(z: Any, factor: Any, z_labels: Labels, labels: Labels, out_labels: La
     return functools.reduce(lax.add, [row(n, z, z_labels) * row(n, factor, labels) for n in ranks])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
-def update(
-    z: Any,
-    factor: Any,
-    z_labels: Labels,
-    labels: Labels,
-    out_labels: Labels,
-    precision: Any,
-    terms: bool = False,
-) -> Any:
-    """Return z·B: a product, but a sum of terms where it is differentiated, or where `terms`.
-
-    XLA fuses the terms into what reads them, so that a step keeps one array instead of the base
-    product and the update. Without a derivative nothing is kept, and attention over a cache, which
-    reads one token's numbers once for each position, would compute the terms as often. The
-    derivative is that of the product, so a gradient is a product again.
-    """
-    if terms:
-        return _terms(z, factor, z_labels, labels, out_labels)
-    return contract(z, z_labels, factor, labels, out_labels, precision)
-
-
-@functools.partial(update.defjvp, symbolic_zeros=True)
-def _(
-    z_labels: Labels,
-    labels: Labels,
-    out_labels: Labels,
-    precision: Any,
-    _: bool,
-    at: Any,
-    along: Any,
-) -> Any:
+@functools.partial(in_terms.defjvp, symbolic_zeros=True)
+def _(z_labels: Labels, labels: Labels, out_labels: Labels, precision: Any, at: Any, along: Any):
     (z, factor), (dz, dfactor) = at, along
-    out = update(z, factor, z_labels, labels, out_labels, precision, True)
+    out = in_terms(z, z_labels, factor, labels, out_labels, precision)
     moved = [(dz, factor), (z, dfactor)]
     moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
     parts = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
