@@ -133,8 +133,16 @@ def test_the_narrow_products_can_be_float32():
     x = X.astype(jnp.bfloat16) * 1.7
     narrow = jlora.lora(lambda p, x: x @ p["w"])
     wide = jlora.lora(lambda p, x: x @ p["w"], dtype=jnp.float32)
-    text = {n: str(jax.make_jaxpr(f)(tree, x)) for n, f in (("narrow", narrow), ("wide", wide))}
-    assert text["wide"].count("bf16[2,6]") == 0 < text["narrow"].count("bf16[2,6]")
+
+    def cast(fn, shape):
+        """How often A is cast."""
+        return str(jax.make_jaxpr(fn)(tree, x)).count(f"bf16{shape}")
+
+    def step(fn):
+        return jax.grad(lambda p, x: fn(p, x).astype(jnp.float32).sum())
+
+    assert cast(wide, "[6,2]") == 0 < cast(narrow, "[6,2]")
+    assert cast(step(wide), "[2,6]") == 0 < cast(step(narrow), "[2,6]")
     assert wide(tree, x).dtype == jnp.bfloat16
 
 
