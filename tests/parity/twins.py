@@ -52,8 +52,9 @@ class Twin:
             for part in parents:
                 node = node.setdefault(part, {})
             value = tensors[name].detach()
-            dtype = jnp.bfloat16 if value.dtype == torch.bfloat16 else jnp.float32
-            node[leaf] = jnp.asarray(move(value.float().numpy().copy()), dtype)
+            dtype = str(value.dtype).removeprefix("torch.")
+            wide = value.float() if value.dtype == torch.bfloat16 else value
+            node[leaf] = jnp.asarray(move(wide.numpy().copy()), dtype)
         return tree
 
 
