@@ -60,6 +60,7 @@ def _forward(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
 
 @functools.partial(_forward.defjvp, symbolic_zeros=True)
 def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
+    """Differentiate `_step` instead, with respect to what moves."""
     leaves, tree = jax.tree.flatten(at)
     moves = dict(enumerate(tree.flatten_up_to(along)))
     moves = {n: dx for n, dx in moves.items() if not isinstance(dx, SymbolicZero)}
