@@ -218,8 +218,16 @@ def measure_time(args: argparse.Namespace, found: dict[str, Any]) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """A row of Markdown for each variant: means over the seeds, ± the standard deviation."""
-    heads = ["variant", "held-out loss", "phoneme error rate", "s / step", "trained", "adapter"]
-    lines = ["| " + " | ".join([*heads, "seeds"]) + " |", "|---" * 7 + "|"]
+    heads = [
+        "variant",
+        "learning rate",
+        "held-out loss",
+        "phoneme error rate",
+        "s / step",
+        "trained",
+        "adapter",
+    ]
+    lines = ["| " + " | ".join([*heads, "seeds"]) + " |", "|---" * 8 + "|"]
     times = found.get("time", {"seconds": {}})["seconds"]
     for name, row in found["variants"].items():
         runs = list(row["seeds"].values())
@@ -235,7 +243,7 @@ def table(found: dict[str, Any]) -> str:
             return f"{mean(values):.{digits}f}{spread}"
 
         sizes = [f"{runs[0][k] / 1e6:.2f} MB" for k in ("trained_bytes", "adapter_bytes")]
-        cells = [name, cell("loss", 3), cell("rate", 3), time, *sizes]
+        cells = [name, f"{row['recipe']['lr']:g}", cell("loss", 3), cell("rate", 3), time, *sizes]
         lines.append("| " + " | ".join([*cells, str(len(runs))]) + " |")
     return "\n".join(lines)
 

@@ -204,13 +204,17 @@ def test_quality_refuses_a_variant_that_was_changed(tmp_path, monkeypatch):
 def test_the_table_of_quality(tmp_path, capsys):
     run = {"trained_bytes": 2_000_000, "adapter_bytes": 3_000_000}
     two = {"0": {**run, "loss": 1.0, "rate": 0.5}, "1": {**run, "loss": 1.2, "rate": 0.5}}
-    rows = {"a": {"seeds": two}, "b": {"seeds": {"0": {**run, "loss": 1.0, "rate": None}}}}
+    one = {"0": {**run, "loss": 1.0, "rate": None}}
+    rows = {
+        "a": {"recipe": {"lr": 2e-3}, "seeds": two},
+        "b": {"recipe": {"lr": 5e-5}, "seeds": one},
+    }
     found = {"settings": {}, "variants": rows, "time": {"seconds": {"a": 2.0}}}
     quality.save(tmp_path / "q.json", found)
     assert quality.main(["--table", "--json", str(tmp_path / "q.json")]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| a | 1.100 ± 0.141 | 0.500 ± 0.000 | 2.00 | 2.00 MB | 3.00 MB | 2 |",
-        "| b | 1.000 | – | – | 2.00 MB | 3.00 MB | 1 |",
+        "| a | 0.002 | 1.100 ± 0.141 | 0.500 ± 0.000 | 2.00 | 2.00 MB | 3.00 MB | 2 |",
+        "| b | 5e-05 | 1.000 | – | – | 2.00 MB | 3.00 MB | 1 |",
     ]
     with pytest.raises(SystemExit):
         quality.main(["--table", "--json", str(tmp_path / "none.json")])
