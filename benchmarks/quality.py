@@ -218,16 +218,9 @@ def measure_time(args: argparse.Namespace, found: dict[str, Any]) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """A row of Markdown for each variant: means over the seeds, ± the standard deviation."""
-    heads = [
-        "variant",
-        "learning rate",
-        "held-out loss",
-        "phoneme error rate",
-        "s / step",
-        "trained",
-        "adapter",
-    ]
-    lines = ["| " + " | ".join([*heads, "seeds"]) + " |", "|---" * 8 + "|"]
+    heads = ["variant", "learning rate", "held-out loss", "phoneme error rate"]
+    heads += ["s / step", "trained", "adapter", "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     times = found.get("time", {"seconds": {}})["seconds"]
     for name, row in found["variants"].items():
         runs = list(row["seeds"].values())

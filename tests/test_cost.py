@@ -112,9 +112,12 @@ def test_up_to_rank_8_a_differentiated_update_is_a_sum_of_terms(rank):
     params, x = dense(rank)
     run = jlora.lora(product, fallback="error")
 
-    def made(fn):
+    def found(fn):
         eqns = equations(jax.make_jaxpr(fn)(params, x))
-        names = [e.primitive.name for e in eqns if e.outvars[0].aval.shape[-1:] == (32,)]
+        return [(e.primitive.name, e.outvars[0].aval.shape[-1:]) for e in eqns]
+
+    def made(fn):
+        names = [name for name, last in found(fn) if last == (32,)]
         return {name: names.count(name) for name in ("dot_general", "mul")}
 
     # x W and z B; a token that is decoded would compute terms as often as they are read.
@@ -123,6 +126,9 @@ def test_up_to_rank_8_a_differentiated_update_is_a_sum_of_terms(rank):
     terms = {"dot_general": 1, "mul": rank + square}
     products = {"dot_general": 2, "mul": square}
     assert made(squared(run)) == (terms if rank <= 8 else products)
+    # A gradient is products whatever the rank: those of x by W and A, of A and of B, and z's.
+    names = [name for name, _ in found(gradient(run))]
+    assert names.count("dot_general") == (2 if rank <= 8 else 3) + 3
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -42,37 +42,39 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     A function of its own under jit: layers of one shape share its trace, its derivative and its
     lowering, which is most of what an adapter costs to trace.
     """
-    return _forward(form, base, x, parts)
+    return _plain(form, base, x, parts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+def _plain(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
     """Take the factors as they lie, and scale what is small: a decoded token is mostly overhead."""
     a, b, *s = parts
     z = _met(form, x, (a, b)[form.first], form.factors[form.first])
-    for scaling in s:
+    if s:
         stack = [k for k in form.factors[0] if k in form.factors[1] and k != RANK]
-        z = z * narrowed(spread(scaling, stack[: scaling.ndim], form.between), z.dtype)
+        z = z * narrowed(spread(s[0], stack[: s[0].ndim], form.between), z.dtype)
     z, other = (narrowed(f, form.dtype) for f in (z, (a, b)[1 - form.first]))
     labels = form.factors[1 - form.first]
     return _added(base, contract(z, form.between, other, labels, form.out, form.precision))
 
 
-@functools.partial(_forward.defjvp, symbolic_zeros=True)
+@functools.partial(_plain.defjvp, symbolic_zeros=True)
 def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
-    """Differentiate `_step` instead, with respect to what moves."""
+    """Differentiate `_differentiable` instead, with respect to what moves."""
     leaves, tree = jax.tree.flatten(at)
     moves = dict(enumerate(tree.flatten_up_to(along)))
     moves = {n: dx for n, dx in moves.items() if not isinstance(dx, SymbolicZero)}
 
     def run(moved: dict[int, Any]) -> Any:
-        return _step(form, *tree.unflatten([moved.get(n, x) for n, x in enumerate(leaves)]))
+        return _differentiable(
+            form, *tree.unflatten([moved.get(n, x) for n, x in enumerate(leaves)])
+        )
 
     return jax.jvp(run, [{n: leaves[n] for n in moves}], [moves])
 
 
-def _step(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
-    """Compute the same as `_forward`, in the form that is fastest together with its gradient."""
+def _differentiable(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+    """Compute the same as `_plain`, in the form that is fastest together with its gradient."""
     pair, labels = list(parts[:2]), list(form.factors)
     if len(parts) > len(pair):
         pair[form.first], labels[form.first] = _turned(parts[2], pair[form.first], form)

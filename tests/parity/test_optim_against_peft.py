@@ -120,9 +120,9 @@ class Race:
         first, got, want = factors(self.first), self.here(tx), self.there(optimizer)
         assert set(got) == set(want)
         for path, start in first.items():
+            moved = want[path] - start
             most = 1e-10 if self.double else 1e-5
-            most = most if np.any(want[path] - start) else 0.0
-            compare(got[path] - start, want[path] - start, path, most)
+            compare(got[path] - start, moved, path, most if np.any(moved) else 0.0)
 
     def apart(self, optimizer: Any, tx: Any, steps: int = STEPS) -> dict[str, tuple[float, float]]:
         """How far each went, there and here: both numbers."""
