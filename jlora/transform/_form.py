@@ -32,6 +32,7 @@ class Form(NamedTuple):
     out: tuple[Any, ...]
     dtype: Any
     precision: Any
+    turned: bool
     terms: bool
 
 
@@ -47,40 +48,34 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _plain(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
-    """Take the factors as they lie, and scale what is small: a decoded token is mostly overhead."""
-    a, b, *s = parts
-    z = _met(form, x, (a, b)[form.first], form.factors[form.first])
-    if s:
-        stack = [k for k in form.factors[0] if k in form.factors[1] and k != RANK]
-        z = z * narrowed(spread(s[0], stack[: s[0].ndim], form.between), z.dtype)
-    z, other = (narrowed(f, form.dtype) for f in (z, (a, b)[1 - form.first]))
-    labels = form.factors[1 - form.first]
-    return _added(base, contract(z, form.between, other, labels, form.out, form.precision))
+    """Take the factors as they lie: a decoded token is mostly overhead."""
+    return _product(form._replace(turned=False, terms=False), base, x, parts)
 
 
 @functools.partial(_plain.defjvp, symbolic_zeros=True)
 def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
-    """Differentiate `_differentiable` instead, with respect to what moves."""
+    """Differentiate the form that is fastest together with its gradient, for what moves."""
     leaves, tree = jax.tree.flatten(at)
     moves = dict(enumerate(tree.flatten_up_to(along)))
     moves = {n: dx for n, dx in moves.items() if not isinstance(dx, SymbolicZero)}
 
     def run(moved: dict[int, Any]) -> Any:
-        return _differentiable(
-            form, *tree.unflatten([moved.get(n, x) for n, x in enumerate(leaves)])
-        )
+        return _product(form, *tree.unflatten([moved.get(n, x) for n, x in enumerate(leaves)]))
 
     return jax.jvp(run, [{n: leaves[n] for n in moves}], [moves])
 
 
-def _differentiable(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
-    """Compute the same as `_plain`, in the form that is fastest together with its gradient."""
-    pair, labels = list(parts[:2]), list(form.factors)
-    if len(parts) > len(pair):
-        pair[form.first], labels[form.first] = _turned(parts[2], pair[form.first], form)
-    z = narrowed(_met(form, x, pair[form.first], labels[form.first]), form.dtype)
-    other, names = narrowed(pair[1 - form.first], form.dtype), labels[1 - form.first]
-    last = in_terms if form.terms else contract
+def _product(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+    """Scale the factor that meets x where it is turned, else what is between the two factors."""
+    pair, labels, s = list(parts[:2]), list(form.factors), parts[2:]
+    if s and form.turned:
+        pair[form.first], labels[form.first] = _turned(s[0], pair[form.first], form)
+    z = _met(form, x, pair[form.first], labels[form.first])
+    if s and not form.turned:
+        stack = [k for k in labels[0] if k in labels[1] and k != RANK]
+        z = z * narrowed(spread(s[0], stack[: s[0].ndim], form.between), z.dtype)
+    z, other = (narrowed(f, form.dtype) for f in (z, pair[1 - form.first]))
+    last, names = in_terms if form.terms else contract, labels[1 - form.first]
     return _added(base, last(z, form.between, other, names, form.out, form.precision))
 
 
@@ -171,7 +166,9 @@ def choose(
     middle = tuple(between(first))
     summed = [k for k in labels[1 - first] if k not in out_labels]
     terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
-    how = (first, middle, out_labels, jnp.dtype(dtype), precision, terms)
+    # With fewer tokens x is no bigger than A: to turn A costs more than its gradient gains.
+    turned = math.prod(sizes[k] for k in tokens) > sizes[RANK]
+    how = (first, middle, out_labels, jnp.dtype(dtype), precision, turned, terms)
     return Form(x_labels, shape, labels, *how), cost(first)
 
 
