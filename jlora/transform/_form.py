@@ -22,7 +22,11 @@ MOST_TERMS = 8
 
 
 class Form(NamedTuple):
-    """How an activation meets a weight's factors: labels for the axes of all, and the order."""
+    """How an activation meets a weight's factors: labels for the axes of all, and the order.
+
+    The last two are of a differentiated product alone: whether the factor that meets x is turned
+    rank first, and whether the last product is written out as a sum of terms.
+    """
 
     x: tuple[Any, ...]
     x_shape: tuple[int, ...]
@@ -70,22 +74,17 @@ def _product(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
     pair, labels, s = list(parts[:2]), list(form.factors), parts[2:]
     if s and form.turned:
         pair[form.first], labels[form.first] = _turned(s[0], pair[form.first], form)
-    z = _met(form, x, pair[form.first], labels[form.first])
+    x, one, other = (
+        narrowed(k, form.dtype)
+        for k in (lax.reshape(x, form.x_shape), pair[form.first], pair[1 - form.first])
+    )
+    z = contract(x, form.x, one, labels[form.first], form.between, form.precision)
     if s and not form.turned:
         stack = [k for k in labels[0] if k in labels[1] and k != RANK]
         z = z * narrowed(spread(s[0], stack[: s[0].ndim], form.between), z.dtype)
-    z, other = (narrowed(f, form.dtype) for f in (z, pair[1 - form.first]))
     last, names = in_terms if form.terms else contract, labels[1 - form.first]
-    return _added(base, last(z, form.between, other, names, form.out, form.precision))
-
-
-def _met(form: Form, x: Any, factor: Any, labels: Labels) -> Any:
-    """Multiply x by the factor that it meets."""
-    x, factor = narrowed(lax.reshape(x, form.x_shape), form.dtype), narrowed(factor, form.dtype)
-    return contract(x, form.x, factor, labels, form.between, form.precision)
-
-
-def _added(base: Any, update: Any) -> Any:
+    z = narrowed(z, form.dtype)
+    update = last(z, form.between, other, names, form.out, form.precision)
     return plus(base, lax.reshape(update, base.shape))
 
 
@@ -166,7 +165,7 @@ def choose(
     middle = tuple(between(first))
     summed = [k for k in labels[1 - first] if k not in out_labels]
     terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
-    # With fewer tokens x is no bigger than A: to turn A costs more than its gradient gains.
+    # Over no more tokens x is no bigger than A: to turn A costs more than its gradient gains.
     turned = math.prod(sizes[k] for k in tokens) > sizes[RANK]
     how = (first, middle, out_labels, jnp.dtype(dtype), precision, turned, terms)
     return Form(x_labels, shape, labels, *how), cost(first)
