@@ -34,7 +34,8 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         params: adapted parameters, or an adapter from `jlora.detach`.
 
     Raises:
-        ValueError: nothing is adapted, or `directory` holds something else than a checkpoint.
+        ValueError: nothing is adapted, a part of a node is taken out (`jlora.partition`), or
+            `directory` holds something else than a checkpoint.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -60,6 +61,8 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
             f"`jlora.checkpoint.save({str(directory)!r}, params)`: the folder holds other files, "
             "which saving would replace. Give a folder of its own."
         )
+    for path, node in nodes.items():
+        _refuse_part(path, node, f"jlora.checkpoint.save({str(directory)!r}, params)")
     arrays, index = {}, {}
     for n, (path, node) in enumerate(sorted(nodes.items())):
         if isinstance(node, LoraArray):
@@ -78,13 +81,26 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
             arrays[str(n)] = {"value": node.value}
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    new = beside / "new"  # with the permissions of any new folder; `beside` is its owner's alone
     try:
+        new.mkdir()
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(beside / _ARRAYS, arrays)
-        (beside / _INDEX).write_text(json.dumps({"version": 1, "leaves": index}, indent=2))
-        _replace(beside, target)
+            checkpointer.save(new / _ARRAYS, arrays)
+        (new / _INDEX).write_text(json.dumps({"version": 1, "leaves": index}, indent=2))
+        _replace(new, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _refuse_part(path: str, node: Any, call: str) -> None:
+    """Refuse what `jlora.partition` returned: half of an adapter could not be restored."""
+    needed = _NEEDED if isinstance(node, LoraArray) else ("value",)
+    for name in needed:
+        if getattr(node, name) is None:
+            raise ValueError(
+                f'`{call}`: the {name} of "{path}" is taken out, and without it the adapter could '
+                "not be restored. Give `jlora.combine(trainable, frozen)`."
+            )
 
 
 def _parts(node: LoraArray) -> dict[str, Any]:
@@ -97,15 +113,15 @@ def _parts(node: LoraArray) -> dict[str, Any]:
     }
 
 
-def _replace(beside: Path, target: Path) -> None:
-    """Put `beside` in the place of `target`; the old one is whole until the new one stands."""
+def _replace(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; the old one is whole until the new one stands."""
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
         target.rename(old / "old")
-        beside.rename(target)
+        new.rename(target)
         shutil.rmtree(old)
     else:
-        beside.rename(target)
+        new.rename(target)
 
 
 def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
@@ -220,7 +236,13 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
             return node
         shapes = [node.lora_a.shape, node.lora_b.shape]
         geometry = Geometry.of(leaf.shape, node.layout)
-        want = list(geometry.factor_shapes(node.rank, node.slices))
+        ones = (1,) * len(geometry.stack)  # where `jlora.tie` lets the layers of a stack share
+        want = [
+            (*ones, *shape[len(ones) :]) if found[: len(ones)] == ones else shape
+            for found, shape in zip(
+                shapes, geometry.factor_shapes(node.rank, node.slices), strict=True
+            )
+        ]
         for name in ("magnitude", "lambda_b"):
             if getattr(node, name) is not None:
                 shapes.append(getattr(node, name).shape)

@@ -63,6 +63,22 @@ def test_the_base_is_not_in_the_files(tmp_path):
     assert size < 100_000 < 512 * 512 * 4
 
 
+def test_a_new_checkpoint_has_the_permissions_of_any_new_folder(tmp_path):
+    checkpoint.save(tmp_path / "a", adapted())
+    (tmp_path / "b").mkdir()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize(("half", "name"), [(0, "scaling"), (1, "lora_a")])
+def test_half_of_an_adapter_is_refused(tmp_path, half, name):
+    part = jlora.partition(adapted())[half]["stack"]
+    with pytest.raises(ValueError, match=rf'the {name} of "w" is taken out.*jlora.combine'):
+        checkpoint.save(tmp_path / "a", {"w": part})
+    with pytest.raises(ValueError, match=r'the value of "w" is taken out'):
+        checkpoint.save(tmp_path / "a", {"w": jlora.FullArray(jnp.ones(3), None)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_save_keeps_the_old_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "a", adapted())
 

@@ -145,6 +145,23 @@ def test_a_checkpoint_holds_the_part_once(tmp_path):
         )
 
 
+@pytest.mark.parametrize("pattern", ["v", ".*"])
+@pytest.mark.parametrize(
+    ("form", "parts"),
+    [("lora", ("lora_a",)), ("vera", ("lora_a", "lora_b")), ("lora_xs", ("core",))],
+)
+def test_a_checkpoint_holds_what_the_layers_of_a_stack_share(tmp_path, form, parts, pattern):
+    base = {"v": jnp.ones((3, 8, 6)), "w": jnp.ones((3, 8, 6))}
+    spec = LoraSpec(2, layout="io", form=form)
+    tied = jlora.tie(jlora.attach(base, {".*": spec}, key=jax.random.key(0)), {pattern: parts})
+    checkpoint.save(tmp_path / "t", tied)
+    got = checkpoint.restore(tmp_path / "t", base)
+    assert jax.tree.structure(got) == jax.tree.structure(tied)
+    jax.tree.map(np.testing.assert_array_equal, got, tied)
+    with pytest.raises(ValueError, match="needs"):
+        checkpoint.restore(tmp_path / "t", {k: jnp.ones((4, 8, 6)) for k in base})
+
+
 def test_what_is_not_tied_comes_back_as_it_is():
     params = adapted()
     same = jlora.untie(params)
