@@ -94,9 +94,10 @@ def _check(params: PyTree, call: str) -> None:
 
 
 def merge(params: PyTree) -> PyTree:
-    """Build the plain weights, `W + s · A B`, summed in float32 and rounded once to W's dtype.
+    """Build the plain weights, `W + s · A B`, rounded once, to W's dtype.
 
-    DoRA's are `m · (W + s · A B) / ‖W + s · A B‖`, whose norm is a constant to the gradient.
+    They are summed in float32 or wider. DoRA's are `m · (W + s · A B) / ‖W + s · A B‖`, whose norm
+    is a constant to the gradient.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.

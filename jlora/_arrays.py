@@ -15,6 +15,15 @@ from jaxtyping import Array, Float
 from jlora._paths import describe
 
 
+def _not_an_array(self: Any, *_: Any, **__: Any) -> Any:
+    """Answer JAX and NumPy, which ask an operand of an unknown type for its array."""
+    raise TypeError(
+        f"a `{type(self).__name__}` came where an array was meant: the function does not know "
+        "adapted parameters. Wrap it, `jlora.lora(fn)(params, ...)`, with the parameters as an "
+        "argument, not closed over; or give it plain ones, `jlora.merge(params)`."
+    )
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "lora_a", "lora_b", "scaling", "magnitude", "core", "lambda_b"),
@@ -68,6 +77,8 @@ class LoraArray:
     lambda_b: Any = None
     frozen: tuple[str, ...] = ()
 
+    __jax_array__ = __array__ = _not_an_array
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The base weight's shape."""
@@ -111,6 +122,8 @@ class FullArray:
 
     base: Any
     value: Any
+
+    __jax_array__ = __array__ = _not_an_array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -246,13 +259,13 @@ def plain(node: LoraArray, shape: tuple[int, ...]) -> LoraArray:
     return dataclasses.replace(node, lora_b=whole, **parts)
 
 
-def delta(node: LoraArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Return `s · A B` in float32 (or wider), in a base weight's `shape`."""
+def delta(node: LoraArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
+    """Return `s · A B` in a base weight's `shape`, in float32 or what of it and A is wider."""
     geometry = Geometry.of(shape, node.layout)
     rank = node.lora_a.shape[-1]
     a = node.lora_a.reshape(*geometry.stack, geometry.fan_in, rank)
     b = whole_b(node, geometry).reshape(*geometry.stack, rank, geometry.fan_out)
-    wide = accumulator(node.lora_a.dtype)
+    wide = max(accumulator(node.lora_a.dtype), accumulator(dtype), key=lambda k: jnp.finfo(k).bits)
     ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
     s = jnp.asarray(node.scaling, wide)
     return geometry.from_matrix(ab * s.reshape(*s.shape, *(1,) * (ab.ndim - s.ndim)))

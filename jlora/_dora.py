@@ -45,7 +45,7 @@ def column_norm(node: LoraArray) -> Float[Array, "..."]:
 
 def weight(node: LoraArray) -> Float[Array, "..."]:
     """Return the whole weight, in float32 or wider."""
-    update = delta(node, node.shape)
+    update = delta(node, node.shape, node.dtype)
     summed = node.base.astype(update.dtype) + update
     if node.magnitude is None:
         return summed
@@ -57,7 +57,7 @@ def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
 
     `W' / g - s · A B`, with the gain of `node`. An output of gain 0 is lost: it has `node`'s base.
     """
-    update = delta(node, merged.shape)
+    update = delta(node, merged.shape, merged.dtype)
     whole = merged.astype(update.dtype)
     if node.magnitude is None:
         return whole - update

@@ -38,7 +38,8 @@ def summary(params: PyTree) -> str:
     trainable, _ = partition(params)
     counted = jax.tree.map(unscaled, params, is_leaf=is_adapted)
     trained, total = (
-        sum(math.prod(jax.numpy.shape(x)) for x in jax.tree.leaves(tree))
+        # An Equinox module's leaves are functions and numbers as well.
+        sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
         for tree in (trainable, counted)
     )
     percent = 100 * trained / total if total else 0.0

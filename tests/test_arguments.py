@@ -1,5 +1,8 @@
 """What goes in and out of `lora(fn)`, and the exactness of the trees around it."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +129,44 @@ def test_bfloat16_bases_keep_float32_factors_and_round_once():
     assert not jnp.array_equal(merged, twice), "rounding the delta first would differ"
     out = jlora.lora(lambda p, x: x @ p["w"])(tree, X.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_keeps_a_float64_base(dora):
+    with jax.enable_x64(True):
+        base = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)))}
+        tree = jlora.attach(base, {"w": LoraSpec(2, dora=dora)}, key=jax.random.key(0))
+        assert tree["w"].lora_a.dtype == jnp.float32
+        tree["w"] = dataclasses.replace(tree["w"], lora_b=jnp.ones((2, 4), jnp.float32) / 3)
+        merged, x = jlora.merge(tree), X.astype(jnp.float64)
+        assert merged["w"].dtype == jnp.float64
+        out = jlora.lora(lambda p, x: x @ p["w"])(tree, x)
+        np.testing.assert_allclose(out, x @ merged["w"], rtol=1e-13, atol=1e-13)
+        again = jlora.unmerge(merged, tree)
+        np.testing.assert_allclose(again["w"].base, base["w"], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: X @ w,
+        lambda w: jnp.multiply(w, 2.0),
+        lambda w: jnp.asarray(w),
+        lambda w: np.asarray(w),
+        lambda w: jax.jit(lambda x: x @ w)(X),
+        lambda w: nn.Dense(4).apply({"params": {"kernel": w, "bias": jnp.ones(4)}}, X),
+    ],
+)
+@pytest.mark.parametrize("rule", [LoraSpec(2), "full"])
+def test_a_function_that_is_not_wrapped_says_so(use, rule):
+    tree = jlora.attach({"w": jnp.ones((6, 4))}, {"w": rule}, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"Wrap it, `jlora.lora\(fn\)\(params, ...\)`"):
+        use(tree["w"])
+
+
+def test_what_is_no_array_is_not_counted():
+    tree = params() | {"activation": jnp.tanh, "slope": 0.1, "name": "w"}
+    assert jlora.summary(tree) == jlora.summary(params())
 
 
 def test_the_narrow_products_can_be_float32():
