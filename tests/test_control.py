@@ -155,3 +155,24 @@ def test_every_initializer_starts_at_the_base(init, dtype, layout):
     assert jnp.array_equal(jlora.lora(fn, fallback="error")(tree, x), fn(base, x))
     assert tree["w"].lora_a.dtype == dtype
     assert bool(tree["w"].lora_a.any()) != bool(tree["w"].lora_b.any())
+
+
+def test_layers_taken_for_a_side_of_a_convolution_are_told():
+    def fn(p, x):
+        def layer(x, kernel):
+            return jnp.einsum("th,hnd,mnd->tm", x, kernel, kernel), None
+
+        return lax.scan(layer, x, p["w"])[0]
+
+    base = {"w": jax.random.normal(jax.random.key(0), (3, 6, 2, 4)) * 0.2}
+
+    def adapted(**layouts):
+        tree = jlora.attach(base, {"w": LoraSpec(2)}, key=jax.random.key(0), **layouts)
+        return jax.tree.map(lambda x: x + 0.1, tree)
+
+    with pytest.warns(
+        UserWarning, match=r'"w" float32\[3,6,2,4\] is scanned .*share one B'
+    ) as told:
+        jlora.lora(fn)(adapted(), X)
+    assert len(told) == 1 and told[0].message.args[0].endswith("jlora.layouts(fn, params, x))`.")
+    agree(fn, adapted(layouts=jlora.layouts(fn, base, X)))  # a warning is an error

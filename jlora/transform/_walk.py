@@ -216,6 +216,22 @@ class Walk:
         self.settings.told.add((primitive, line))
         warnings.warn(message, UserWarning, stacklevel=2)
 
+    def doubt_stack(self, eqn: JaxprEqn, view: View) -> None:
+        """Warn of layers that are taken for a side of a convolution, the layout of 4-D weights."""
+        silent = self.settings.fallback == "materialize" or self.settings.observe is not None
+        line = self.line(eqn)
+        if not view.parts or silent or ("scan", line) in self.settings.told:
+            return
+        self.settings.told.add(("scan", line))
+        side, shared = ("input", "B") if view.roles[0] == "i" else ("output", "A")
+        message = (
+            f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is scanned along its "
+            f"first axis at {line}, but its layout takes that axis for an {side}, so that all "
+            f"layers share one {shared}. Let the program say which axes are layers: "
+            "`jlora.attach(..., layouts=jlora.layouts(fn, params, x))`."
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
+
     def jitted(self, eqn: JaxprEqn, wrap: Callable[[Any], Any]) -> Any:
         """Return `wrap(eqn's walked body)`, the same each time, as `(key, *operands) -> outs`."""
         jaxpr = eqn.params["jaxpr"]

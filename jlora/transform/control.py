@@ -111,6 +111,9 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     n_consts, n_carry = _compat.scan_arity(p)
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     xs = operands[n_consts + n_carry :]
+    for x in xs:
+        if isinstance(x, View) and x.ndim > 3 and x.roles[0] in ("i", "o"):
+            walk.doubt_stack(eqn, x)
     peeled = {k: _peel(x) for k, x in enumerate(xs) if isinstance(x, View)}
     scanned = [peeled[k][0] if k in peeled else x for k, x in enumerate(xs)]
     quiet = walk.quiet()
