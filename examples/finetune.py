@@ -17,6 +17,7 @@ The output directory gets adapter/ (the adapter alone), loss.png, report.json, a
 import argparse
 import functools
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -27,7 +28,6 @@ from typing import Any
 
 import data
 import jax
-import jax.numpy as jnp
 import llama
 import numpy as np
 import training
@@ -54,19 +54,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help="a .jsonl or .txt file (default: CMUdict)")
     add("--adapter", metavar="DIR", help="begin with, or --generate with, an adapter of PEFT's")
     add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT's files")
-    add("--rank", type=int, default=8)
-    add("--alpha", type=float, default=16.0)
+    add("--rank", type=positive, help="of a new adapter; default: 8")
+    add("--alpha", type=above_zero, help="of a new adapter; default: 16")
     add("--steps", type=positive, help="default: 120, or 4 with --smoke")
-    add("--lr", type=float, default=2e-3)
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/finetune"), help="default: runs/finetune")
+    add("--lr", type=above_zero, default=2e-3, help="the highest learning rate; default: 0.002")
+    add("--seed", type=not_below_zero, default=0, help="of A and the order of the data; default: 0")
+    add("--out", type=Path, help="default: runs/finetune, or runs/smoke with --smoke")
     add("--smoke", action="store_true", help="the first 4 layers and 4 steps, to try the path")
     add("--resume", action="store_true", help="go on from where Ctrl-C stopped")
     add("--generate", metavar="TEXT", help="continue TEXT instead of training")
     kinds = ("base", "adapted", "merged")
     add("--weights", choices=kinds, default="adapted", help="which model --generate runs")
     args = parser.parse_args(argv)
+    if args.adapter is not None and (args.rank or args.alpha):
+        parser.error("--rank and --alpha are of a new adapter; the one of --adapter has its own")
+    if args.generate is not None and (args.resume or args.export_peft is not None):
+        parser.error("--generate trains nothing: leave --resume and --export-peft out")
+    args.rank, args.alpha = args.rank or 8, args.alpha or 16.0
     args.steps = args.steps or (4 if args.smoke else 120)
+    args.out = args.out or Path("runs/smoke" if args.smoke else "runs/finetune")
     return args
 
 
@@ -75,6 +81,20 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return int(text)
+
+
+def not_below_zero(text: str) -> int:
+    """An argparse type: an integer from 0 on."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return float(text)
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -177,7 +197,8 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     inputs = (batch["tokens"], batch["positions"], batch["segments"], None, batch["at"])
     logits = adapted(params, *inputs)
     restored = checkpoint.restore(folder, load_model(args)[1])
-    differ = lambda other: float(jnp.max(jnp.abs(logits - other)))  # noqa: E731
+    # NumPy's maximum is NaN where one of the numbers is.
+    differ = lambda other: float(np.max(np.abs(np.asarray(logits - other))))  # noqa: E731
     trainable = sum(leaf.size for leaf in jax.tree.leaves(jlora.partition(params)[0]))
     base = sum(leaf.size for leaf in jax.tree.leaves(jlora.detach(params)[0]))
     return {

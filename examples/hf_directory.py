@@ -67,12 +67,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Read tokenizer.json."""
+    """Read tokenizer.json, without the padding and the cutting that it may ask for."""
     read_json(file)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ValueError(f"`--model {file.parent}`: {file.name}: {error}.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[Config, int]:
@@ -109,4 +112,6 @@ def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[
         )
         return config, int(stop[0] if isinstance(stop, list) else stop)
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"`--model {path}`: config.json lacks an entry ({error}).") from error
+        raise ValueError(
+            f"`--model {path}`: config.json lacks an entry, or has one of a wrong kind ({error})."
+        ) from error

@@ -73,8 +73,9 @@ cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
 
 
 def make_schedule(lr: float, steps: int) -> optax.Schedule:
-    """A warm-up over the first tenth, and a cosine to 2 %."""
-    return optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 10), steps, lr * 0.02)
+    """A warm-up over the first tenth, a step at least, and a cosine to 2 %."""
+    warm = max(1, steps // 10)
+    return optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr * 0.02)
 
 
 def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:

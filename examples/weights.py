@@ -36,7 +36,34 @@ def load(model: str | None, layers: int | None = None) -> Model:
             f"`--model {path}`: there is no such file or directory. Give a directory with "
             "config.json, *.safetensors and tokenizer.json, or a .gguf file."
         )
-    return (read_directory if path.is_dir() else read_gguf)(path, layers)
+    read = read_directory if path.is_dir() else read_gguf
+    try:
+        model = read(path, layers)
+    except OSError:
+        raise
+    except Exception as error:  # an entry of a wrong kind fails anywhere, and in any way
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"`--model {path}`: an entry of its configuration or its tokenizer is of a wrong kind, "
+            f"or does not fit the others ({type(error).__name__}: {error})."
+        ) from error
+    check_sizes(path, model)
+    return model
+
+
+def check_sizes(path: Path, model: Model) -> None:
+    """Refuse sizes that JAX would take and compute nonsense with."""
+    config, _, tokenizer, stop = model
+    for name in ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"):
+        size = getattr(config, name)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`--model {path}`: its {name} is {size!r}, not an integer above 0.")
+    if tokenizer.get_vocab_size() > config.vocab or not 0 <= stop < config.vocab:
+        raise ValueError(
+            f"`--model {path}`: its tokenizer has {tokenizer.get_vocab_size()} tokens and the end "
+            f"token is {stop}, but its embedding has {config.vocab} rows."
+        )
 
 
 def fetch() -> Path:

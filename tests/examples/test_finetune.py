@@ -40,7 +40,8 @@ def optax_promotes() -> Iterator[None]:
 
 
 def flags(model: Path, file: Path, out: Path, *more: str) -> list[str]:
-    common = ["--model", str(model), "--data", str(file), "--out", str(out), "--rank", "4"]
+    common = ["--model", str(model), "--data", str(file), "--out", str(out)]
+    common += [] if "--adapter" in more else ["--rank", "4"]
     return [*common, "--steps", "6", "--lr", "0.02", *more]
 
 
@@ -204,7 +205,6 @@ def test_loss_and_gradient_are_those_of_the_whole_logits(start: int) -> None:
         (["--data", "nowhere.jsonl"], "`--data nowhere.jsonl`: there is no such file"),
         (["--model", "nowhere"], "`--model nowhere`: there is no such file or directory"),
         (["--rank", "17"], "`--rank 17 --alpha 16.0`: "),
-        (["--rank", "0"], "`--rank 0 --alpha 16.0`: "),
         (["--resume"], "`--resume`: there is no saved state"),
         (["--generate", "x" * 96], "the prompt has 96 tokens; the model takes 1 to 95"),
         (["--generate", ""], "the prompt has 0 tokens"),
@@ -231,11 +231,30 @@ def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, tmp_path: Path, cap
     assert "--export-peft" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("steps", ["0", "-1", "two"])
-def test_steps_above_zero(steps: str, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (["--steps", "0"], "--steps: 0 is not above 0"),
+        (["--steps", "two"], "--steps: invalid"),
+        (["--rank", "0"], "--rank: 0 is not above 0"),
+        (["--lr", "nan"], "--lr: nan is not a finite number above 0"),
+        (["--lr", "inf"], "--lr: inf is not"),
+        (["--alpha", "-1"], "--alpha: -1 is not"),
+        (["--seed", "-1"], "--seed: -1 is below 0"),
+        (["--adapter", "a", "--rank", "4"], "the one of --adapter has its own"),
+        (["--generate", "x", "--export-peft", "a"], "--generate trains nothing"),
+    ],
+)
+def test_flags_that_make_no_sense(wrong: list[str], match: str, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
-        finetune.main(["--steps", steps])
-    assert "--steps" in capsys.readouterr().err
+        finetune.main(wrong)
+    assert match in capsys.readouterr().err
+
+
+def test_one_step_and_where_a_smoke_test_writes() -> None:
+    schedule = training.make_schedule(0.1, 1)
+    assert float(schedule(0)) == 0 and float(schedule(1)) == pytest.approx(0.1)
+    assert finetune.parse(["--smoke"]).out != finetune.parse([]).out == Path("runs/finetune")
 
 
 @pytest.mark.slow

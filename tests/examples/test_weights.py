@@ -18,6 +18,7 @@ import pytest
 import weights
 from safetensors.flax import save_file as save_flax
 from tiny_llama import TINY, tiny_tensors, write_model
+from tokenizers import Tokenizer
 
 
 def test_directory_round_trip(tiny_dir: Path) -> None:
@@ -63,6 +64,13 @@ def test_tied_head_has_no_kernel(tmp_path: Path) -> None:
         ({"hidden_size": None}, "config.json lacks"),
         ({"intermediate_size": 40}, r"mlp/gate_proj/kernel the shape \(32, 48\).*\(32, 40\)"),
         ({"num_hidden_layers": 3}, "model.layers.2.*in none of its"),
+        ({"num_hidden_layers": "2"}, "wrong kind.*TypeError"),
+        ({"num_attention_heads": 0}, "wrong kind.*ZeroDivisionError"),
+        ({"num_attention_heads": -4}, r"its own configuration asks for \(32, -16\)"),
+        ({"max_position_embeddings": 0}, "its context is 0"),
+        ({"rope_scaling": "linear"}, "wrong kind.*AttributeError"),
+        ({"architectures": 3}, "wrong kind.*TypeError"),
+        ({"eos_token_id": 264}, "the end token is 264, but its embedding has 264 rows"),
     ],
 )
 def test_refused_configurations(tiny_dir: Path, change: dict[str, Any], match: str) -> None:
@@ -81,6 +89,15 @@ def test_missing_and_truncated_files(tiny_dir: Path, name: str) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"tiny.*there (is|are) no"):
         weights.load(str(tiny_dir))
+
+
+def test_a_tokenizer_that_pads_and_cuts_is_told_not_to(tiny_dir: Path) -> None:
+    plain = weights.load(str(tiny_dir))[2].encode("né 12").ids
+    tokenizer = Tokenizer.from_file(str(tiny_dir / "tokenizer.json"))
+    tokenizer.enable_padding(length=20)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tiny_dir / "tokenizer.json"))
+    assert weights.load(str(tiny_dir))[2].encode("né 12").ids == plain
 
 
 def test_llama3_scaling_is_read(tiny_dir: Path) -> None:
@@ -121,14 +138,16 @@ def llama_cpp_permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return parts.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, architecture: str = "llama", pre: str = "smollm") -> Path:
+def write_gguf(
+    path: Path, architecture: str = "llama", pre: str = "smollm", merge: str = "1 2", heads: Any = 4
+) -> Path:
     """The tiny model as llama.cpp's converter would write it."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(96)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(2)
     writer.add_rope_freq_base(5000.0)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -138,7 +157,7 @@ def write_gguf(path: Path, architecture: str = "llama", pre: str = "smollm") -> 
     tokens += [f"<{i}>" for i in range(264 - len(tokens))]
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 256 + [3, 1] + [3] * 6)
-    writer.add_token_merges(["1 2"])
+    writer.add_token_merges([merge])
     writer.add_eos_token_id(256)
     for name, value in tiny_tensors(TINY).items():
         for hugging, cpp in NAMES.items():
@@ -177,6 +196,11 @@ def test_gguf_refusals(tmp_path: Path) -> None:
         weights.load(str(write_gguf(tmp_path / "g.gguf", architecture="gemma")))
     with pytest.raises(ValueError, match=r"tokenizer \(gpt2, other\) is not one"):
         weights.load(str(write_gguf(tmp_path / "p.gguf", pre="other")))
+    for n, wrong in enumerate(
+        [{"merge": "1"}, {"merge": "1 unknown"}, {"heads": 0}, {"heads": [4, 4]}]
+    ):
+        with pytest.raises(ValueError, match="wrong kind"):
+            weights.load(str(write_gguf(tmp_path / f"{n}.gguf", **wrong)))
     whole = write_gguf(tmp_path / "w.gguf").read_bytes()
     for size in (0, 3, 20, 200, len(whole) // 2, len(whole) - 100):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
