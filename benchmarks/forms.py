@@ -13,11 +13,11 @@ jlora merges the tokens; over more tokens than ranks it takes A's gradient rank 
 where the barrier stands here (batched, a barrier makes jaxlib 0.10.2's compiler for CPU abort); and
 it writes z B out up to rank 8.
 
-Where a program's buffers come to lie is chance, and worth several percent with pages of 4 KiB, less
+Where a program's buffers come to lie is chance, and costs several percent with pages of 4 KiB, less
 with the huge ones that the variable asks of Linux's C library: each form is compiled three times,
-and its figure is the median of the three. Last come jlora against the best factored form of each
-cell, and what such a comparison is worth: how far the three of one form are apart. And where
-`dense` would win: it is never chosen, since jlora builds W + s A B in `merge` only.
+and its figure is the fastest of the three, for bad luck only adds. Last come jlora against the best
+factored form of each cell, and how far the three of one form are apart. And where `dense` would
+win: it is never chosen, since jlora builds W + s A B in `merge` only.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def cell(tokens, shape, rank, rounds):
         runs |= {(name, k): repeated(run, args) for name, run in compiled.items()}
     seconds = take_turns(runs, rounds)
     limits = [seconds["limit", k] for k in range(COPIES)]
-    limit = [median(copies) for copies in zip(*limits, strict=True)]
+    limit = min(limits, key=median)
     return {name: [ratio(seconds[name, k], limit) for k in range(COPIES)] for name in FORMS}
 
 
@@ -149,7 +149,7 @@ def main() -> None:
     print("tokens       shape rank  " + "  ".join(f"{name:>10}" for name in FORMS))
     for tokens, shape, rank in itertools.product(TOKENS, SHAPES, RANKS):
         copies = cell(tokens, shape, rank, args.rounds)
-        ratios = {name: median(of) for name, of in copies.items()}
+        ratios = {name: min(of) for name, of in copies.items()}
         apart = {name: max(of) / min(of) for name, of in copies.items()}
         of = {"tokens": tokens, "shape": shape, "rank": rank}
         rows.append({**of, "ratios": ratios, "apart": apart})
