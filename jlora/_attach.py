@@ -1,5 +1,6 @@
 """Putting an adapter on: by rules, a `LoraArray` or a `FullArray` where a weight stood."""
 
+import collections
 import dataclasses
 import functools
 import zlib
@@ -41,16 +42,18 @@ def attach(
             match wins.
         key: a PRNG key for A (and B).
         layouts: path to layout, as `jlora.layouts(fn, params, ...)` gives; a spec's own comes
-            first. Without either, 2-D weights are "io" and 4-D ones "iiio".
+            first. Without either, 2-D weights are "io" and 4-D ones "iiio", as Flax has Dense and
+            convolutions; take `layouts` where weights lie otherwise (Equinox: "oi") or in stacks.
 
     Returns:
         A tree of the same shape, with nodes for leaves.
 
     Raises:
         ValueError: a rule that decides nothing, a rank above min(in, out), a layout that does not
-            fit, a weight whose layout is not known, a vector, a leaf that is already adapted, an
-            initializer that moves the base under a form whose update is zero at first.
-        TypeError: an integer leaf.
+            fit, a weight whose layout is not known, a vector, a leaf that is already adapted, two
+            leaves of one path, an initializer that moves the base under a form whose update is
+            zero at first.
+        TypeError: an integer leaf under a `LoraSpec`; rules that are no mapping.
         KeyError: a path in `layouts` that no leaf has.
 
     Example:
@@ -64,6 +67,12 @@ def attach(
     layouts = layouts or {}
     leaves = leaves_with_paths(params, is_adapted)
     paths = [path for path, _ in leaves]
+    twice = [path for path, count in collections.Counter(paths).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f'`jlora.attach`: two leaves have the path "{twice[0]}", so no rule and no file could '
+            'tell them apart. Rename the key that has a "/" in it.'
+        )
     for path in layouts:
         if path not in set(paths):
             raise KeyError(

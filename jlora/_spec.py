@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +29,7 @@ class LoraSpec:
 
     Args:
         rank: r, at least 1 and at most min(in, out) of every weight it is given to. PEFT's `r`.
-        alpha: α. PEFT's `lora_alpha`.
+        alpha: α, 16 where it is not given, whatever the rank. PEFT's `lora_alpha`, which is 8.
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`,
             or `(A, B, residual)` where A B is a part of the weight. `None` is the form's own.
@@ -78,8 +79,15 @@ class LoraSpec:
     form: Literal["lora", "lora_fa", "lora_xs", "vera", "adalora"] = "lora"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool):
+        if not hasattr(self.rank, "__index__") or isinstance(self.rank, bool):
             raise TypeError(f"`LoraSpec(rank={self.rank!r})`: the rank must be an integer.")
+        if not hasattr(self.alpha, "__float__"):
+            raise TypeError(f"`LoraSpec(alpha={self.alpha!r})`: alpha must be a number.")
+        # Hashable, whatever they came as: NumPy's and JAX's numbers, lists from JSON.
+        object.__setattr__(self, "rank", operator.index(self.rank))
+        if not isinstance(self.alpha, int | float):
+            object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "slices", _ranges(self.slices))
         if self.rank < 1:
             raise ValueError(
                 f"`LoraSpec(rank={self.rank})`: the rank must be at least 1. "
@@ -110,14 +118,6 @@ class LoraSpec:
             raise TypeError(f"`LoraSpec(dora={self.dora!r})`: give True or False.")
         if self.layout is not None:
             check_layout(self.layout, f"LoraSpec(layout={self.layout!r})")
-        if self.slices is not None:
-            bounds = [n for pair in self.slices for n in pair]
-            rising = all(start < stop for start, stop in self.slices)
-            if not bounds or bounds[0] < 0 or not rising or bounds != sorted(bounds):
-                raise ValueError(
-                    f"`LoraSpec(slices={self.slices!r})`: give (start, stop) ranges in rising "
-                    "order that do not overlap, e.g. `slices=((0, 768), (1536, 2304))`, or None."
-                )
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(
                 f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "
@@ -135,6 +135,24 @@ class LoraSpec:
         return self.form in ("lora_xs", "vera", "adalora")
 
 
+def _ranges(slices: Any) -> tuple[tuple[int, int], ...] | None:
+    """Return slices as pairs of integers, in rising order and apart."""
+    if slices is None:
+        return None
+    try:
+        pairs = tuple((operator.index(start), operator.index(stop)) for start, stop in slices)
+    except (TypeError, ValueError):
+        pairs = ()
+    bounds = [n for pair in pairs for n in pair]
+    rising = all(start < stop for start, stop in pairs)
+    if not bounds or bounds[0] < 0 or not rising or bounds != sorted(bounds):
+        raise ValueError(
+            f"`LoraSpec(slices={slices!r})`: give (start, stop) ranges in rising "
+            "order that do not overlap, e.g. `slices=((0, 768), (1536, 2304))`, or None."
+        )
+    return pairs
+
+
 def check_layout(layout: str, call: str) -> None:
     """Refuse a layout that has other letters than i and o, or lacks one of them."""
     if set(layout) != {"i", "o"}:
@@ -147,6 +165,11 @@ def check_layout(layout: str, call: str) -> None:
 
 def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[str, Any]:
     """Return the first matching rule's value per path; every rule must decide at least one."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f"`{call}`: give a mapping from regular expressions to specs, e.g. "
+            f'`{{r".*/kernel": jlora.LoraSpec(rank=8)}}`; got {rules!r}.'
+        )
     compiled = {key: _compile(key, call) for key in rules}
     for key, value in rules.items():
         if not (value is None or value == "full" or isinstance(value, LoraSpec)):

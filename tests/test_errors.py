@@ -146,6 +146,20 @@ PLAIN = {
         "jlora.LoraSpec(rank=2.0)",
         "TypeError: `LoraSpec(rank=2.0)`: the rank must be an int",
     ),
+    "alpha": (
+        "jlora.LoraSpec(alpha='16')",
+        "TypeError: `LoraSpec(alpha='16')`: alpha must be a number",
+    ),
+    "slices": ("jlora.LoraSpec(slices=(0, 3))", "ValueError: `LoraSpec(slices=(0, 3))`: give (st"),
+    "a half": ("jlora.LoraSpec(slices=((0, 2.5),))", "ValueError: `LoraSpec(slices=((0, 2.5),))`"),
+    "others' numbers": (
+        "hash(jlora.LoraSpec(np.int64(4), jnp.float32(16), slices=[[0, 3]]))",
+        "accepted",
+    ),
+    "rules": (
+        "jlora.attach({}, jlora.LoraSpec(2), key=None)",
+        "TypeError: `jlora.attach(rules=...)`: give a mapping",
+    ),
     "bool": ("jlora.LoraSpec(rank=True)", "TypeError: `LoraSpec(rank=True)`: the rank must be an"),
     "init": ("jlora.LoraSpec(init='kaiming')", "TypeError: `LoraSpec(init='kaiming')`: give a fun"),
     "dora": ("jlora.LoraSpec(dora=1)", "TypeError: `LoraSpec(dora=1)`: give True or False."),
@@ -168,18 +182,25 @@ PLAIN = {
 @pytest.fixture(scope="module")
 def plain():
     """Run every expression of `PLAIN` in one Python without the hook."""
-    code = "import jlora\n" + "".join(
-        f"try: {expression}\nexcept Exception as e: print({name!r}, type(e).__name__ + ':', e)\n"
-        f"else: print({name!r}, 'accepted')\n"
+    code = "import jlora, jax.numpy as jnp, numpy as np\n" + "".join(
+        f"try: {expression}\n"
+        f"except Exception as e: print({name!r}, type(e).__name__, e, sep=': ')\n"
+        f"else: print({name!r} + ': accepted')\n"
         for name, (expression, _) in PLAIN.items()
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return dict(line.split(" ", 1) for line in run.stdout.splitlines())
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_without_type_checks(plain, name):
     assert plain[name].startswith(PLAIN[name][1]), plain[name]
+
+
+def test_two_leaves_of_one_path():
+    params = {"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((6, 5))}}
+    with pytest.raises(ValueError, match=says("`jlora.attach`", 'two leaves have the path "a/b"')):
+        jlora.attach(params, {".*": SPEC}, key=KEY)
 
 
 def test_bind_of_another_structure():
