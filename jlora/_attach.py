@@ -53,7 +53,7 @@ def attach(
             fit, a weight whose layout is not known, a vector, a leaf that is already adapted, two
             leaves of one path, an initializer that moves the base under a form whose update is
             zero at first.
-        TypeError: an integer leaf under a `LoraSpec`; rules that are no mapping.
+        TypeError: a leaf that is no array of floating-point numbers; rules that are no mapping.
         KeyError: a path in `layouts` that no leaf has.
 
     Example:
@@ -147,6 +147,11 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             "`base, adapter = jlora.detach(params)`, or give its path the rule None."
         )
     if rule == "full":
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+            raise TypeError(
+                f"`{call}`: {describe(path, leaf)} is not an array of real or complex numbers, so "
+                "it cannot be trained. Narrow the rule, or give this path the rule None."
+            )
         return None
     if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(

@@ -4,12 +4,14 @@ Jaxpr parameters are not a stable interface (in 2026 `scan` replaced `num_consts
 `ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`), so nothing else in jlora reads them by name.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
+from jax.sharding import AxisType
 
 
 class Body(NamedTuple):
@@ -62,6 +64,17 @@ def varying_axes(x: Any) -> list[str]:
     aval = jax.typeof(x)
     kinds = getattr(aval, "manual_axis_type", None)  # `vma` before 0.10.2
     return sorted(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
+
+
+def mesh_of(x: Any) -> Any:
+    """Return a context in which an explicitly sharded array may be used, whatever is around it.
+
+    An equation that leaves an explicit mesh (`reshard`, of `auto_axes`) stands outside it already.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types and mesh != jax.sharding.get_abstract_mesh():
+        return jax.sharding.use_abstract_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 def manual_axes(params: dict[str, Any]) -> Any:

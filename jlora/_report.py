@@ -11,8 +11,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import LoraArray, is_adapted
 from jlora._partition import partition
-from jlora._paths import leaves_with_paths
-from jlora.transform._lora import call
+from jlora.transform._lora import argument_path, call
 from jlora.transform._walk import Settings, Use
 
 
@@ -97,8 +96,8 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
 
     Args:
         fn: the plain function.
-        params: its adapted parameters.
-        *args: its other arguments.
+        params: its first argument, adapted parameters as a rule.
+        *args: its other arguments, which may be adapted as well.
         **kwargs: its keyword arguments.
 
     Returns:
@@ -130,7 +129,8 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         call(fn, settings, None, *tree.unflatten(filled))
 
     jax.eval_shape(run, *(leaves[k] for k in dynamic))
-    adapted = [p for p, x in leaves_with_paths(params, is_adapted) if isinstance(x, LoraArray)]
+    pairs = jax.tree_util.tree_leaves_with_path(((params, *args), kwargs), is_leaf=is_adapted)
+    adapted = [argument_path(p) for p, x in pairs if isinstance(x, LoraArray)]
     order = {name: k for k, name in enumerate(adapted)}
     uses = sorted(sites.values(), key=lambda use: order[use.name])
     seen = {use.name for use in uses}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import jlora
 from jlora import FullArray, LoraArray, LoraSpec
@@ -217,3 +218,37 @@ def test_merged_inference_is_the_base_program():
 def test_explain_names_what_is_never_used():
     report = jlora.explain(lambda p, x: x, params(), X)
     assert report.unused == ("w",) and "never used" in str(report)
+
+
+def test_explain_speaks_of_every_argument_that_is_adapted():
+    other = {"v": params()["w"]}
+    report = jlora.explain(lambda x, p, q: (x @ p["w"]) @ q["v"].T, X, params(), q=other)
+    assert [use.name for use in report.uses] == ["w", "v"] and report.unused == ()
+
+
+def test_a_symbolic_batch_is_exported():
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"])
+
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("b,6"), jnp.float32)
+    tree = params()
+    leaves, structure = jax.tree.flatten(tree)
+    run = jax.jit(lambda leaves, x: jlora.lora(fn)(structure.unflatten(leaves), x))
+    exported = export.export(run)(leaves, x)
+    for n in (1, 3, 40):
+        x = jnp.linspace(0, 1, n * 6).reshape(n, 6)
+        np.testing.assert_allclose(exported.call(leaves, x), fn(jlora.merge(tree), x), rtol=1e-5)
+
+
+def test_eight_bits_do_not_overflow_between_the_factors():
+    def fn(p, x):
+        dims = (((1,), (0,)), ((), ()))
+        narrow = p["w"].astype(x.dtype)
+        return jax.lax.dot_general(x, narrow, dims, preferred_element_type=jnp.float32)
+
+    x = jnp.full((4, 6), 300.0).astype(jnp.float8_e4m3fn)
+    tree = params()
+    base = jlora.detach(tree)[0]["w"].astype(x.dtype).astype(jnp.float32)
+    wide, node = x.astype(jnp.float32), tree["w"]
+    want = wide @ base + node.scaling * (wide @ node.lora_a) @ node.lora_b
+    np.testing.assert_allclose(jlora.lora(fn)(tree, x), want, rtol=0.05, atol=10)

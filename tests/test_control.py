@@ -1,13 +1,18 @@
 """Loops and branches that the table of laws lacks: no reverse mode, or weights that change."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 import jlora
 from jlora import LoraSpec
+from jlora.transform import _walk
 
 X = jnp.ones((3, 6))
 
@@ -71,6 +76,78 @@ def test_a_carried_weight_that_becomes_another_thing_is_reported_and_right():
     agree(fn, params(), "materialize")
 
 
+@pytest.mark.parametrize("carried", ["closed over", "handed on", "changed"])
+def test_each_lane_of_a_mapped_while_has_its_own_condition(carried):
+    def fn(p, x):
+        def small(s):
+            return jnp.abs(s[1]).sum() < 3
+
+        def step(s):
+            w, x = s
+            x = jnp.tanh(x @ (p["w"] if carried == "closed over" else w)) + 0.3
+            return (w * 0.9 if carried == "changed" else w), x
+
+        return jax.vmap(lambda x: lax.while_loop(small, step, (p["w"], x))[1])(x)
+
+    x = jnp.linspace(0.0, 1.0, 4)[:, None] * jnp.ones((4, 6))
+    tree = params()
+    want = fn(jlora.merge(tree), x)
+    steps = [fn(jlora.merge(tree), row[None])[0] for row in x]
+    np.testing.assert_allclose(want, jnp.stack(steps), rtol=1e-5)
+    run = jlora.lora(fn, fallback="materialize" if carried == "changed" else "error")
+    for f in (run, jax.jit(run)):
+        np.testing.assert_allclose(f(tree, x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mapped_while_draws_one_mask_for_its_condition():
+    """W = 0: what a lane adds is its dropped input, and a lane that ends stays as it is."""
+    node = jlora.LoraArray(jnp.zeros((1, 1)), jnp.ones((1, 1)), jnp.ones((1, 1)), 1.0, "io")
+
+    def fn(p, x):
+        def goes(s):
+            return (s[0] @ p["w"])[0] < 10
+
+        return jax.vmap(lambda x: lax.while_loop(goes, lambda s: (s[0] + 1, s[1] + 1), (x, 0)))(x)
+
+    run = jlora.lora(fn, dropout=0.5, key=jax.random.key(0), fallback="error")
+    x, count = run({"w": node}, jnp.zeros((8, 1)))
+    np.testing.assert_array_equal(x[:, 0], count)
+    assert len(set(np.asarray(count).tolist())) > 1
+
+
+def test_a_scan_over_nothing_hands_on_its_carry():
+    def fn(p, x):
+        return x @ lax.scan(lambda w, t: (w * 2, t), p["w"], jnp.zeros((0, 3)))[0]
+
+    agree(fn, params())
+
+
+def test_branches_that_return_the_weight_with_an_axis_more():
+    def fn(p, x):
+        first, second = lambda w: w[None], lambda w: 2 * w[None]
+        return x @ lax.cond(x[0, 0] > 0, first, second, p["w"])[0]
+
+    agree(fn, params())
+
+
+def test_another_platforms_branch_is_not_compiled():
+    def elsewhere(x, w):
+        return pl.pallas_call(lambda *_: None, out_shape=jax.ShapeDtypeStruct((3, 6), x.dtype))(
+            x, w
+        )
+
+    def fn(p, x):
+        branches = {"cpu": jnp.matmul, "cuda": jnp.matmul, "tpu": elsewhere}
+        return lax.platform_dependent(x, p["w"], **branches)
+
+    agree(fn, params(), fallback="materialize")
+
+    def default(p, x):
+        return lax.platform_dependent(x, p["w"], tpu=elsewhere, default=jnp.matmul)
+
+    agree(default, params(), fallback="materialize")
+
+
 def test_a_weight_handed_on_through_an_inner_jit_stays_factored():
     def fn(p, x):
         inner = jax.jit(lambda w, x: (w, jnp.tanh(x @ w)))
@@ -119,6 +196,25 @@ def test_an_eager_call_of_a_jitted_function_compiles_once():
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_jits_made_anew_at_each_call_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(_walk, "_MOST_COMPILED", 3)
+    held = []
+
+    def fn(p, x):
+        def layer(x, w):
+            return x @ w
+
+        held.append(weakref.ref(layer))
+        return jax.jit(layer)(x, p["w"])
+
+    run = jlora.lora(fn)
+    for _ in range(8):
+        run(params(), X)
+    jax.clear_caches()
+    gc.collect()
+    assert sum(ref() is not None for ref in held) <= 3
 
 
 def test_a_jitted_layer_is_walked_once_for_all_layers():

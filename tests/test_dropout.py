@@ -131,3 +131,18 @@ def test_a_loops_condition_and_body_draw_apart(key):
         run(fn, node(), key)
     assert len(drawn) >= 7  # four conditions, three bodies
     assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_integers_are_dropped_as_numbers(dora):
+    spec = jlora.LoraSpec(2, dora=dora)
+    params = jlora.attach({"w": jnp.ones((8, 8))}, {"w": spec}, key=jax.random.key(1))
+    params = jax.tree.map(lambda x: x + 0.1, params)
+
+    def fn(p, x):
+        dims = (((1,), (0,)), ((), ()))
+        return lax.dot_general(x, p["w"], dims, preferred_element_type=jnp.float32)
+
+    x = jnp.ones((4096, 8), jnp.int8)
+    out = jlora.lora(fn, dropout=0.3, key=jax.random.key(0), fallback="error")(params, x)
+    np.testing.assert_allclose(out.mean(0), fn(jlora.merge(params), x).mean(0), rtol=0.02)

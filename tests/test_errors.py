@@ -197,6 +197,16 @@ def test_without_type_checks(plain, name):
     assert plain[name].startswith(PLAIN[name][1]), plain[name]
 
 
+@pytest.mark.parametrize(
+    "leaf", ["relu", jnp.tanh, jnp.arange(3), KEY], ids=lambda x: type(x).__name__
+)
+def test_what_cannot_be_trained(leaf):
+    with pytest.raises(
+        TypeError, match=says("`jlora.attach`", '"act"', "cannot be trained", "None")
+    ):
+        jlora.attach({"act": leaf}, {"act": "full"}, key=KEY)
+
+
 def test_two_leaves_of_one_path():
     params = {"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((6, 5))}}
     with pytest.raises(ValueError, match=says("`jlora.attach`", 'two leaves have the path "a/b"')):

@@ -119,3 +119,53 @@ def test_layers_gathered_one_by_one():
     params = jax.tree.map(lambda x: x + 0.1, params)
     got = jax.jit(jlora.lora(fn, fallback="error"))(params, X)
     np.testing.assert_allclose(got, fn(jlora.merge(params), X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["in_shardings", "out_shardings"])
+def test_an_inner_jit_keeps_its_shardings(where):
+    split = NamedSharding(mesh(), P("data", None, "model"))
+    asked = (split, None) if where == "in_shardings" else split
+    params = tree()
+
+    def fn(p, x):
+        return jax.jit(lambda x, k: (x * 2) @ k, **{where: asked})(x, p["w"])
+
+    for run in (jlora.lora(fn, fallback="error"), jax.jit(jlora.lora(fn, fallback="error"))):
+        got, want = run(params, X), fn(jlora.merge(params), X)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        assert got.sharding.is_equivalent_to(want.sharding, 3)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("split", [P(None, "model"), P("model")])
+def test_shards_that_are_sent_around(split, check):
+    params, turn = tree(), [(0, 1), (1, 0)]
+
+    def fn(p, x):
+        def ring(x, w):
+            y = x @ lax.ppermute(w, "model", turn) if split[0] is None else x[..., :6] @ w
+            return y if split[0] is None else lax.psum(y, "model")
+
+        out = P(None, None, "model") if split[0] is None else P()
+        specs = {"in_specs": (P(), split), "out_specs": out, "check_vma": check}
+        return jax.shard_map(ring, mesh=mesh(), **specs)(x, p["w"])
+
+    got = jlora.lora(fn, fallback="error")(params, X)
+    np.testing.assert_allclose(got, fn(jlora.merge(params), X), rtol=1e-5, atol=1e-5)
+
+
+def test_what_leaves_an_explicit_mesh():
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        params = tree()
+        tokens = jax.device_put(jnp.arange(24).reshape(4, 6) % 12, P("data"))
+        x = jax.device_put(X, P("data"))
+        out = P("data", None, None)
+        product = jax.sharding.auto_axes(lambda x, w: x @ w, out_sharding=out)
+        for fn, at in (
+            (lambda p, t: p["w"].at[t].get(out_sharding=out), tokens),
+            (lambda p, x: product(x, p["w"]), x),
+        ):
+            for run in (jlora.lora(fn, fallback="error"), jax.jit(jlora.lora(fn))):
+                got, want = run(params, at), fn(jlora.merge(params), at)
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+                assert jax.typeof(got) == jax.typeof(want)

@@ -140,7 +140,7 @@ def choose(
     out_labels: tuple[Any, ...],
     dtype: Any,
     precision: Any,
-) -> tuple[Form, int]:
+) -> tuple[Form, Any]:
     """Choose how x (its type is given) meets the two factors, by fewer FLOPs, and count these."""
     sizes = dict(weight_sizes)
     tokens = [k for k in x_labels if k not in sizes]
@@ -155,7 +155,7 @@ def choose(
         batch = [k for k in x_labels if k in labels[first] and k in needed]
         return batch + [k for k in made if k in needed and k not in batch]
 
-    def cost(first: int) -> int:
+    def cost(first: int) -> Any:
         return flops(sizes, x_labels, labels[first]) + flops(
             sizes, between(first), labels[1 - first]
         )
@@ -166,7 +166,8 @@ def choose(
     summed = [k for k in labels[1 - first] if k not in out_labels]
     terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
     # Over no more tokens x is no bigger than A: to turn A costs more than its gradient gains.
-    turned = math.prod(sizes[k] for k in tokens) > sizes[RANK]
+    many = math.prod(sizes[k] for k in tokens)
+    turned = not isinstance(many, int) or many > sizes[RANK]  # symbolic in a `jax.export`
     how = (first, middle, out_labels, jnp.dtype(dtype), precision, turned, terms)
     return Form(x_labels, shape, labels, *how), cost(first)
 

@@ -7,6 +7,7 @@ tied head does; never a scaled copy of the weight.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import lax
 
 from jlora._arrays import accumulator
@@ -31,6 +32,11 @@ def times(x: Any, gain: Any) -> Any:
         return x
     wide = accumulator(x.dtype)
     return narrowed(narrowed(x, wide) * narrowed(gain, wide), x.dtype)
+
+
+def _inexact(x: Any, dtype: Any) -> Any:
+    """Return what dropout can divide: integers as `dtype`."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else narrowed(x, dtype)
 
 
 def placed(
@@ -77,7 +83,7 @@ def multiplied(
 
     if walk.key is None:
         return narrowed(*whole(x))
-    out, dropped = product(x), walk.drop(x, atom)
+    out, dropped = product(x), walk.drop(_inexact(x, dtype), atom)
     wide = accumulator(out.dtype)
     full, base = (y.astype(wide) for y in (whole(dropped)[0], product(dropped)))
     return narrowed(out.astype(wide) + (full - base), out.dtype)

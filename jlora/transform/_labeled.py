@@ -45,6 +45,6 @@ def contract(
     return out
 
 
-def flops(sizes: dict[Any, int], *label_sets: Sequence[Any]) -> int:
-    """Count multiply-adds, twice, of one contraction over these labels."""
+def flops(sizes: dict[Any, Any], *label_sets: Sequence[Any]) -> Any:
+    """Count multiply-adds, twice, of one contraction over these labels; sizes may be symbolic."""
     return 2 * math.prod(sizes[k] for k in set().union(*label_sets))

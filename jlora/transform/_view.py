@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _compat
 from jlora._arrays import Geometry, LoraArray, accumulator, whole_b
 from jlora._dora import gain
 from jlora.transform._labeled import contract
@@ -118,8 +119,9 @@ class View:
             return self.parts
         a, b, s = self.parts
         stack = self.roles.count("s")
-        b = lax.transpose(b, [*range(stack), *range(stack + 1, b.ndim), stack])
-        return a, scaled(b, s)
+        with _compat.mesh_of(b):
+            b = lax.transpose(b, [*range(stack), *range(stack + 1, b.ndim), stack])
+            return a, scaled(b, s)
 
     @property
     def laid(self) -> tuple[Any, ...]:

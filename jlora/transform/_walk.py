@@ -18,6 +18,7 @@ from jlora.transform._registry import KNOW_EQUAL, KNOW_GAIN, RULES, TAKE_WHOLE
 from jlora.transform._view import View
 
 Fallback = Literal["warn", "error", "materialize"]
+_MOST_COMPILED = 1024
 
 
 class Use(NamedTuple):
@@ -96,10 +97,12 @@ class Walk:
         """Return the dtype of the narrow products: the option's, else the activation's."""
         if self.settings.dtype is not None:
             return self.settings.dtype
-        return x_dtype if jnp.issubdtype(x_dtype, jnp.inexact) else out_dtype
+        dtype = x_dtype if jnp.issubdtype(x_dtype, jnp.inexact) else out_dtype
+        # x A overflows in 8 bits, where whoever wrote the model scaled x and W to fit.
+        return jnp.dtype(jnp.bfloat16) if jnp.finfo(dtype).bits < 16 else dtype
 
     def used(
-        self, eqn: JaxprEqn, view: View, flops: int, contracted: Sequence[int], free: Sequence[int]
+        self, eqn: JaxprEqn, view: View, flops: Any, contracted: Sequence[int], free: Sequence[int]
     ) -> None:
         """Tell the observer of a factored use."""
         if self.settings.observe is None:
@@ -208,6 +211,7 @@ class Walk:
             f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is used whole by the "
             f'primitive "{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} '
             f"bytes, {cost:,} FLOPs a call. "
+            "`jlora.explain` lists every such use. "
             "Ways out: write that line as a product with the weight; give the parameter the rule "
             'None (or "full"); or accept it with `jlora.lora(fn, fallback="materialize")`.'
         )
@@ -241,9 +245,12 @@ class Walk:
 
         if self.settings.observe is not None:  # an observer wants every use, not every trace
             return walked
-        if id(jaxpr) not in self.settings.compiled:
-            self.settings.compiled[id(jaxpr)] = (jaxpr, wrap(walked))
-        return self.settings.compiled[id(jaxpr)][1]
+        compiled = self.settings.compiled
+        if id(jaxpr) not in compiled:
+            if len(compiled) >= _MOST_COMPILED:  # a function that makes its jits anew at each call
+                del compiled[next(iter(compiled))]
+            compiled[id(jaxpr)] = (jaxpr, wrap(walked))
+        return compiled[id(jaxpr)][1]
 
 
 def _last_uses(body: _compat.Body) -> list[list[Any] | None]:

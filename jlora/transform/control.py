@@ -3,6 +3,7 @@
 Views are pytrees, so `jax.jit`, `jax.checkpoint`, `lax.scan`, ... take them as they are.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal
+from jax.sharding import Sharding
 
 from jlora import _compat
 from jlora.transform._registry import rule
@@ -19,11 +21,29 @@ from jlora.transform._walk import Walk
 
 @rule("jit", "pjit", whole=True, gain=True)
 def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+    p = eqn.params
+
     def wrap(walked: Callable[..., Any]) -> Any:
-        walked.__name__ = eqn.params["name"]
-        return jax.jit(walked)
+        @functools.wraps(walked)
+        def laid(key: Any, *operands: Any) -> list[Any]:
+            return _as_asked(
+                walked(key, *_as_asked(operands, p["in_shardings"])), p["out_shardings"]
+            )
+
+        laid.__name__ = p["name"]
+        return jax.jit(laid)
 
     return walk.jitted(eqn, wrap)(walk.next_key(), *operands)
+
+
+def _as_asked(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    """Lay arrays out as `jax.jit(in_shardings=, out_shardings=)` was told; factors lie freely."""
+    return [
+        x
+        if isinstance(x, View) or not isinstance(sharding, Sharding)
+        else lax.with_sharding_constraint(x, sharding)
+        for x, sharding in zip(values, shardings, strict=True)
+    ]
 
 
 @rule("remat2", "checkpoint", "remat", whole=True, gain=True)
@@ -119,7 +139,9 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     quiet = walk.quiet()
 
     def once(full: Sequence[Any]) -> list[Any]:
-        slices = jax.tree.map(lambda x: x[0], scanned)
+        slices = jax.tree.map(
+            lambda x: x[0] if len(x) else jnp.zeros(x.shape[1:], x.dtype), scanned
+        )
         pieces = [peeled[k][1](x) if k in peeled else x for k, x in enumerate(slices)]
         return quiet.evaluate(body, [*consts, *full, *pieces])[:n_carry]
 
@@ -150,9 +172,13 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
     body = _compat.body(p["body_jaxpr"])
     quiet, init = walk.quiet(), operands[n_cond + n_body :]
+    # Under `vmap` each lane has a condition of its own: it goes on while any does, and the others
+    # stay as they are, so what changes is an array.
+    lanes = bool(_compat.body(p["cond_jaxpr"]).outvars[0].aval.shape)
 
     def once(full: Sequence[Any]) -> list[Any]:
-        return quiet.evaluate(body, [*body_consts, *full])
+        outs = quiet.evaluate(body, [*body_consts, *full])
+        return quiet.arrays(eqn, outs) if lanes else outs
 
     carry = _Carry(walk, eqn, init, body, n_body, once)
     keys = walk.next_key(), walk.next_key()  # condition and body draw apart
@@ -160,17 +186,27 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     def inside(key: Any, step_number: Any) -> Walk:
         return walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
 
-    def going(state: Any) -> Any:
+    def condition(state: Any) -> Any:
         step_number, moving = state
         inner = inside(keys[0], step_number)
         return inner.evaluate(p["cond_jaxpr"], [*cond_consts, *carry.full(moving)])[0]
+
+    def going(state: Any) -> Any:
+        return jnp.any(condition(state)) if lanes else condition(state)
 
     def step(state: Any) -> Any:
         step_number, moving = state
         outs = inside(keys[1], step_number).evaluate(
             p["body_jaxpr"], [*body_consts, *carry.full(moving)]
         )
-        return None if step_number is None else step_number + 1, carry.moving(outs)
+        moved = carry.moving(outs)
+        if lanes:
+            goes = condition(state)
+            moved = [
+                lax.select(lax.broadcast_in_dim(goes, x.shape, range(goes.ndim)), x, before)
+                for x, before in zip(moved, moving, strict=True)
+            ]
+        return None if step_number is None else step_number + 1, moved
 
     start = None if walk.key is None else jnp.zeros((), jnp.int32)
     return carry.full(lax.while_loop(going, step, (start, carry.init))[1])
@@ -182,12 +218,19 @@ def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
 
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
         def walked(key: Any, *operands: Any) -> list[Any]:
-            return settle(walk.inside(eqn, key).evaluate(jaxpr, operands))
+            return settle(_settled(walk.inside(eqn, key).evaluate(jaxpr, operands)))
 
         return walked
 
     branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
-    return lax.switch(index, branches, walk.next_key(), *operands)
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return lax.switch(index, branches, walk.next_key(), *operands)
+    # Of `lax.platform_dependent`, whose other platforms' branches must not be compiled here.
+    pairs = list(zip(platforms, branches, strict=True))
+    by_name = {name: walked for names, walked in pairs for name in names or ()}
+    rest = next((walked for names, walked in pairs if names is None), None)
+    return lax.platform_dependent(walk.next_key(), *operands, default=rest, **by_name)
 
 
 # These make an activation of a weight, whatever else they do.
@@ -204,7 +247,10 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
     if not any(_may_return_views(body, operands) for body in branches):
         return arrays
     quiet = walk.quiet()
-    kinds = [jax.eval_shape(lambda *xs, b=b: quiet.evaluate(b, xs), *operands) for b in branches]
+    kinds = [
+        jax.eval_shape(lambda *xs, b=b: _settled(quiet.evaluate(b, xs)), *operands)
+        for b in branches
+    ]
     plans = [aligned(outs) if _joinable(outs) else None for outs in zip(*kinds, strict=True)]
     if not any(plans):
         return arrays
@@ -216,6 +262,11 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
         ]
 
     return settle
+
+
+def _settled(outs: Sequence[Any]) -> list[Any]:
+    """Give each axis along which a weight was repeated a role, as for an equation's operands."""
+    return [x.settled() if isinstance(x, View) else x for x in outs]
 
 
 def _like(plan: Sequence[Any], x: Any) -> View:
