@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._dora import column_norm
-from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._spec import FORMS, LoraSpec, check_layout, resolve
 
 _DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
@@ -85,8 +85,7 @@ def attach(
         if chosen.get(path) is not None
     }
 
-    def replace(key_path: Any, leaf: Any) -> Any:
-        path = path_str(key_path)
+    def replace(path: str, leaf: Any) -> Any:
         if path not in plan:
             return leaf
         planned = plan[path]
@@ -96,7 +95,7 @@ def attach(
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return _node(path, leaf_key, leaf, *planned)
 
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_adapted)
+    return map_with_paths(replace, params, is_adapted)
 
 
 def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> LoraArray:

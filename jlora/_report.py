@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import LoraArray, is_adapted
 from jlora._partition import partition
-from jlora.transform._lora import argument_path, call
+from jlora.transform._lora import argument_paths, call
 from jlora.transform._walk import Settings, Use
 
 
@@ -129,8 +129,10 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         call(fn, settings, None, *tree.unflatten(filled))
 
     jax.eval_shape(run, *(leaves[k] for k in dynamic))
-    pairs = jax.tree_util.tree_leaves_with_path(((params, *args), kwargs), is_leaf=is_adapted)
-    adapted = [argument_path(p) for p, x in pairs if isinstance(x, LoraArray)]
+    given = ((params, *args), kwargs)
+    pairs = jax.tree_util.tree_leaves_with_path(given, is_leaf=is_adapted)
+    names = argument_paths(pairs, given)
+    adapted = [p for p, (_, x) in zip(names, pairs, strict=True) if isinstance(x, LoraArray)]
     order = {name: k for k, name in enumerate(adapted)}
     uses = sorted(sites.values(), key=lambda use: order[use.name])
     seen = {use.name for use in uses}

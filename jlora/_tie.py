@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jlora._arrays import Geometry, LoraArray, Tied, check, is_adapted
-from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 
 _PARTS = ("lora_a", "lora_b", "core")
 
@@ -195,6 +194,4 @@ def _spread(value: Array, part: str, source: LoraArray, node: LoraArray) -> Arra
 
 
 def _put(params: PyTree, nodes: Mapping[str, LoraArray]) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: nodes.get(path_str(path), x), params, is_leaf=is_adapted
-    )
+    return map_with_paths(lambda path, x: nodes.get(path, x), params, is_adapted)

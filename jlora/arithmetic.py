@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jlora._adapt import bind, detach
 from jlora._arrays import LoraArray, is_adapted
-from jlora._paths import describe, leaves_with_paths, path_str
+from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
 def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
@@ -58,11 +57,8 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
             "convert: it is plain LoRA already."
         )
 
-    def convert(key_path: Any, node: Any) -> Any:
-        return moved.get(path_str(key_path), node)
-
     is_leaf = lambda x: x is None or is_adapted(x)  # noqa: E731
-    return bind(base, jax.tree_util.tree_map_with_path(convert, adapter, is_leaf=is_leaf))
+    return bind(base, map_with_paths(lambda path, x: moved.get(path, x), adapter, is_leaf))
 
 
 def _begun(path: str, node: LoraArray, first: Any, call: str) -> LoraArray:

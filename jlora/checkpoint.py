@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, Geometry, LoraArray, Tied, check, is_adapted
-from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._tie import untie
 
 _INDEX = "jlora.json"
@@ -167,7 +167,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
             "damaged or was copied in part; copy the whole folder again."
         ) from error
     nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
-    adapter = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
+    adapter = map_with_paths(lambda path, _: nodes.get(path), base)
     restored = bind(base, adapter)
     for path, node in leaves_with_paths(untie(restored), is_adapted):
         if isinstance(node, LoraArray):

@@ -1,6 +1,7 @@
 """What goes in and out of `lora(fn)`, and the exactness of the trees around it."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import pytest
 from jax import export
 
 import jlora
-from jlora import FullArray, LoraArray, LoraSpec
+from jlora import FullArray, LoraArray, LoraSpec, checkpoint
 
 X = jnp.ones((3, 6))
 
@@ -252,3 +253,21 @@ def test_eight_bits_do_not_overflow_between_the_factors():
     wide, node = x.astype(jnp.float32), tree["w"]
     want = wide @ base + node.scaling * (wide @ node.lora_a) @ node.lora_b
     np.testing.assert_allclose(jlora.lora(fn)(tree, x), want, rtol=0.05, atol=10)
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_a_field_named_value_is_no_box(tmp_path):
+    base = {"attn": Attention(*jnp.ones((3, 6, 4)))}
+    tree = jlora.attach(base, {r".*/(query|value)": LoraSpec(2)}, key=jax.random.key(0))
+    assert [isinstance(x, LoraArray) for x in tree["attn"]] == [True, False, True]
+    report = jlora.explain(lambda p, x: x @ p["attn"].value, tree, X)
+    assert report.uses[0].name == "attn/value" and report.unused == ("attn/query",)
+    assert jlora.layouts(lambda p, x: x @ p["attn"].value, base, X) == {"attn/value": "io"}
+    alone = jlora.attach(base, {r".*/value": LoraSpec(2)}, key=jax.random.key(0))
+    checkpoint.save(tmp_path / "a", jlora.detach(alone)[1])  # all else is None
+    assert jlora.summary(checkpoint.restore(tmp_path / "a", base)) == jlora.summary(alone)

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jlora._arrays import Geometry, LoraArray, check, is_adapted
 from jlora._moments import Moments
-from jlora._paths import describe, leaves_with_paths, near_misses, path_str
+from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 
 
 def known(x: Any) -> bool:
@@ -94,10 +94,7 @@ def moments_of(
 def replaced(params: PyTree, nodes: dict[str, Any]) -> PyTree:
     """Put new nodes where those of their paths stand."""
 
-    def put(key_path: Any, leaf: Any) -> Any:
-        return nodes.get(path_str(key_path), leaf)
-
-    return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_adapted)
+    return map_with_paths(lambda path, leaf: nodes.get(path, leaf), params, is_adapted)
 
 
 def split(

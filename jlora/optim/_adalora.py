@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
-from jlora._paths import leaves_with_paths, path_str
+from jlora._paths import leaves_with_paths, map_with_paths
 from jlora.optim._factors import given, gram, turned
 
 _CALL = "jlora.optim.adalora(tx, ...)"
@@ -208,11 +208,10 @@ def _parts(tree: PyTree, target_rank: int = 0, call: str = _CALL) -> _Parts:
 
 
 def _with_cores(tree: PyTree, cores: dict[str, Array]) -> PyTree:
-    def put(key_path: Any, node: Any) -> Any:
-        path = path_str(key_path)
+    def put(path: str, node: Any) -> Any:
         return dataclasses.replace(node, core=cores[path]) if path in cores else node
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_adapted)
+    return map_with_paths(put, tree, is_adapted)
 
 
 def orthogonality(params: PyTree) -> Float[Array, ""]:

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
-from jlora._paths import leaves_with_paths, path_str
+from jlora._paths import leaves_with_paths, map_with_paths
 from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse, read_json
 from jlora.peft._initial import REPEATED, residual
@@ -102,7 +101,7 @@ def load(
         base = _residuals(base, nodes, plan, config.init_lora_weights, call)
     nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
     nodes |= _biases(plan, dict(leaves), nodes)
-    adapter_tree = jax.tree_util.tree_map_with_path(lambda p, _: nodes.get(path_str(p)), base)
+    adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base)
     return bind(base, adapter_tree)
 
 
@@ -146,13 +145,12 @@ def _residuals(
                 "The configuration is not of this file."
             )
 
-    def moved(key_path: Any, weight: Any) -> Any:
-        path = path_str(key_path)
+    def moved(path: str, weight: Any) -> Any:
         if path not in nodes:
             return weight
         return residual(REPEATED[str(init).lower()], jnp.asarray(weight), nodes[path])
 
-    return jax.tree_util.tree_map_with_path(moved, base)
+    return map_with_paths(moved, base)
 
 
 def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:

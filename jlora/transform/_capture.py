@@ -11,7 +11,7 @@ from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, check, is
 from jlora._moments import Moments
 from jlora._paths import describe
 from jlora.transform._inputs import Sums
-from jlora.transform._lora import Traced, argument_path
+from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._sites import Sites
 from jlora.transform._view import Names, View
 from jlora.transform._walk import Settings, Walk
@@ -56,11 +56,13 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     Reference: the inputs' statistics of Paischer et al. 2024, arXiv:2410.07170, and Yang et al.
     2024, arXiv:2406.05223. PEFT's `get_eva_state_dict` and `preprocess_corda`, which hook modules.
     """
-    pairs, tree = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_adapted)
+    given = ((params, *args), kwargs)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(given, is_adapted)
+    names = argument_paths(pairs, given)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
     plain = [x.base if isinstance(x, LoraArray) else x for x in leaves]
     nodes = {
-        k: argument_path(path)
+        k: names[k]
         for k, (path, x) in enumerate(pairs)
         if isinstance(x, LoraArray) and (path[0].idx, getattr(path[1], "idx", None)) == (0, 0)
     }

@@ -7,8 +7,7 @@ import jax
 from jaxtyping import PyTree
 
 from jlora._arrays import is_adapted
-from jlora._paths import path_str
-from jlora.transform._lora import Traced
+from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._view import View
 from jlora.transform._walk import Settings, Use, Walk
 
@@ -46,7 +45,9 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         params,
         is_leaf=is_adapted,
     )
-    pairs, tree = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs))
+    given = ((params, *args), kwargs)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(given)
+    names = argument_paths(pairs, given)
     own = [
         path[0].idx == 0 and len(path) > 1 and getattr(path[1], "idx", None) == 0
         for path, _ in pairs
@@ -60,7 +61,7 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         traced = Traced(fn, tree, leaves)
         values = []
         for k in traced.dynamic:
-            name = path_str(pairs[k][0][2:])
+            name = names[k]
             if own[k] and leaves[k].ndim >= 2:
                 ndims[name] = leaves[k].ndim
                 values.append(View.probe(leaves[k], name))

@@ -1,7 +1,7 @@
 """`lora(fn)`: trace the function on the base weights' shapes, then walk it with the real values."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from jlora._arrays import FullArray, LoraArray, check, is_adapted
-from jlora._paths import path_str
+from jlora._paths import path_strs
 from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
 
@@ -89,7 +89,7 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
     """Call `fn` with adapted arguments."""
     pairs, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
-    names = [argument_path(p) for p, _ in pairs]
+    names = argument_paths(pairs, (args, kwargs))
     if not any(isinstance(x, LoraArray) for x in leaves):
         args, kwargs = tree.unflatten(leaves)
         return fn(*args, **kwargs)
@@ -111,9 +111,9 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
     )
 
 
-def argument_path(path: Any) -> str:
-    """Name a leaf by its path inside its own argument."""
-    return path_str(path[2:])
+def argument_paths(pairs: Sequence[tuple[Any, Any]], arguments: tuple[Any, Any]) -> list[str]:
+    """Name leaves of `(args, kwargs)` by their paths inside their own arguments."""
+    return path_strs([path for path, _ in pairs], arguments, start=2)
 
 
 class Traced:

@@ -21,7 +21,7 @@ from holds import adapt, distance
 from tunix_models import llama3
 
 import jlora
-from jlora._paths import path_str
+from jlora._paths import leaves_with_paths, map_with_paths
 
 pytestmark = [
     pytest.mark.usefixtures("usual_promotion"),
@@ -66,13 +66,9 @@ def tunix(config: llama.Config) -> tuple[Any, Any]:
 
 def in_tunix(params: Any, state: Any, layouts: dict[str, str]) -> Any:
     """Put examples' parameters, plain or adapted, into Tunix's state: the numbers, reshaped."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, jlora.LoraArray)
-    )
-    ours = {path_str(path): node for path, node in nodes}
+    ours = dict(leaves_with_paths(params, lambda x: isinstance(x, jlora.LoraArray)))
 
-    def find(path: Any, like: Any) -> Any:
-        name = path_str(path)
+    def find(name: str, like: Any) -> Any:
         source = next(re.sub(k, v, name) for k, v in NAMES.items() if re.fullmatch(k, name))
         node = ours.pop(source)
         if not isinstance(node, jlora.LoraArray):
@@ -89,7 +85,7 @@ def in_tunix(params: Any, state: Any, layouts: dict[str, str]) -> Any:
             layouts[name],
         )
 
-    filled = jax.tree_util.tree_map_with_path(find, state)
+    filled = map_with_paths(find, state)
     assert not ours, f"left over: {sorted(ours)}"
     return filled
 

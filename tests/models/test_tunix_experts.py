@@ -20,7 +20,7 @@ from test_tunix import SIZES, VOCAB, forward, model, prompt
 from test_tunix_names import TOLERANCE, WIDTH, arranged, layouts
 
 import jlora.peft
-from jlora._paths import path_str
+from jlora._paths import map_with_paths
 
 pytestmark = test_tunix_names.pytestmark
 MOE = {"num_experts": 3, "num_experts_per_tok": 2}
@@ -83,8 +83,7 @@ def experts(tmp_path_factory: Any) -> Mixture:
         graph, state = model("qwen3", embed_dim=WIDTH, **MOE)
         sides = layouts("qwen3", graph, state)
 
-    def take(path: Any, like: Any) -> Any:
-        path = path_str(path)
+    def take(path: str, like: Any) -> Any:
         name = jlora.peft.tunix_names(path)
         assert name is not None, path
         if "{}" in name:
@@ -93,7 +92,7 @@ def experts(tmp_path_factory: Any) -> Mixture:
         w = tensors.pop(name)
         return jnp.asarray(w if "embed" in path else arranged(w, like.shape, sides.get(path)))
 
-    state = jax.tree_util.tree_map_with_path(take, state)
+    state = map_with_paths(take, state)
     assert not tensors, f"without a leaf: {sorted(tensors)}"
     return Mixture(mixture, forward(graph), state, sides)
 

@@ -16,7 +16,7 @@ from holds import distance
 from test_tunix import BATCH, FAMILIES, SIZES, TIME, VOCAB, forward, model, prompt
 
 import jlora.peft
-from jlora._paths import leaves_with_paths, path_str
+from jlora._paths import leaves_with_paths, map_with_paths
 
 pytestmark = [
     pytest.mark.usefixtures("usual_promotion"),
@@ -103,8 +103,7 @@ def filled(family: str, net: torch.nn.Module, state: Any, sides: dict[str, str])
     """The weights of transformers' model in Tunix's state; every one of both is used."""
     tensors = {name: p.detach().numpy() for name, p in net.named_parameters()}
 
-    def take(path: Any, like: Any) -> Any:
-        path = path_str(path)
+    def take(path: str, like: Any) -> Any:
         names = NAMES[family](path)
         assert names is not None, path
         if isinstance(names, list):
@@ -115,7 +114,7 @@ def filled(family: str, net: torch.nn.Module, state: Any, sides: dict[str, str])
         w = tensors.pop(names)
         return jnp.asarray(w if embedding else arranged(w, like.shape, sides.get(path)))
 
-    state = jax.tree_util.tree_map_with_path(take, state)
+    state = map_with_paths(take, state)
     assert not tensors, f"without a leaf: {sorted(tensors)}"
     return state
 

@@ -61,8 +61,7 @@ def attach(twin: Twin, theirs: peft.LoraConfig) -> tuple[Any, Any]:
 
 def nodes(params: Any) -> dict[str, Any]:
     is_leaf = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)
-    return {jlora._paths.path_str(p): x for p, x in found if is_leaf(x)}
+    return {p: x for p, x in jlora._paths.leaves_with_paths(params, is_leaf) if is_leaf(x)}
 
 
 @moving

@@ -45,7 +45,7 @@ def hugging_face(config: llama.Config, params: Any) -> transformers.LlamaForCaus
             attn_implementation="eager",
         )
     )
-    flat = {jlora._paths.path_str(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    flat = dict(jlora._paths.leaves_with_paths(params))
     state = {}
     for path, _, name in param_tree.names(c):
         value = np.asarray(flat[path])
