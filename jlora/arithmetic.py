@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jlora._adapt import bind, detach
-from jlora._arrays import LoraArray, is_adapted
+from jlora._arrays import LoraArray, Tied, is_adapted
 from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
@@ -67,6 +67,11 @@ def _begun(path: str, node: LoraArray, first: Any, call: str) -> LoraArray:
     def kind(x: Any) -> Any:
         return x.lora_a.shape, x.lora_b.shape, x.layout, x.slices, x.residual
 
+    if any(isinstance(x, Tied) for x in (node.lora_a, node.lora_b)):
+        raise ValueError(
+            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '
+            "`jlora.untie(params)`, and of `initial` too."
+        )
     if node.lora_a is None or node.lora_b is None:
         raise ValueError(
             f'`{call}`: A or B of "{path}" is taken out. Put it together first: '

@@ -35,7 +35,7 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
 
     Raises:
         ValueError: nothing is adapted, a part of a node is taken out (`jlora.partition`), or
-            `directory` holds something else than a checkpoint.
+            `directory` holds something else than a checkpoint, or is a file or the current folder.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -49,12 +49,18 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
 
     Reference: PEFT's `save_pretrained`; its file format is `jlora.peft`'s.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()  # what a link points to is replaced, not the link
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if is_adapted(x)}
     if not nodes:
         raise ValueError(
             f"`jlora.checkpoint.save({str(directory)!r}, params)`: nothing in `params` is adapted. "
             "Give what `jlora.attach` returned, not the merged or the base weights."
+        )
+    if target == Path.cwd() or (target.exists() and not target.is_dir()):
+        what = "the current folder" if target.is_dir() else "a file"
+        raise ValueError(
+            f"`jlora.checkpoint.save({str(directory)!r}, params)`: this is {what}, which saving "
+            "would replace. Give a folder of its own."
         )
     if target.exists() and not (target / _INDEX).is_file() and any(target.iterdir()):
         raise ValueError(
@@ -118,8 +124,13 @@ def _replace(new: Path, target: Path) -> None:
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
         target.rename(old / "old")
-        new.rename(target)
-        shutil.rmtree(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            (old / "old").rename(target)
+            raise
+        finally:
+            shutil.rmtree(old)
     else:
         new.rename(target)
 

@@ -95,6 +95,22 @@ def test_the_most_important_stay():
         np.testing.assert_array_equal(node.core != 0, [False, False, True, False])
 
 
+def test_a_gradient_that_is_passed_over_is_forgotten():
+    """One NaN would stay in the mean importance, and drop every singular value."""
+    tree = params(True)
+    inner = optax.chain(optax.zero_nans(), optax.adam(3e-2))
+    tx = jlora.freeze(optim.adalora(inner, **SETTINGS))
+    state, run = tx.init(tree), jlora.lora(stacked_loss, fallback="error")
+    with jax.numpy_dtype_promotion("standard"):
+        for step in range(12):
+            grads = jax.grad(run)(tree, X)
+            if step == 3:
+                grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads)
+            updates, state = tx.update(grads, state, tree)
+            tree = optax.apply_updates(tree, updates)
+    assert int((tree["w"].core != 0).sum()) == 3  # the target rank in each of three layers
+
+
 def test_orthogonality_is_the_mean_distance():
     got = optim.orthogonality(params(True))
     want = []

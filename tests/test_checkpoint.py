@@ -1,5 +1,7 @@
 """Adapters on disk: exact, self-describing, refused where they do not fit, never half-written."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,42 @@ def test_a_failed_save_keeps_the_old_one(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "a", adapted(rank=3))
     assert checkpoint.restore(tmp_path / "a", base())["dense"]["kernel"].rank == 2
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failure_between_the_renames_puts_the_old_one_back(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "a", adapted())
+    rename, calls = pathlib.Path.rename, []
+
+    def broken(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", broken)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path / "a", adapted(rank=3))
+    assert checkpoint.restore(tmp_path / "a", base())["dense"]["kernel"].rank == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_stays_one(tmp_path):
+    checkpoint.save(tmp_path / "run5", adapted())
+    (tmp_path / "latest").symlink_to(tmp_path / "run5")
+    checkpoint.save(tmp_path / "latest", adapted(rank=3))
+    assert (tmp_path / "latest").is_symlink()
+    assert checkpoint.restore(tmp_path / "run5", base())["dense"]["kernel"].rank == 3
+
+
+def test_a_file_and_the_current_folder_are_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="this is a file"):
+        checkpoint.save(tmp_path / "file", adapted())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="this is the current folder"):
+        checkpoint.save(".", adapted())
+    assert (tmp_path / "file").read_text() == "mine" and pathlib.Path.cwd().exists()
 
 
 def test_refused(tmp_path):

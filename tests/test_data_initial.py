@@ -172,6 +172,32 @@ def test_a_weight_without_a_rank_is_plain_again():
     assert begun["a"].rank == 2 and begun["b"] is params["b"].base
 
 
+def test_inputs_that_are_all_zero_explain_nothing():
+    base = {"a": w(IN, OUT), "dead": w(IN, OUT), "z": w(IN, OUT)}
+    params = jlora.attach(base, {".*": LoraSpec(RANK)}, key=jax.random.key(0))
+
+    def fn(p, x):
+        return x @ p["a"], (0 * x) @ p["dead"], (x**3) @ p["z"]
+
+    moments = jlora.capture(fn, params, X)
+    alive = {k: params[k] for k in "az"}
+    want = eva(alive, {k: moments[k] for k in "az"}, rho=2.0)
+    got = eva(params, moments, rho=2.0)
+    ranks = {k: getattr(node, "rank", 0) for k, node in got.items()}
+    assert ranks["dead"] == 0 and sum(ranks.values()) == 3 * RANK
+    assert all(ranks[k] >= want[k].rank for k in "az")
+    with pytest.raises(ValueError, match=r'all inputs of "dead" .* were zero'):
+        corda(params, moments)
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    fn, _, params, _ = made("dense")
+    moments = jlora.capture(fn, params, X.at[3, 2].set(jnp.nan))
+    for start in (eva, corda):
+        with pytest.raises(ValueError, match=r'the moments of "w" .* are not finite'):
+            start(params, moments)
+
+
 def test_elements_of_a_stack_have_ranks_of_their_own():
     """The columns beyond an element's rank are zero, of A and of B: they never train."""
     base = {"w": w(2, 4, 5)}

@@ -30,6 +30,7 @@ WEIGHTS = {
     "sliced": ((13, 19), "io", ((0, 5), (9, 16))),
     "sliced_heads": ((2, 13, 9, 5), "ioo", ((1, 3), (4, 9))),
 }
+
 weights = pytest.mark.parametrize(("shape", "layout", "slices"), WEIGHTS.values(), ids=WEIGHTS)
 OPTIMIZERS = {
     "lora_plus": lambda: optax.chain(optax.adamw(1e-2, weight_decay=0.1), lora_plus(16.0)),
@@ -544,3 +545,12 @@ def test_an_optimizer_where_a_number_belongs_and_the_reverse():
 def test_a_delta_of_zero():
     with pytest.raises(ValueError, match=r"riemannian\(delta=0\)`: give a delta above 0.*B starts"):
         riemannian(0)
+
+
+def test_tied_parameters_are_refused():
+    params = {"q": jnp.ones((4, 6)), "k": jnp.ones((4, 6))}
+    params = jlora.attach(params, {".*": LoraSpec(2)}, key=jax.random.key(0))
+    tied = jlora.tie(params, {".*": ("lora_a",)})
+    for tx in (riemannian(), lora_rite(1e-3), lora_fa(optax.adam(1e-3))):
+        with pytest.raises(ValueError, match=r'lora_a of "q" is another node\'s'):
+            jlora.freeze(tx).init(tied)

@@ -219,3 +219,13 @@ def test_save_refuses_and_writes_nothing(tmp_path, params, names, config, match)
     with pytest.raises(ValueError, match=match):
         peft.save(tmp_path / "new", params, names=names, **config)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("argument", ["kinds", "layouts"])
+def test_save_refuses_what_speaks_of_no_leaf(tmp_path, argument):
+    params = jlora.attach({"emb": jnp.ones((6, 4))}, {"emb": LoraSpec(2)}, key=jax.random.key(0))
+    wrong = {"embb": {"kinds": "embedding", "layouts": "io"}[argument]}
+    for tree in (params, jlora.detach(params)[1]):
+        with pytest.raises(KeyError, match=says(f'`{argument}` has "embb"', '"emb"')):
+            peft.save(tmp_path / "a", tree, names={"emb": "m.emb.weight"}, **{argument: wrong})
+    assert not list(tmp_path.iterdir())

@@ -174,6 +174,25 @@ def test_rules_of_a_classifier_that_peft_saved():
     assert found["head/kernel"] == "full" and set(found) == {"dense/kernel", "head/kernel"}
 
 
+def test_all_linear_leaves_out_what_is_excluded():
+    every = set(chosen(recipe(target_modules="all-linear")))
+    for exclude in (["q_proj", "dense"], r"m\.(q_proj|dense)"):
+        left = set(chosen(recipe(target_modules="all-linear", exclude_modules=exclude)))
+        assert every - left and not any("query" in path or "dense" in path for path in left)
+
+
+def test_a_stacked_leaf_that_lies_otherwise():
+    params = {"q": jnp.ones((2, 5, 4)), "k": jnp.ones((2, 4, 5))}
+    names = {"q": "layers.{}.q.weight", "k": "layers.{}.k.weight"}
+    config = recipe(target_modules=["q", "k"])
+    found = peft.rules(config, params, names=names, layouts={"q": "oi"})
+    assert (found["q"].layout, found["k"].layout) == ("oi", "io")
+    node = jlora.attach(params, found, key=jax.random.key(0))["q"]
+    assert node.lora_a.shape[:2] == (2, 4)
+    with pytest.raises(KeyError, match=says('`layouts` has "v"')):
+        peft.rules(config, params, names=names, layouts={"v": "oi"})
+
+
 def test_rules_exclude_and_choose_layers():
     both = dict(exclude_modules="m.q.*", target_modules=r"m\.(q_proj|o_proj|conv)")
     assert set(chosen(recipe(**both))) == {"out/kernel", "conv/kernel"}

@@ -238,3 +238,11 @@ def test_peft_s_files_are_of_the_original_weights(tmp_path):
     )
     with pytest.raises(ValueError, match=says('base of "w" is a residual', "original weights")):
         peft.load(tmp_path, initial, names=names)
+
+
+def test_a_tied_adapter_is_untied_first():
+    base, params = attached(pissa, (6, 6))
+    tied = jlora.tie(params, {"w": ("lora_a",)})
+    trained = {**tied, "w": dataclasses.replace(tied["w"], lora_a=jlora._arrays.Tied("v"))}
+    with pytest.raises(ValueError, match=r'"w" is tied.*`jlora.untie\(params\)`'):
+        arithmetic.residual_to_lora(trained, params, base)

@@ -62,6 +62,12 @@ def corda(params: PyTree, moments: PyTree, *, method: str = "ipm") -> PyTree:
                 f"`{call}`: s·A·B is to be a part of {describe(path, node)}, which its scaling "
                 "does not allow. Give an alpha above 0."
             )
+        spread = jnp.trace(seen[path].second, axis1=-2, axis2=-1)
+        if known(spread) and not (spread > 0).all():
+            raise ValueError(
+                f"`{call}`: all inputs of {describe(path, node)} were zero, so no direction of it "
+                "matters more than another. Give other data, or another rule for this weight."
+            )
         covariance = seen[path].second / seen[path].count[..., None, None]
         init = functools.partial(_oriented, rank=node.rank, largest=method == "ipm")
         new[path] = split(node, covariance, init, by_output=False)

@@ -81,6 +81,11 @@ def moments_of(
                 f"`second` is {want}; got {got}. Give what `jlora.capture(fn, params, ...)` "
                 "returned for these `params`."
             )
+        if known(moments.second) and not jnp.isfinite(moments.second).all():
+            raise ValueError(
+                f"`{call}`: the moments of {describe(path, node)} are not finite: its inputs have "
+                "NaN or infinity, or their squares overflow. Look at the data and at the base."
+            )
         if known(moments.count) and (moments.count < node.rank + least).any():
             raise ValueError(
                 f"`{call}`: rank {node.rank} of {describe(path, node)} needs at least "

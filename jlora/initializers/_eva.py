@@ -89,7 +89,8 @@ def _spectrum(moments: Moments) -> tuple[Array, Array]:
     scatter = moments.second - moments.total[..., None] * mean[..., None, :]
     values, vectors = jnp.linalg.eigh((scatter + jnp.swapaxes(scatter, -1, -2)) / 2)
     values = jnp.maximum(values[..., ::-1], 0.0)
-    return values / values.sum(-1, keepdims=True), vectors[..., ::-1]
+    whole = values.sum(-1, keepdims=True)  # zero of inputs that never vary, which explain nothing
+    return values / jnp.where(whole > 0, whole, 1.0), vectors[..., ::-1]
 
 
 def _ranks(

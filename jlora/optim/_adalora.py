@@ -164,7 +164,12 @@ class _Plan:
         def mean(old: Array, new: Array, beta: float) -> Array:
             return jnp.where(count < self.end, beta * old + (1 - beta) * new, old)
 
-        now = jax.tree.map(lambda w, g: jnp.abs(w * g.astype(w.dtype)), after, gradients)
+        def felt_now(old: Array, w: Array, g: Array) -> Array:
+            # A NaN that the inner transformation passes over would stay in the mean for ever.
+            now = jnp.abs(w * g.astype(w.dtype))
+            return jnp.where(jnp.isfinite(now), now, old)
+
+        now = jax.tree.map(felt_now, state.sensitivity, after, gradients)
         felt = jax.tree.map(lambda o, n: mean(o, n, self.beta1), state.sensitivity, now)
         strays = jax.tree.map(lambda n, m: jnp.abs(n - m), now, felt)
         unsure = jax.tree.map(lambda o, n: mean(o, n, self.beta2), state.uncertainty, strays)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jlora._arrays import LoraArray, accumulator, is_adapted
+from jlora._arrays import LoraArray, Tied, accumulator, is_adapted
 from jlora._paths import leaves_with_paths
 
 Pair = tuple[Array, Array]
@@ -121,6 +121,11 @@ def check(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
                 "optimizer of Adam's kind."
             )
         for part in ("lora_a", "lora_b"):
+            if isinstance(getattr(node, part), Tied):
+                raise ValueError(
+                    f'`{call}`: {part} of "{path}" is another node\'s, so its update would be a '
+                    "function of several. Train tied parameters with an optimizer of Adam's kind."
+                )
             if getattr(node, part) is None or isinstance(getattr(node, part), optax.MaskedNode):
                 raise ValueError(
                     f'`{call}`: {part} of "{path}" is taken out, and neither factor is updated '

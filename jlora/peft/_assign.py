@@ -1,6 +1,7 @@
 """Which tensor of a file is which part of which leaf; what is missing, unexpected, mis-shaped."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,11 +98,13 @@ def _is_repeated(name: str, groups: Groups, tensors: Tensors) -> bool:
 
     The one that trains is the same as the module's own; the original is used nowhere.
     """
-    for copy in (".modules_to_save.", ".original_module."):
-        own = groups.full.get(name.replace(copy, ".", 1))
-        if copy in name and name.endswith(".bias") and own is not None:
+    # Where the module has modules of its own, the adapter's name is left in their biases' keys.
+    for copy in (r"\.modules_to_save\.", r"\.modules_to_save\.[^.]+\.", r"\.original_module\."):
+        whole, found = re.subn(copy, ".", name, count=1)
+        own = groups.full.get(whole)
+        if found and name.endswith(".bias") and own is not None:
             same = np.array_equal(tensors[groups.full[name]], tensors[own])
-            return same or copy == ".original_module."
+            return same or "original" in copy
     return False
 
 

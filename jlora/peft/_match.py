@@ -65,17 +65,22 @@ def holds(entries: Sequence[str], module: str, call: str) -> bool:
     return any(compiled(e, call, r"(^|.*\.)", r"($|\..*)").match(module) for e in entries)
 
 
+def excluded(config: Any, module: str, call: str) -> bool:
+    """Whether `exclude_modules`, a whole regular expression or last components, has the module."""
+    exclude = config.exclude_modules
+    if isinstance(exclude, str):
+        return compiled(exclude, call).fullmatch(module) is not None
+    return bool(exclude) and ends_with(module, exclude)
+
+
 def targeted(config: Any, module: str, call: str) -> bool:
     """Whether PEFT would give this module a LoRA layer.
 
     What is excluded or saved whole comes first; a string must match whole; an entry of a list must
     be the last components, and then the layer's index counts, except where it is the whole name.
     """
-    exclude, target = config.exclude_modules, config.target_modules
-    if isinstance(exclude, str):
-        if compiled(exclude, call).fullmatch(module):
-            return False
-    elif exclude and ends_with(module, exclude):
+    target = config.target_modules
+    if excluded(config, module, call):
         return False
     if holds(config.modules_to_save, module, call) or target is None:
         return False

@@ -15,7 +15,7 @@ from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._forms import even
 from jlora.peft._initial import initializer, of_groups
-from jlora.peft._match import ends_with, first_match, targeted
+from jlora.peft._match import ends_with, excluded, first_match, targeted
 from jlora.peft._names import (
     Names,
     Place,
@@ -38,6 +38,7 @@ def rules(
     names: Names,
     init: initializers.Initializer | None = None,
     groups: Mapping[str, int] | None = None,
+    layouts: Mapping[str, str] | None = None,
 ) -> dict[str, LoraSpec | str]:
     """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
 
@@ -58,6 +59,8 @@ def rules(
             many slices of the outputs; `save` takes it as the kind "grouped". A kernel does not
             tell its groups: one that has them here too, (..., in/g, out), gets an update that
             merges into it, and is none of PEFT's, which refuses a file of it by its shapes.
+        layouts: path to layout of leaves that lie otherwise than Flax's, as for `attach`: a stacked
+            or expert leaf that is not here is taken for (..., in, out).
 
     Returns:
         Rules for `jlora.attach`: a `LoraSpec` for each weight that PEFT would adapt, and "full"
@@ -68,7 +71,7 @@ def rules(
         ValueError: another method than LoRA, a variant or an initializer that jlora does not have;
             an entry that matches nothing (PEFT ignores it); layers of one stacked leaf that are
             to be adapted differently; groups that do not divide the outputs and the rank.
-        KeyError: `names` or `groups` speak of a leaf that is not there.
+        KeyError: `names`, `groups` or `layouts` speak of a leaf that is not there.
         TypeError: `config` is of another type.
 
     Example:
@@ -85,13 +88,15 @@ def rules(
     call = "jlora.peft.rules(config, params)"
     parsed = read_config(config, call)
     leaves = leaves_with_paths(params, is_adapted)
-    for argument, value in (("names", names), ("groups", groups)):
+    for argument, value in (("names", names), ("groups", groups), ("layouts", layouts)):
         check_keys(value, [path for path, _ in leaves], argument, call)
     found = places(leaves, names, call)
     chosen = _choose(parsed, found, call)
     decided: dict[str, LoraSpec | str | None] = {}
     for place in found.values():
         rule = _rule(parsed, place, chosen.get(place.name), init, call)
+        if isinstance(rule, LoraSpec) and layouts and place.path in layouts:
+            rule = dataclasses.replace(rule, layout=layouts[place.path])
         if isinstance(rule, LoraSpec) and groups and place.path in groups:
             rule = _grouped(rule, place, groups[place.path], init is None, call)
         if decided.setdefault(place.path, rule) != rule:
@@ -118,7 +123,11 @@ def _choose(config: Config, found: Mapping[str, Place], call: str) -> dict[str, 
         if ends_with(place.name, config.target_parameters):
             chosen[place.name] = "parameter"
         elif place.parameter in ("weight", "in_proj_weight"):
-            if _is_linear(place, config) if linear else targeted(config, place.module, call):
+            if linear:
+                takes = _is_linear(place, config) and not excluded(config, place.module, call)
+            else:
+                takes = targeted(config, place.module, call)
+            if takes:
                 chosen[place.name] = "lora"
     modules = {found[name].module for name in chosen}
     _refuse_idle(config, modules, list(chosen), found, call)

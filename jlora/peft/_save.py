@@ -22,6 +22,7 @@ from jlora.peft._names import (
     Names,
     Place,
     bias_of,
+    check_keys,
     check_kinds,
     geometry_of,
     is_parameter,
@@ -95,6 +96,9 @@ def save(
             "merged or the base weights."
         )
     check_kinds(kinds or {}, call)
+    holes = leaves_with_paths(params, lambda x: x is None or is_adapted(x))
+    for argument, value in (("layouts", layouts), ("kinds", kinds)):
+        check_keys(value, [path for path, _ in holes], argument, call)
     for path, node in adapted.items():
         _check(path, node, call)
     leaves = [(path, _plain(path, node, (kinds or {}).get(path), call)) for path, node in leaves]

@@ -25,6 +25,7 @@
 | "olora" on transformers' Conv1D | fails | works |
 | "pissa_niter_4" in a file | other random numbers, another base | refused |
 | "pissa" over bfloat16 | rounds A and B too (test_peft_initial) | rounds the residual alone |
+| LoRA of an embedding that is the head too | the lookup alone, until merged | both, as merged |
 | bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
 
 The rows from MultiheadAttention's to padding_mode's are tested in test_peft_differences_of_layers.
@@ -232,3 +233,32 @@ def test_bfloat16_activations(tmp_path):
     ours = [jlora.lora(twin.fn, dtype=dtype)(params, x) for dtype in (None, jnp.float32)]
     errors = [distance(theirs, exact), *(distance(np.float32(y), exact) for y in ours)]
     assert errors[0] < 2**-8 and errors[1] < 2**-7 and errors[2] < 2**-8, errors
+
+
+def test_an_embedding_that_is_the_head_too(tmp_path, compare):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.embed(ids)))
+
+    torch.manual_seed(0)
+    net = Tied()
+    base = {"embed": jnp.asarray(net.embed.weight.detach().numpy())}
+    model = quiet(peft.get_peft_model, net, peft.LoraConfig(target_modules=["embed"]))
+    randomize(model)
+    quiet(model.save_pretrained, tmp_path)
+    params = jlora.peft.load(tmp_path, base, names={"embed": "embed.weight"})
+    ids = np.arange(9)
+
+    def fn(p, ids):
+        return jnp.tanh(p["embed"][ids]) @ p["embed"].T
+
+    ours = jlora.lora(fn, fallback="error")(params, ids)
+    theirs = model(torch.tensor(ids)).detach().numpy()
+    merged = quiet(model.merge_and_unload)(torch.tensor(ids)).detach().numpy()
+    compare(ours, merged, "PEFT, merged")
+    assert distance(theirs, merged) > 0.01

@@ -120,3 +120,54 @@ def test_the_dtype_of_the_file(twin: Twin, dtype: torch.dtype, more, tmp_path):
         assert again[key].dtype == dtype and torch.equal(again[key], x), key
     result = into_peft(twin, tmp_path / "again")[1]
     assert not result.missing_keys and not result.unexpected_keys
+
+
+class Head(torch.nn.Module):
+    """A head of two layers, as a classifier of RoBERTa's has."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.out = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.dense(x)))
+
+
+def test_a_module_to_save_of_several_modules_and_all_biases(tmp_path, compare):
+    """Of the biases of such a module PEFT leaves the adapter's name in the keys of the copies."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential()
+    net.add_module("query", torch.nn.Linear(4, 6))
+    net.add_module("classifier", Head())
+    names = {
+        f"{path}/{part}": f"{path.replace('/', '.')}.{part}"
+        for path in ("query", "classifier/dense", "classifier/out")
+        for part in ("weight", "bias")
+    }
+    base = {}
+    for name, value in net.state_dict().items():
+        *parents, part = name.split(".")
+        node = base
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[part] = jnp.asarray(value.numpy().T)
+
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], bias="all")
+    model = quiet(peft.get_peft_model, net, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    quiet(model.save_pretrained, tmp_path)
+    copies = [key for key in tensors(tmp_path) if ".modules_to_save.default." in key]
+    assert copies
+
+    def fn(p, x):
+        x = x @ p["query"]["weight"] + p["query"]["bias"][None]
+        head = p["classifier"]
+        x = jnp.tanh(x @ head["dense"]["weight"] + head["dense"]["bias"][None])
+        return x @ head["out"]["weight"] + head["out"]["bias"][None]
+
+    params = jlora.peft.load(tmp_path, base, names=names)
+    x = np.float32(np.random.default_rng(0).normal(size=(5, 4)))
+    compare(jlora.lora(fn)(params, x), model(torch.tensor(x)).detach().numpy(), "forward")
