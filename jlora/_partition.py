@@ -11,9 +11,10 @@ from jlora._arrays import FullArray, LoraArray, is_adapted
 
 
 def labels(params: PyTree) -> PyTree:
-    """Label every leaf "adapter" (A, B, m, a full parameter's value) or "frozen" (all else).
+    """Label every leaf "adapter" (what trains of an update, a full parameter's value) or "frozen".
 
-    Of LoRA-FA's nodes A is frozen, of LoRA-XS's and VeRA's A and B are: `LoraArray.frozen`.
+    A, B, m and what stands between A and B train. Of LoRA-FA's nodes A is frozen, of LoRA-XS's and
+    VeRA's A and B are: `LoraArray.frozen`.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes, of arrays or of anything.
@@ -93,7 +94,8 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     """Update the adapter with `tx` and leave the rest: no state for it, zero updates.
 
     `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`. Compute
-    gradient and update in one `jax.jit`, and XLA drops the gradients of the frozen weights.
+    gradient and update in one `jax.jit`, and XLA drops the gradients of the frozen weights; donate
+    the parameters to it, or the step hands out a second copy of them.
 
     Args:
         tx: an optax gradient transformation.

@@ -42,7 +42,9 @@ def rules(
 ) -> dict[str, LoraSpec | str]:
     """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
 
-    PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. The keys are
+    PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. What PEFT adds
+    itself when it wraps a model is not added: the head of a task of classification stands in
+    `modules_to_save` once PEFT has saved the adapter, and before that you name it. The keys are
     the leaves' own paths, escaped. `lora_dropout` is not the rules' but `jlora.lora`'s.
     `init_lora_weights` may be True, False, "gaussian", "orthogonal", "olora", "pissa" or
     "pissa_niter_16"; those that need data ("eva", "corda", "lora_ga") or a quantizer ("loftq") are

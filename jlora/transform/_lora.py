@@ -28,7 +28,7 @@ def lora(
     """Let a function take adapted parameters: every `x W` becomes `x W + s · (x A) B`.
 
     `lora(fn)(params, x) == fn(jlora.merge(params), x)`, and `W + s · A B` is never built. The
-    function is traced, as by `jax.jit`; it may be any JAX function of pytrees, and the result
+    function, any JAX function of pytrees, is traced; outside a `jax.jit`, at every call. The result
     composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. Of DoRA's
     weights the gain `m / ‖W + s · A B‖`, a constant to the gradient but for m, scales what comes
     out of a product, or what goes in where the outputs are contracted, as a tied head does.
