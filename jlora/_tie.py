@@ -41,6 +41,7 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
             slices.
 
     Example:
+        >>> import jax
         >>> from jlora import LoraSpec, attach, summary
         >>> params = {"q": jnp.ones((4, 6)), "k": jnp.ones((4, 2))}
         >>> params = attach(params, {".*": LoraSpec(rank=2)}, key=jax.random.key(0))
@@ -94,6 +95,7 @@ def untie(params: PyTree) -> PyTree:
         ValueError: a weight whose part is another's that is not in the tree, or whose base is out.
 
     Example:
+        >>> import jax
         >>> from jlora import LoraSpec, attach, lora
         >>> params = {"q": jnp.ones((4, 6)), "k": jnp.ones((4, 2))}
         >>> params = attach(params, {".*": LoraSpec(rank=2)}, key=jax.random.key(0))

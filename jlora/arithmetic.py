@@ -32,6 +32,7 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
             began as; `base` has other paths.
 
     Example:
+        >>> import jax
         >>> from jlora import LoraSpec, attach, initializers, merge
         >>> base = {"w": jax.random.normal(jax.random.key(0), (6, 4))}
         >>> spec = LoraSpec(rank=2, init=initializers.pissa)
