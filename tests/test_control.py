@@ -230,10 +230,12 @@ def test_a_jitted_layer_is_walked_once_for_all_layers():
             x = layer(w, x)
         return x
 
-    tree = {"layers": [params(key=k)["w"] for k in range(6)]}
-    text = str(jax.make_jaxpr(jlora.lora(fn, fallback="error"))(tree, X))
+    def products(layers):
+        tree = {"layers": [params(key=k)["w"] for k in range(layers)]}
+        return str(jax.make_jaxpr(jlora.lora(fn, fallback="error"))(tree, X)).count("dot_general[")
+
+    assert products(6) == products(2), "the layers share one inner program"
     assert len(traced) == 1
-    assert text.count("dot_general[") < 2 * 3, "the six layers share one inner program"
 
 
 @pytest.mark.parametrize("init", ["kaiming", "kaiming_rank", "gaussian", "a_zero"])
