@@ -39,10 +39,10 @@ def load(model: str | None, layers: int | None = None) -> Model:
     read = read_directory if path.is_dir() else read_gguf
     try:
         model = read(path, layers)
-    except OSError:
-        raise
     except Exception as error:  # an entry of a wrong kind fails anywhere, and in any way
-        if isinstance(error, ValueError) and str(path) in str(error):
+        if isinstance(error, OSError) or (
+            isinstance(error, ValueError) and str(path) in str(error)
+        ):
             raise
         raise ValueError(
             f"`--model {path}`: an entry of its configuration or its tokenizer is of a wrong kind, "

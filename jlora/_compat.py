@@ -66,7 +66,7 @@ def varying_axes(x: Any) -> list[str]:
     return sorted(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
 
 
-def mesh_of(x: Any) -> Any:
+def in_mesh_of(x: Any) -> Any:
     """Return a context in which an explicitly sharded array may be used, whatever is around it.
 
     An equation that leaves an explicit mesh (`reshard`, of `auto_axes`) stands outside it already.

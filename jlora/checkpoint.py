@@ -49,26 +49,17 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
 
     Reference: PEFT's `save_pretrained`; its file format is `jlora.peft`'s.
     """
+    call = f"jlora.checkpoint.save({str(directory)!r}, params)"
     target = Path(directory).resolve()  # what a link points to is replaced, not the link
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if is_adapted(x)}
     if not nodes:
         raise ValueError(
-            f"`jlora.checkpoint.save({str(directory)!r}, params)`: nothing in `params` is adapted. "
+            f"`{call}`: nothing in `params` is adapted. "
             "Give what `jlora.attach` returned, not the merged or the base weights."
         )
-    if target == Path.cwd() or (target.exists() and not target.is_dir()):
-        what = "the current folder" if target.is_dir() else "a file"
-        raise ValueError(
-            f"`jlora.checkpoint.save({str(directory)!r}, params)`: this is {what}, which saving "
-            "would replace. Give a folder of its own."
-        )
-    if target.exists() and not (target / _INDEX).is_file() and any(target.iterdir()):
-        raise ValueError(
-            f"`jlora.checkpoint.save({str(directory)!r}, params)`: the folder holds other files, "
-            "which saving would replace. Give a folder of its own."
-        )
+    _refuse_target(target, call)
     for path, node in nodes.items():
-        _refuse_part(path, node, f"jlora.checkpoint.save({str(directory)!r}, params)")
+        _refuse_part(path, node, call)
     arrays, index = {}, {}
     for n, (path, node) in enumerate(sorted(nodes.items())):
         if isinstance(node, LoraArray):
@@ -96,6 +87,19 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         _replace(new, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _refuse_target(target: Path, call: str) -> None:
+    """Refuse to replace what is no checkpoint, or the folder that the process stands in."""
+    why = None
+    if target.exists() and not target.is_dir():
+        why = "this is a file"
+    elif target == Path.cwd():
+        why = "this is the current folder"
+    elif target.exists() and not (target / _INDEX).is_file() and any(target.iterdir()):
+        why = "the folder holds other files"
+    if why is not None:
+        raise ValueError(f"`{call}`: {why}, which saving would replace. Give a folder of its own.")
 
 
 def _refuse_part(path: str, node: Any, call: str) -> None:
@@ -127,10 +131,10 @@ def _replace(new: Path, target: Path) -> None:
         try:
             new.rename(target)
         except BaseException:
-            (old / "old").rename(target)
+            (old / "old").rename(target)  # if this fails too, it stays where it is
+            old.rmdir()
             raise
-        finally:
-            shutil.rmtree(old)
+        shutil.rmtree(old)
     else:
         new.rename(target)
 

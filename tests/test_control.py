@@ -274,3 +274,16 @@ def test_layers_taken_for_a_side_of_a_convolution_are_told():
         jlora.lora(fn)(adapted(), X)
     assert len(told) == 1 and told[0].message.args[0].endswith("jlora.layouts(fn, params, x))`.")
     agree(fn, adapted(layouts=jlora.layouts(fn, base, X)))  # a warning is an error
+
+
+def test_that_warning_hides_no_other_at_its_line():
+    def fn(p, x):
+        return lax.scan(lambda v, k: (jnp.sin(v), x.sum() * k.sum()), p["v"], p["w"])[0]
+
+    base = {"w": jnp.ones((3, 6, 2, 4)), "v": jnp.ones((6, 6))}
+    tree = jlora.attach(base, {".*": LoraSpec(2)}, key=jax.random.key(0))
+    with pytest.warns(UserWarning) as told:
+        jlora.lora(fn)(tree, X)
+    messages = [str(w.message) for w in told]
+    assert sum("is scanned along" in m for m in messages) == 1
+    assert any('"v" float32[6,6] is used whole by the primitive "scan"' in m for m in messages)

@@ -119,7 +119,7 @@ class View:
             return self.parts
         a, b, s = self.parts
         stack = self.roles.count("s")
-        with _compat.mesh_of(b):
+        with _compat.in_mesh_of(b):
             b = lax.transpose(b, [*range(stack), *range(stack + 1, b.ndim), stack])
             return a, scaled(b, s)
 

@@ -223,14 +223,16 @@ class Walk:
     def doubt_stack(self, eqn: JaxprEqn, view: View) -> None:
         """Warn of layers that are taken for a side of a convolution, the layout of 4-D weights."""
         silent = self.settings.fallback == "materialize" or self.settings.observe is not None
-        line = self.line(eqn)
-        if not view.parts or silent or ("scan", line) in self.settings.told:
+        site = ("stack", self.line(eqn))
+        if silent or site in self.settings.told:
             return
-        self.settings.told.add(("scan", line))
+        if not view.parts or view.ndim < 4 or view.roles[0] not in ("i", "o"):
+            return
+        self.settings.told.add(site)
         side, shared = ("input", "B") if view.roles[0] == "i" else ("output", "A")
         message = (
             f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is scanned along its "
-            f"first axis at {line}, but its layout takes that axis for an {side}, so that all "
+            f"first axis at {site[1]}, but its layout takes that axis for an {side}, so that all "
             f"layers share one {shared}. Let the program say which axes are layers: "
             "`jlora.attach(..., layouts=jlora.layouts(fn, params, x))`."
         )

@@ -3,7 +3,6 @@
 Views are pytrees, so `jax.jit`, `jax.checkpoint`, `lax.scan`, ... take them as they are.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
 
     def wrap(walked: Callable[..., Any]) -> Any:
-        @functools.wraps(walked)
         def laid(key: Any, *operands: Any) -> list[Any]:
             return _as_asked(
                 walked(key, *_as_asked(operands, p["in_shardings"])), p["out_shardings"]
@@ -132,14 +130,14 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     xs = operands[n_consts + n_carry :]
     for x in xs:
-        if isinstance(x, View) and x.ndim > 3 and x.roles[0] in ("i", "o"):
+        if isinstance(x, View):
             walk.doubt_stack(eqn, x)
     peeled = {k: _peel(x) for k, x in enumerate(xs) if isinstance(x, View)}
     scanned = [peeled[k][0] if k in peeled else x for k, x in enumerate(xs)]
     quiet = walk.quiet()
 
     def once(full: Sequence[Any]) -> list[Any]:
-        slices = jax.tree.map(
+        slices = jax.tree.map(  # a scan over nothing has no first slice, but its shape
             lambda x: x[0] if len(x) else jnp.zeros(x.shape[1:], x.dtype), scanned
         )
         pieces = [peeled[k][1](x) if k in peeled else x for k, x in enumerate(slices)]

@@ -47,14 +47,22 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     )(walk.next_key(), list(operands))
 
 
-@rule("pvary", "ppermute", gain=True)
-def _each(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
-    along, told = eqn.params.get("axis_name", ()), _compat.varying_axes(view.base)
+@rule("pvary", gain=True)
+def _pvary(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    def move(f: Any, axes: list[int]) -> Any:
+        return _compat.bind(eqn, f)[0]
+
+    return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
+
+
+@rule("ppermute", gain=True)
+def _ppermute(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+    along, told = eqn.params["axis_name"], _compat.varying_axes(view.base)
     along = {along} if isinstance(along, str) else {*along}
 
     def move(f: Any, axes: list[int]) -> Any:
         # A factor that all devices have is what each of them would be sent.
-        alike = eqn.primitive.name == "ppermute" and told and not along & {*_compat.varying_axes(f)}
+        alike = told and along.isdisjoint(_compat.varying_axes(f))
         return f if alike else _compat.bind(eqn, f)[0]
 
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
