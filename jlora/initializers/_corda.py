@@ -35,7 +35,7 @@ def corda(params: PyTree, moments: PyTree, *, method: str = "ipm") -> PyTree:
 
     Raises:
         ValueError: another method; no `LoraArray`; one over a residual, or whose s is not above 0;
-            moments of another structure or shape; fewer inputs than the rank.
+            moments of another structure or shape, not finite, or zero; fewer inputs than the rank.
 
     Example:
         >>> import jlora

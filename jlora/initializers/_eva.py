@@ -45,7 +45,7 @@ def eva(
 
     Raises:
         ValueError: `rho` below 1, or above it while tracing; no `LoraArray`; one over a residual;
-            moments of another structure or shape; no more inputs than the rank.
+            moments of another structure or shape, or not finite; no more inputs than the rank.
 
     Example:
         >>> import jax, jlora
