@@ -110,6 +110,6 @@ def attached(sizes: Sizes, base: Any) -> Any:
     trainable, frozen = jlora.partition(params)
     leaves, treedef = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    draw = lambda key, leaf: 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)  # noqa: E731
+    draw = lambda key, leaf: 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
     drawn = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
     return jlora.combine(jax.tree.unflatten(treedef, drawn), frozen)

@@ -32,7 +32,7 @@ CACHE, RANK = 128, 8
 def programs(config: llama.Config) -> dict[str, Callable[[], Any]]:
     """Per variant, a run of one compiled step of decoding."""
     model = llama.Llama(config)
-    apply = lambda params, *args: model.apply({"params": params}, *args)  # noqa: E731
+    apply = lambda params, *args: model.apply({"params": params}, *args)
     token = jnp.ones((1, 1), jnp.int32)
     base = jax.jit(model.init)(jax.random.key(0), token)["params"]
     rules = {r".*_proj/kernel": jlora.LoraSpec(RANK)}

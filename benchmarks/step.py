@@ -52,7 +52,7 @@ def own_variants(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
     def without_a(node: Any) -> Any:
         return dataclasses.replace(node, frozen=("lora_a",))
 
-    is_node = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
+    is_node = lambda x: isinstance(x, jlora.LoraArray)
     b_alone = jax.tree.map(without_a, params, is_leaf=is_node)
 
     return {

@@ -193,7 +193,7 @@ def pack(examples: Iterator[Example], length: int, rows: int | None = None) -> R
     """
     open_rows: list[list[Example]] = []
     closed: list[list[Example]] = []
-    filled = lambda row: sum(len(e.tokens) for e in row)  # noqa: E731
+    filled = lambda row: sum(len(e.tokens) for e in row)
     for example in examples:
         home = next((r for r in open_rows if filled(r) + len(example.tokens) <= length), None)
         if home is None:

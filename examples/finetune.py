@@ -198,7 +198,7 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     logits = adapted(params, *inputs)
     restored = checkpoint.restore(folder, load_model(args)[1])
     # NumPy's maximum is NaN where one of the numbers is.
-    differ = lambda other: float(np.max(np.abs(np.asarray(logits - other))))  # noqa: E731
+    differ = lambda other: float(np.max(np.abs(np.asarray(logits - other))))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(jlora.partition(params)[0]))
     base = sum(leaf.size for leaf in jax.tree.leaves(jlora.detach(params)[0]))
     return {

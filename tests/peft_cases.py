@@ -32,7 +32,7 @@ def spec(rank=2, alpha=5, **more):
 def model():
     """A weight of every shape that a name can unroll."""
     rng = np.random.default_rng(0)
-    w = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
+    w = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
     return {
         "dense": {"kernel": w(5, 7), "bias": w(7)},
         "torch": w(7, 5).astype(jnp.bfloat16),

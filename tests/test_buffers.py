@@ -98,7 +98,7 @@ def allocated(compiled):
 def of_weight_size(compiled, sizes):
     """The allocated buffers with as many float32 elements as some frozen weight has."""
     weights = {m * n for m, n in sizes.shapes.values()}
-    count = lambda dims: math.prod(int(d) for d in dims.split(",") if d)  # noqa: E731
+    count = lambda dims: math.prod(int(d) for d in dims.split(",") if d)
     return [s for s in allocated(compiled) if s[0] == "f32" and count(s[1]) in weights]
 
 

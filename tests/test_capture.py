@@ -180,7 +180,7 @@ def test_a_stack_that_is_mapped():
     holds(single(lambda p, x: jax.vmap(jnp.matmul)(x, p["w"]), w(3, 11, 7), x, layout="io"), x)
     one = jnp.einsum("ti,sio->tso", x[0], w(3, 11, 7))
     assert one.shape == (6, 3, 7)
-    to_all = lambda p, x: jnp.einsum("ti,sio->tso", x, p["w"])  # noqa: E731
+    to_all = lambda p, x: jnp.einsum("ti,sio->tso", x, p["w"])
     holds(single(to_all, w(3, 11, 7), x[0], layout="io"), np.stack([x[0]] * 3))
 
 
@@ -194,18 +194,18 @@ def test_experts():
     for n, rows in enumerate(np.split(np.asarray(x), [4, 4])):
         holds(jax.tree.map(lambda m, n=n: m[n], moments), rows)
     x = w(3, 4, 11)
-    by_einsum = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"])  # noqa: E731
+    by_einsum = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"])
     holds(single(by_einsum, w(3, 11, 5), x, layout="io"), x)
 
 
 def test_a_weight_that_is_used_twice():
-    fn = lambda p, x: (x @ p["w"]).sum() + ((x + 1.0) @ p["w"]).sum()  # noqa: E731
+    fn = lambda p, x: (x @ p["w"]).sum() + ((x + 1.0) @ p["w"]).sum()
     x = np.asarray(X).reshape(-1, 11)
     holds(single(fn, w(11, 7), X), np.concatenate([x, x + 1]))
 
 
 def test_batches_stream():
-    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]["w"]  # noqa: E731
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]["w"]
     params = adapted({"w": w(11, 7), "v": {"w": w(7, 5)}, "bias": w(5)})
     run = jax.jit(functools.partial(capture, fn))
     both = jax.tree.map(jnp.add, run(params, X[:2]), run(params, X[2:]))
@@ -225,7 +225,7 @@ def test_bfloat16_is_summed_in_float32():
 
 def test_variants_of_nodes():
     """DoRA, slices, a `FullArray`, and what the A and B were: the inputs are the base model's."""
-    fn = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"]) @ p["v"]["w"]  # noqa: E731
+    fn = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"]) @ p["v"]["w"]
     base = {"w": w(11, 7), "v": {"w": w(7, 5)}, "bias": jnp.zeros((1, 1, 7))}
     want = capture(fn, adapted(base), X)
     for spec in (dict(dora=True), dict(slices=((0, 2), (3, 5))), dict(scaling="rslora")):
@@ -248,7 +248,7 @@ def test_flax(library):
         rngs = nnx.Rngs(0)
         model = nnx.Sequential(nnx.Linear(11, 7, rngs=rngs), jnp.tanh, nnx.Linear(7, 5, rngs=rngs))
         graph, base = nnx.split(model)
-        fn = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+        fn = lambda state, x: nnx.merge(graph, state)(x)
         first, second = (nnx.to_pure_dict(base)["layers"][k] for k in (0, 2))
     moments = capture(fn, adapted(base, rules=r".*/kernel"), x)
     found = jax.tree.leaves(moments, is_leaf=lambda m: isinstance(m, jlora.Moments))
@@ -273,7 +273,7 @@ def test_the_cost_is_the_forward_pass_and_the_sums():
 
     x, base = w(tokens, width), {"w": w(layers, width, width)}
     params = adapted(base, {"w": "io"})
-    products = lambda f, *a: sum(  # noqa: E731
+    products = lambda f, *a: sum(
         2 * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[k]
         for eqn in equations(jax.make_jaxpr(f)(*a))
         if eqn.primitive.name == "dot_general"

@@ -51,7 +51,7 @@ def made(name, rank=RANK):
 
 
 def nodes(params):
-    is_node = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
+    is_node = lambda x: isinstance(x, jlora.LoraArray)
     return [x for x in jax.tree.leaves(params, is_leaf=is_node) if is_node(x)]
 
 
@@ -145,7 +145,7 @@ def test_ranks_are_handed_out(rslora):
     rng = np.random.default_rng(0)
     flat, steep = rng.normal(size=(64, 6)), rng.normal(size=(64, 6)) * 0.2 ** np.arange(6)
     x, y = (jnp.asarray(v, jnp.float32) for v in (flat, steep))
-    fn = lambda p, x, y: x @ p["a"] + y @ p["b"]  # noqa: E731
+    fn = lambda p, x, y: x @ p["a"] + y @ p["b"]
     rules = {"a|b": LoraSpec(2, alpha=4.0, scaling="rslora" if rslora else "lora")}
     params = jlora.attach({"a": w(6, 5), "b": w(6, 5)}, rules, key=jax.random.key(0))
     moments = jlora.capture(fn, params, x, y)

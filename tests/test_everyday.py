@@ -34,7 +34,7 @@ class Chosen(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         one, two = nn.Dense(7), nn.Dense(7)
-        both = lambda m, x: one(x) + two(x)  # noqa: E731
+        both = lambda m, x: one(x) + two(x)
         if self.is_initializing():
             return both(self, x)
         return nn.cond(x[0, 0] > 0, lambda m, x: one(x), lambda m, x: two(x), self, x)

@@ -222,7 +222,7 @@ def test_all_else_goes_to_adam(name):
     tx = OPTIMIZERS[name]() if name != "lora_rite" else lora_rite(1e-2, weight_decay=0.1)
     got = trained(tx, trainable)
     want = trained(adam.get(name, optax.adamw(1e-2, weight_decay=0.1)), trainable)
-    rest = lambda p: (p["w"].magnitude, p["bias"].value, p["plain"])  # noqa: E731
+    rest = lambda p: (p["w"].magnitude, p["bias"].value, p["plain"])
     close(rest(got), rest(want), 1e-6)
     assert not np.allclose(got["w"].lora_b, want["w"].lora_b, atol=1e-4)
 

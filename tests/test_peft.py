@@ -41,7 +41,7 @@ def test_the_shapes_and_values_in_the_file(tmp_path):
     params = adapted()
     peft.save(tmp_path, params, names=NAMES, **ORDER)
     found = {k.removeprefix("base_model.model.m."): e for k, e in keys(tmp_path)}
-    read = lambda k, dtype=np.float32: np.frombuffer(found[k]["data"], dtype).reshape(  # noqa: E731
+    read = lambda k, dtype=np.float32: np.frombuffer(found[k]["data"], dtype).reshape(
         found[k]["shape"]
     )
     np.testing.assert_array_equal(read("dense.lora_A.weight"), params["dense"]["kernel"].lora_a.T)

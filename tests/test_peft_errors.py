@@ -84,7 +84,7 @@ def test_layers_of_one_stack_must_be_alike(tmp_path):
 def test_experts_of_equal_shapes_need_their_order(tmp_path):
     weights = {"e": {"a": jnp.ones((3, 4, 4)), "b": jnp.ones((3, 4, 4))}}
     names = {"e/a": "m.e.a", "e/b": "m.e.b"}
-    init = lambda key, w, rank, **_: (w[:, :rank] * 0 + 1, w[:rank] * 0)  # noqa: E731
+    init = lambda key, w, rank, **_: (w[:, :rank] * 0 + 1, w[:rank] * 0)
     rules = {"e/a": LoraSpec(2, 2, layout="io", init=init), "e/b": LoraSpec(2, 4, layout="io")}
     params = jlora.attach(weights, rules, key=jax.random.key(0))
     with pytest.raises(ValueError, match=says('several parameters of "m.e"', "target_parameters=")):

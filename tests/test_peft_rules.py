@@ -255,6 +255,6 @@ def test_an_error_lists_keys_in_one_order():
     some = {f"q{k}": jnp.ones((4, 4)) for k in range(9)}
     rules = {"q[08]": jlora.LoraSpec(2)}
     params = jlora.attach({**some, "0": some["q0"]}, {**rules, "0": rules["q[08]"]}, key=KEY)
-    names = lambda path: f"m.{path}.weight" if path[0] == "q" else None  # noqa: E731
+    names = lambda path: f"m.{path}.weight" if path[0] == "q" else None
     with pytest.raises(ValueError, match=says('Closest: "q0", "q1", "q2".')):
         peft.save("unused", {"z" * 9: params.pop("0"), **params}, names=names)

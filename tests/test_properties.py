@@ -247,7 +247,7 @@ def test_lookups(shape, layout, order, sizes, collapsed, lead, offsets, mode, mo
         got = lax.gather(w, index, numbers, tuple(sizes), mode=mode, fill_value=0)
         return jnp.tensordot(got, x, (got.ndim - 1, 0)) if got.ndim else got * x[0]
 
-    lookup = lambda w: lax.gather(w, index, numbers, tuple(sizes), mode=mode)  # noqa: E731
+    lookup = lambda w: lax.gather(w, index, numbers, tuple(sizes), mode=mode)
     out = jax.eval_shape(lookup, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
     return fn, node_of(shape, layout), jnp.asarray(index, jnp.int32), normal(9, (out or (1,))[-1])
 

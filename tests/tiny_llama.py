@@ -40,7 +40,7 @@ def tiny_tensors(entries: dict[str, Any]) -> dict[str, np.ndarray]:
         shapes |= {f"{at}.mlp.gate_proj": (hidden, width), f"{at}.mlp.up_proj": (hidden, width)}
         shapes |= {f"{at}.mlp.down_proj": (width, hidden), f"{at}.input_layernorm": (width,)}
         shapes |= {f"{at}.post_attention_layernorm": (width,)}
-    draw = lambda shape: random.normal(0, 0.2, shape) + (1.0 if len(shape) == 1 else 0.0)  # noqa: E731
+    draw = lambda shape: random.normal(0, 0.2, shape) + (1.0 if len(shape) == 1 else 0.0)
     return {f"{name}.weight": draw(shape).astype(np.float32) for name, shape in shapes.items()}
 
 

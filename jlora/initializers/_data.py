@@ -55,7 +55,7 @@ def adapted(params: PyTree, call: str) -> dict[str, LoraArray]:
 
 def given(nodes: dict[str, LoraArray], tree: PyTree, call: str, name: str) -> dict[str, Any]:
     """Return what a tree has for each node; refuse one of another structure."""
-    is_leaf = lambda x: isinstance(x, Moments)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, Moments)
     found = dict(leaves_with_paths(tree, is_leaf))
     for path, node in nodes.items():
         if path not in found:

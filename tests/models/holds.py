@@ -101,7 +101,7 @@ def adapt(
     rules = dict.fromkeys(others, None) | {re.escape(p): spec for p in wide if p not in left}
     chosen = {p: layouts[p] for p in wide if p not in left}
     # Shapes only: an initializer of each shape would take longer to compile than the model.
-    attach = lambda p: jlora.attach(p, rules, key=jax.random.key(0), layouts=chosen)  # noqa: E731
+    attach = lambda p: jlora.attach(p, rules, key=jax.random.key(0), layouts=chosen)
     _, adapter = jlora.detach(jax.eval_shape(attach, params))
     return jlora.bind(params, random_values(adapter, 1))
 

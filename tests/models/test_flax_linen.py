@@ -18,7 +18,7 @@ def x(*shape: int) -> jax.Array:
 
 def shapes(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The variables that a module makes, as shapes."""
-    init = lambda key, *args: module.init(key, *args, **kwargs)  # noqa: E731
+    init = lambda key, *args: module.init(key, *args, **kwargs)
     return jax.eval_shape(init, jax.random.key(0), *args)
 
 

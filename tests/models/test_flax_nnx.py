@@ -29,7 +29,7 @@ def split(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Any, Any]:
 
 def model(make: Callable[[nnx.Rngs], nnx.Module], *args: jax.Array, **options: Any) -> Any:
     graph, params, rest = split(make)
-    run = lambda p, *args: nnx.merge(graph, p, rest, copy=True)(*args)  # noqa: E731
+    run = lambda p, *args: nnx.merge(graph, p, rest, copy=True)(*args)
     return holds(run, params, *args, **options)
 
 
@@ -89,7 +89,7 @@ def test_general_linear_of_a_batch_axis() -> None:
 
 
 def test_einsum() -> None:
-    make = lambda rngs: nnx.Einsum("bti,ihd->bthd", (11, 3, 5), (3, 5), rngs=rngs)  # noqa: E731
+    make = lambda rngs: nnx.Einsum("bti,ihd->bthd", (11, 3, 5), (3, 5), rngs=rngs)
     model(make, x(2, 4, 11), others=ADDED)
 
 

@@ -137,7 +137,7 @@ def test_every_weight_has_its_name_and_an_adapter_its_numbers(family, tmp_path):
     state = filled(family, net, state, sides)
     tokens, *rest = prompt()
     ids = torch.tensor(np.asarray(tokens)).long()
-    run = lambda fn, params: np.asarray(jax.jit(fn)(params, tokens, *rest)[0])  # noqa: E731
+    run = lambda fn, params: np.asarray(jax.jit(fn)(params, tokens, *rest)[0])
     with torch.no_grad():
         plain = net(ids).logits.numpy()
         adapted = adapter(net, tmp_path / "peft")(ids).logits.numpy()

@@ -105,7 +105,7 @@ def test_in_turn(twin, tmp_path, compare):
     model, adapters = two(twin, tmp_path)
     join = in_turn(adapters)
     apply = jlora.lora(twin.fn, fallback="error")
-    fn = lambda trees, x: apply(join(trees), x)  # noqa: E731
+    fn = lambda trees, x: apply(join(trees), x)
     slopes_of_several(twin, model, adapters, fn, tmp_path, compare)
     merged = dict(jax.tree.leaves_with_path(jlora.merge(join(adapters))))
     theirs = twin.params(quiet(model.merge_and_unload))
@@ -118,5 +118,5 @@ def test_at_once(twin, tmp_path, compare):
     model, adapters = two(twin, tmp_path, lora_dropout=0.5)
     for name in NAMES:
         model.base_model.model.layer.lora_dropout[name] = Kept()
-    fn = lambda trees, x: at_once(twin, trees, x)  # noqa: E731
+    fn = lambda trees, x: at_once(twin, trees, x)
     slopes_of_several(twin, model.train(), adapters, fn, tmp_path, compare)

@@ -122,7 +122,7 @@ def test_what_is_saved_is_plain_lora_to_peft(form, tmp_path, compare):
     rules = {".*kernel": LoraSpec(RANK, form=form)}
     trainable, frozen = jlora.partition(jlora.attach(base, rules, key=jax.random.key(0)))
     rng = np.random.default_rng(1)
-    move = lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    move = lambda x: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)
     params = jlora.combine(jax.tree.map(move, trainable), frozen)
     x = linear.x(rng)
     y = jlora.lora(linear.fn, fallback="error")(params, x)

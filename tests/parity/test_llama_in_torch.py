@@ -14,7 +14,7 @@ def torch_llama(tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarra
     """The family's equations once more, in torch, one sequence, no cache."""
     w = {name.removesuffix(".weight"): torch.from_numpy(t) for name, t in tensors.items()}
     heads, shared, eps = TINY["num_attention_heads"], TINY["num_key_value_heads"], 1e-5
-    norm = lambda x, name: x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w[name]  # noqa: E731
+    norm = lambda x, name: x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w[name]
     size, dim = len(tokens), TINY["hidden_size"] // heads
     freq = TINY["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)
     angle = torch.cat([torch.outer(torch.arange(size), freq)] * 2, dim=-1)  # (T, D)

@@ -54,7 +54,7 @@ def test_linear(compare):
     torch.manual_seed(0)
     layer = loralib.Linear(7, 5, r=RANK, lora_alpha=ALPHA)
     w, bias = jnp.asarray(layer.weight.detach().numpy().T), layer.bias.detach().numpy()
-    node = lambda a, b: jlora.LoraArray(w, a.T, b.T, S, "io")  # noqa: E731
+    node = lambda a, b: jlora.LoraArray(w, a.T, b.T, S, "io")
     x = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
     hold(layer, lambda w, x: x @ w + bias[None], node, x, np.transpose, compare)
 
@@ -63,7 +63,7 @@ def test_embedding(compare):
     torch.manual_seed(0)
     layer = loralib.Embedding(11, 5, r=RANK, lora_alpha=ALPHA)
     w = jnp.asarray(layer.weight.detach().numpy())
-    node = lambda a, b: jlora.LoraArray(w, a.T, b.T, S, "io")  # noqa: E731
+    node = lambda a, b: jlora.LoraArray(w, a.T, b.T, S, "io")
     x = np.random.default_rng(0).integers(0, 11, (3, 4)).astype(np.int32)
     hold(layer, lambda w, x: jnp.take(w, x, axis=0), node, x, lambda w: w, compare)
 
@@ -136,7 +136,7 @@ def test_a_model_s_flat_keys_load(tmp_path, compare):
     }
     names = {"embed": "embed.weight", "fc": "fc.weight", "bias": "fc.bias"}
     params = jlora.peft.load(tmp_path, base, names=names, alpha=ALPHA)
-    fn = lambda p, x: jnp.take(p["embed"], x, axis=0) @ p["fc"] + p["bias"][None]  # noqa: E731
+    fn = lambda p, x: jnp.take(p["embed"], x, axis=0) @ p["fc"] + p["bias"][None]
     x = np.arange(6, dtype=np.int32)
     theirs = model(torch.tensor(x)).detach().numpy()
     compare(jlora.lora(fn, fallback="error")(params, x), theirs, "a model of loralib's")

@@ -106,7 +106,7 @@ def test_a_merged_linear_needs_to_be_told_which(tmp_path):
     layer = loralib.MergedLinear(7, 12, r=RANK, enable_lora=[True, False, True])
     write(tmp_path, model_of(layer), "none")
     base, names = {"w": jnp.ones((7, 12))}, {"w": "layer.weight"}
-    load = lambda **more: jlora.peft.load(tmp_path, base, names=names, alpha=1, **more)  # noqa: E731
+    load = lambda **more: jlora.peft.load(tmp_path, base, names=names, alpha=1, **more)
     with pytest.raises(ValueError, match=r'MergedLinear of loralib, 2 parts.*`slices=\{"w"'):
         load()
     with pytest.raises(ValueError, match=r'2 keys have another shape: "layer.lora_A" \[6, 7\]'):
@@ -221,7 +221,7 @@ def test_a_convolution_has_no_dropout(tmp_path):
     base = {"w": jnp.asarray(hwio(layer.conv.weight.detach().numpy())), "b": jnp.zeros(8)}
     names = {"w": "layer.conv.weight", "b": "layer.conv.bias"}
     params = jlora.peft.load(tmp_path, base, names=names, alpha=1)
-    fn = lambda p, x: conv(p, x, 1, 1, 0)  # noqa: E731
+    fn = lambda p, x: conv(p, x, 1, 1, 0)
     whole, some = (
         jlora.lora(fn, dropout=rate, key=jax.random.key(0))(params, x) for rate in (0.0, 0.5)
     )

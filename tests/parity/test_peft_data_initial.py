@@ -132,7 +132,7 @@ def gradient_of(twin: Twin, module: Any, x: np.ndarray) -> Any:
 def begun_in_peft(twin: Twin, x: np.ndarray, **more: Any) -> Any:
     module = decaying(twin)
     theirs = config(twin, "lora_ga", lora_ga_config=peft.LoraGAConfig(**more))
-    step = lambda: module(torch.tensor(x)).square().mean().backward()  # noqa: E731
+    step = lambda: module(torch.tensor(x)).square().mean().backward()
     quiet(preprocess_loraga, module, theirs, step)
     return quiet(peft.get_peft_model, module, theirs)
 

@@ -227,7 +227,7 @@ def spatial(**options: Any) -> Twin:
         )
         return jnp.moveaxis(y, -1, 1)
 
-    make = lambda: Holder(torch.nn.Conv2d(5, 7, 3, bias=False, **options))  # noqa: E731
+    make = lambda: Holder(torch.nn.Conv2d(5, 7, 3, bias=False, **options))
     moves = {"layer/kernel": ("layer.weight", hwio)}
     return dataclasses.replace(conv(2, 1, 0), make=make, fn=fn, moves=moves)
 

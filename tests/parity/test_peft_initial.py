@@ -60,7 +60,7 @@ def attach(twin: Twin, theirs: peft.LoraConfig) -> tuple[Any, Any]:
 
 
 def nodes(params: Any) -> dict[str, Any]:
-    is_leaf = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, jlora.LoraArray)
     return {p: x for p, x in jlora._paths.leaves_with_paths(params, is_leaf) if is_leaf(x)}
 
 
@@ -163,8 +163,8 @@ def test_what_peft_converted(init, rslora, tmp_path, compare):
 
 
 def over_residual(params: Any) -> Any:
-    is_leaf = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
-    mark = lambda x: dataclasses.replace(x, residual=True) if is_leaf(x) else x  # noqa: E731
+    is_leaf = lambda x: isinstance(x, jlora.LoraArray)
+    mark = lambda x: dataclasses.replace(x, residual=True) if is_leaf(x) else x
     return jax.tree.map(mark, params, is_leaf=is_leaf)
 
 
@@ -174,7 +174,7 @@ def test_ours_converted_load_in_peft(twin, init, tmp_path, compare):
     base, initial = attach(twin, config(twin, init))
     rng = np.random.default_rng(1)
     trainable, frozen = jlora.partition(initial)
-    move = lambda x: x + jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype)  # noqa: E731
+    move = lambda x: x + jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype)
     params = jlora.combine(jax.tree.map(move, trainable), frozen)
     x = twin.x(np.random.default_rng(0))
     y = jlora.lora(twin.fn, fallback="error")(params, x)

@@ -114,9 +114,9 @@ def test_several_active_adapters(twin, bias, tmp_path, compare):
     adapters = [
         jlora.peft.load(tmp_path, base, adapter=name, **read) for name in ("default", "other")
     ]
-    join = lambda trees: together([twin.as_peft(tree) for tree in trees])  # noqa: E731
+    join = lambda trees: together([twin.as_peft(tree) for tree in trees])
     apply = jlora.lora(twin.fn, fallback="error")
-    fn = lambda trees, x: apply(join(trees), x)  # noqa: E731
+    fn = lambda trees, x: apply(join(trees), x)
     slopes_of_several(twin, model, adapters, fn, tmp_path, compare)
     if not twin.merges:
         return

@@ -120,7 +120,7 @@ def test_fifty_steps_on_real_weights(tmp_path, compare):
 
     quiet(model.save_pretrained, tmp_path / "last")
     want = jlora.peft.load(tmp_path / "last", params, names=jlora.peft.llama_names)
-    is_leaf = lambda x: isinstance(x, jlora.LoraArray)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, jlora.LoraArray)
     pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_leaf) for tree in (trained, want)), strict=True)
     deltas = [(g.lora_a @ g.lora_b, w.lora_a @ w.lora_b) for g, w in pairs if is_leaf(g)]
     assert len(deltas) == 7 * LAYERS
