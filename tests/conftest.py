@@ -21,6 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up: every model is on di
 import jax
 import pytest
 
+# So that a failed assertion of theirs shows its values.
+pytest.register_assert_rewrite("helpers", "holds", "live", "several")
+
 jax.config.update("jax_num_cpu_devices", 4)  # for meshes
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

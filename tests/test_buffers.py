@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from test_cost import Decoder
+from helpers import Decoder
 
 import jlora
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from cases import CASES, w
 from flax import nnx
+from helpers import equations, moments_are, rank_one, same
 from jax import lax
-from test_laws import equations
 
 import jlora
 from jlora import LoraSpec, capture
@@ -20,30 +20,10 @@ from jlora import LoraSpec, capture
 X = w(4, 5, 11)
 
 
-def adapted(params, layouts=None, rules=r".*w", **spec):
-    return jlora.attach(
-        params, {rules: LoraSpec(1, **spec)}, key=jax.random.key(0), layouts=layouts
-    )
-
-
 def single(fn, weight, *args, layout=None, **spec):
     """The moments of the one weight of a function."""
-    params = adapted({"w": weight}, layouts={"w": layout} if layout else None, **spec)
+    params = rank_one({"w": weight}, layouts={"w": layout} if layout else None, **spec)
     return capture(fn, params, *args)["w"]
-
-
-def holds(moments, inputs):
-    """Held to the sums over inputs `(*stack, number, in)`."""
-    x = np.asarray(inputs, np.float64)
-    same(moments.second, np.swapaxes(x, -1, -2) @ x)
-    same(moments.total, x.sum(-2))
-    same(moments.count, np.full(x.shape[:-2], x.shape[-2]))
-
-
-def same(got, want, most=1e-6):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    np.testing.assert_allclose(got, want, atol=most * max(1.0, np.abs(want).max()), rtol=0)
 
 
 def trees_agree(got, want):
@@ -52,9 +32,9 @@ def trees_agree(got, want):
 
 
 def test_dense():
-    holds(single(lambda p, x: x @ p["w"], w(11, 7), X), X.reshape(-1, 11))
-    holds(single(lambda p, x: x @ p["w"], w(11, 7), np.asarray(X)), X.reshape(-1, 11))
-    holds(single(lambda p, x: x @ p["w"].T, w(7, 11), X, layout="oi"), X.reshape(-1, 11))
+    moments_are(single(lambda p, x: x @ p["w"], w(11, 7), X), X.reshape(-1, 11))
+    moments_are(single(lambda p, x: x @ p["w"], w(11, 7), np.asarray(X)), X.reshape(-1, 11))
+    moments_are(single(lambda p, x: x @ p["w"].T, w(7, 11), X, layout="oi"), X.reshape(-1, 11))
 
 
 def test_attention_kernels():
@@ -64,9 +44,9 @@ def test_attention_kernels():
 
     params = {"q": {"w": w(11, 3, 2)}, "o": {"w": w(3, 2, 11)}}
     layouts = jlora.layouts(attend, params, X)
-    moments = capture(attend, adapted(params, layouts), X)
-    holds(moments["q"]["w"], X.reshape(-1, 11))
-    holds(
+    moments = capture(attend, rank_one(params, layouts), X)
+    moments_are(moments["q"]["w"], X.reshape(-1, 11))
+    moments_are(
         moments["o"]["w"], np.tanh(np.einsum("bti,ihd->bthd", X, params["q"]["w"])).reshape(-1, 6)
     )
 
@@ -94,7 +74,7 @@ def test_convolution(stride, pad):
         )
 
     x = w(2, 7, 5, 3)
-    holds(single(convolve, w(3, 2, 3, 5), x), patches(x, 3, 2, stride, pad))
+    moments_are(single(convolve, w(3, 2, 3, 5), x), patches(x, 3, 2, stride, pad))
 
 
 def test_convolution_in_groups():
@@ -106,7 +86,7 @@ def test_convolution_in_groups():
 
     x = w(2, 7, 5, 6)
     of_a_group = [patches(x[..., k : k + 2], 2, 2, 1, 0) for k in (0, 2, 4)]
-    holds(single(depthwise, w(2, 2, 2, 9), x), np.concatenate(of_a_group))
+    moments_are(single(depthwise, w(2, 2, 2, 9), x), np.concatenate(of_a_group))
 
 
 def layer(x, k):
@@ -132,7 +112,7 @@ def test_layers_that_are_scanned(unroll):
 
     x, kernels = w(6, 5), w(3, 5, 5)
     moments = single(scanned, kernels, x, layout="io")
-    holds(moments, through(kernels, np.float64(x)))
+    moments_are(moments, through(kernels, np.float64(x)))
     trees_agree(moments, single(unrolled, kernels, x, layout="io"))
 
 
@@ -152,8 +132,8 @@ def test_a_weight_at_every_step():
         return lax.while_loop(lambda s: s[0] < x.sum() * 0 + 4, step, (0, x, p["w"]))[1]
 
     for fn in (scanned, looped):
-        holds(single(fn, kernel, x), seen)
-        params = adapted({"w": kernel})
+        moments_are(single(fn, kernel, x), seen)
+        params = rank_one({"w": kernel})
         shapes = [
             v.aval.shape
             for eqn in equations(jax.make_jaxpr(functools.partial(capture, fn))(params, x))
@@ -170,18 +150,20 @@ def test_a_branch_is_seen_where_it_is_taken(chosen):
 
     x = w(6, 5)
     n = jnp.array(chosen)
-    holds(
+    moments_are(
         single(choose, w(5, 5), x, n), [np.float64(x), 2 * np.float64(x), np.zeros((0, 5))][chosen]
     )
 
 
 def test_a_stack_that_is_mapped():
     x = w(3, 6, 11)
-    holds(single(lambda p, x: jax.vmap(jnp.matmul)(x, p["w"]), w(3, 11, 7), x, layout="io"), x)
+    moments_are(
+        single(lambda p, x: jax.vmap(jnp.matmul)(x, p["w"]), w(3, 11, 7), x, layout="io"), x
+    )
     one = jnp.einsum("ti,sio->tso", x[0], w(3, 11, 7))
     assert one.shape == (6, 3, 7)
     to_all = lambda p, x: jnp.einsum("ti,sio->tso", x, p["w"])
-    holds(single(to_all, w(3, 11, 7), x[0], layout="io"), np.stack([x[0]] * 3))
+    moments_are(single(to_all, w(3, 11, 7), x[0], layout="io"), np.stack([x[0]] * 3))
 
 
 def test_experts():
@@ -192,21 +174,21 @@ def test_experts():
     )
     assert moments.count.tolist() == [4.0, 0.0, 3.0]
     for n, rows in enumerate(np.split(np.asarray(x), [4, 4])):
-        holds(jax.tree.map(lambda m, n=n: m[n], moments), rows)
+        moments_are(jax.tree.map(lambda m, n=n: m[n], moments), rows)
     x = w(3, 4, 11)
     by_einsum = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"])
-    holds(single(by_einsum, w(3, 11, 5), x, layout="io"), x)
+    moments_are(single(by_einsum, w(3, 11, 5), x, layout="io"), x)
 
 
 def test_a_weight_that_is_used_twice():
     fn = lambda p, x: (x @ p["w"]).sum() + ((x + 1.0) @ p["w"]).sum()
     x = np.asarray(X).reshape(-1, 11)
-    holds(single(fn, w(11, 7), X), np.concatenate([x, x + 1]))
+    moments_are(single(fn, w(11, 7), X), np.concatenate([x, x + 1]))
 
 
 def test_batches_stream():
     fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]["w"]
-    params = adapted({"w": w(11, 7), "v": {"w": w(7, 5)}, "bias": w(5)})
+    params = rank_one({"w": w(11, 7), "v": {"w": w(7, 5)}, "bias": w(5)})
     run = jax.jit(functools.partial(capture, fn))
     both = jax.tree.map(jnp.add, run(params, X[:2]), run(params, X[2:]))
     trees_agree(both, run(params, X))
@@ -219,7 +201,7 @@ def test_bfloat16_is_summed_in_float32():
     """Of 4096 inputs of one, a sum in bfloat16 would have stayed at 256."""
     x = jnp.ones((4096, 3), jnp.bfloat16)
     moments = single(lambda p, x: x @ p["w"], jnp.ones((3, 2), jnp.bfloat16), x)
-    holds(moments, x)
+    moments_are(moments, x)
     assert {m.dtype for m in jax.tree.leaves(moments)} == {jnp.dtype("float32")}
 
 
@@ -227,7 +209,7 @@ def test_variants_of_nodes():
     """DoRA, slices, a `FullArray`, and what the A and B were: the inputs are the base model's."""
     fn = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"]) @ p["v"]["w"]
     base = {"w": w(11, 7), "v": {"w": w(7, 5)}, "bias": jnp.zeros((1, 1, 7))}
-    want = capture(fn, adapted(base), X)
+    want = capture(fn, rank_one(base), X)
     for spec in (dict(dora=True), dict(slices=((0, 2), (3, 5))), dict(scaling="rslora")):
         rules = {r".*w": LoraSpec(1, **spec), "bias": "full"}
         params = jlora.attach(base, rules, key=jax.random.key(1))
@@ -250,12 +232,12 @@ def test_flax(library):
         graph, base = nnx.split(model)
         fn = lambda state, x: nnx.merge(graph, state)(x)
         first, second = (nnx.to_pure_dict(base)["layers"][k] for k in (0, 2))
-    moments = capture(fn, adapted(base, rules=r".*/kernel"), x)
+    moments = capture(fn, rank_one(base, rules=r".*/kernel"), x)
     found = jax.tree.leaves(moments, is_leaf=lambda m: isinstance(m, jlora.Moments))
     one, two = (m for m in found if isinstance(m, jlora.Moments))
-    holds(one, x)
+    moments_are(one, x)
     hidden = np.tanh(np.float64(x) @ np.float64(first["kernel"]) + np.float64(first["bias"]))
-    holds(two, hidden)
+    moments_are(two, hidden)
     assert second["kernel"].shape == (7, 5)
 
 
@@ -272,7 +254,7 @@ def test_the_cost_is_the_forward_pass_and_the_sums():
         return x.sum()
 
     x, base = w(tokens, width), {"w": w(layers, width, width)}
-    params = adapted(base, {"w": "io"})
+    params = rank_one(base, {"w": "io"})
     products = lambda f, *a: sum(
         2 * eqn.outvars[0].aval.size * eqn.invars[0].aval.shape[k]
         for eqn in equations(jax.make_jaxpr(f)(*a))
@@ -285,7 +267,7 @@ def test_the_cost_is_the_forward_pass_and_the_sums():
     # The squares, and what lays each out as the parameters are: a product of the weight's size.
     assert extra == layers * (one + 2 * width**3), extra
 
-    params = adapted({"w": w(16, width, width)}, {"w": "io"})
+    params = rank_one({"w": w(16, width, width)}, {"w": "io"})
     compiled = jax.jit(functools.partial(capture, fn)).lower(params, x).compile()
     needed, inputs = compiled.memory_analysis().temp_size_in_bytes, 16 * tokens * width * 4
     print(f"temporary: {needed:,} bytes; the inputs of all layers would be {inputs:,}")
@@ -314,7 +296,7 @@ def test_every_program_is_walked(case):
 
 
 def test_errors():
-    params = adapted({"w": w(11, 7)})
+    params = rank_one({"w": w(11, 7)})
     with pytest.raises(ValueError, match=r"no LoraArray in `params`.*jlora.attach"):
         capture(lambda p, x: x @ p["w"], {"w": w(11, 7)}, X)
     with pytest.raises(ValueError, match=r'(?s)"w" float32\[11,7\] \(never used\).*"w": None'):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import w
+from helpers import moments_are, rank_one, same
 from jax import lax
-from test_capture import X, adapted, holds, same
 
 from jlora import capture
 
-Y = w(4, 5, 3)
+X, Y = w(4, 5, 11), w(4, 5, 3)
 MOVED = {
     "joined outputs": (
         lambda p, x, y: x @ jnp.concatenate([p["w"], p["v"]["w"]], 1),
@@ -53,7 +53,7 @@ MOVED = {
 @pytest.mark.parametrize("name", MOVED)
 def test_what_is_done_to_a_weight_first(name):
     fn, params, seen = MOVED[name]
-    moments = capture(fn, adapted(params), X, Y)
+    moments = capture(fn, rank_one(params), X, Y)
     flat = [np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (X, Y)]
     for got, want in zip((moments["w"], moments["v"]["w"]), seen(*flat), strict=True):
         same(got.second, want.T @ want)
@@ -91,6 +91,6 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_inside_other_transforms(name, compiled):
-    params = adapted({"w": w(11, 7)})
+    params = rank_one({"w": w(11, 7)})
     run = functools.partial(capture, WRAPPED[name])
-    holds((jax.jit(run) if compiled else run)(params, X)["w"], np.asarray(X).reshape(-1, 11))
+    moments_are((jax.jit(run) if compiled else run)(params, X)["w"], np.asarray(X).reshape(-1, 11))

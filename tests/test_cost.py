@@ -3,28 +3,14 @@
 import dataclasses
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import Decoder, equations
 from jax import lax
-from test_laws import equations
 
 import jlora
-
-
-class Decoder(nn.Module):
-    layers: int
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(self.layers):
-            h = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(nn.LayerNorm()(x))
-            x = x + h
-            x = x + nn.Dense(6)(nn.gelu(nn.Dense(10)(nn.LayerNorm()(x))))
-        return x
-
 
 X = jnp.ones((2, 3, 6))
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import equations
 from jax import lax
-from test_laws import equations
 
 import jlora
 from jlora import LoraSpec

@@ -14,8 +14,8 @@ import pytest
 from cases import Case, w
 from cases_weights import CASES
 from flax import nnx
+from helpers import adapted, close, coarse, equations, jlora_node, loss_of, transform
 from jax import lax
-from test_laws import adapted, close, coarse, equations, jlora_node, loss_of, transform
 
 import jlora
 

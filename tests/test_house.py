@@ -41,6 +41,15 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def test_no_test_file_imports_another():
+    """What two of them need is in helpers.py or, like cases.py, in a file of its own."""
+    files = list(Path(__file__).parent.rglob("test_*.py"))
+    assert len(files) > 50
+    for file in files:
+        found = {name.split(".")[0] for name in imports(file)}
+        assert not {name for name in found if name.startswith("test_")}, file
+
+
 def room(dotted: str) -> str:
     """The part of `jlora.<part>...` that has a floor."""
     return dotted.split(".")[1]

@@ -6,10 +6,9 @@ import warnings
 import cases_weights
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from cases import Case
 from cases_forms import CASES, FORMS
+from helpers import adapted, close, coarse, equations, jlora_node, loss_of, transform
 
 import jlora
 from jlora._paths import leaves_with_paths
@@ -28,56 +27,6 @@ MODELS = [
 ]
 models = pytest.mark.parametrize("case", MODELS, ids=repr)
 FACTORED = [c for c in CASES if not c.materialized]
-
-
-def adapted(case: Case, init=None, random: bool = True):
-    """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
-    layouts = jlora.layouts(case.fn, case.params, *case.args)
-    spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora, form=case.form)
-    params = jlora.attach(case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
-    if not random:
-        return params
-    trainable, frozen = jlora.partition(params)
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    leaves = [
-        jax.random.normal(k, x.shape, x.dtype) * 0.3 for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jlora.combine(tree.unflatten(leaves), frozen)
-
-
-def transform(case: Case):
-    return jlora.lora(case.fn, fallback="materialize" if case.materialized else "error")
-
-
-def close(got, want, scale: float = 1.0):
-    """Compare within rounding: 1e-5 of the largest value in float32, four steps in bfloat16."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for g, x in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert g.dtype == x.dtype and g.shape == x.shape
-        tol = 4 * 2.0**-8 if x.dtype == jnp.bfloat16 else 1e-5
-        g, x = np.asarray(g, np.float64), np.asarray(x, np.float64)
-        assert np.max(np.abs(g - x), initial=0) <= scale * tol * max(1.0, np.abs(x).max(initial=0))
-
-
-def coarse(case: Case) -> float:
-    """A program that computes in bfloat16 compares in its rounding, whatever its parameters are."""
-    rounds = case.name in ("cast", "linen_bf16_compute") or case.name.endswith("bfloat16")
-    return 2000.0 if rounds else 1.0
-
-
-def loss_of(case: Case, fn):
-    """Weigh every output by fixed random numbers, so that no gradient cancels."""
-
-    def loss(params, *args):
-        outs = [x for x in jax.tree.leaves(fn(params, *args)) if hasattr(x, "dtype")]
-        total = jnp.zeros(())
-        for k, x in enumerate(outs):
-            weight = jax.random.normal(jax.random.key(k), x.shape)
-            total += (x.astype(jnp.float32) * weight).sum()
-        return total
-
-    return loss
 
 
 @models
@@ -144,21 +93,6 @@ def test_no_array_of_deltas_shape(case):
 
 
 DENSE = ("dot_general", "add", "mul", "sub", "conv_general_dilated")
-
-
-def jlora_node(x):
-    return isinstance(x, jlora.LoraArray)
-
-
-def equations(jaxpr):
-    """Every equation, those of inner jaxprs too."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from equations(inner)
 
 
 @every

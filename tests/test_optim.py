@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import equations
 
 import jlora
 from jlora import LoraArray, LoraSpec
@@ -137,15 +138,6 @@ def test_no_array_of_the_deltas_shape(make, shape, layout, slices):
     dense = {pair.lora_a.shape[0], pair.lora_b.shape[1]}
     shapes = [x.aval.shape for eqn in equations(jaxpr.jaxpr) for x in eqn.outvars]
     assert len(shapes) > 10 and not [s for s in shapes if set(s[-2:]) == dense or len(s) > 5]
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(tuple(eqn.params.values())):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 # Both ways of training.

@@ -5,12 +5,13 @@ The model is taken as it is: `fn(params, *args)` runs it on a plain pytree of it
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import equations
 
 import jlora
 from jlora._paths import leaves_with_paths
@@ -169,13 +170,3 @@ def made_shapes(jaxpr: Any) -> set[tuple[int, ...]]:
     """The shapes of all products and sums of a program, inner ones too."""
     names = ("dot_general", "conv_general_dilated", "add", "add_any", "mul", "sub")
     return {e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name in names}
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)

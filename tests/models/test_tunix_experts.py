@@ -11,18 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-import test_tunix_names
 import torch
 import transformers
 from holds import distance
 from safetensors.torch import load_file
-from test_tunix import SIZES, VOCAB, forward, model, prompt
-from test_tunix_names import TOLERANCE, WIDTH, arranged, layouts
+from tunix_small import (
+    MARKS,
+    MARKS_OF_TRANSFORMERS,
+    SIZES,
+    TOLERANCE,
+    VOCAB,
+    WIDTH,
+    arranged,
+    forward,
+    layouts,
+    model,
+    prompt,
+)
 
 import jlora.peft
 from jlora._paths import map_with_paths
 
-pytestmark = test_tunix_names.pytestmark
+pytestmark = [*MARKS, *MARKS_OF_TRANSFORMERS]
 MOE = {"num_experts": 3, "num_experts_per_tok": 2}
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 

@@ -13,25 +13,29 @@ import pytest
 import torch
 import transformers
 from holds import distance
-from test_tunix import BATCH, FAMILIES, SIZES, TIME, VOCAB, forward, model, prompt
+from tunix_small import (
+    BATCH,
+    FAMILIES,
+    MARKS,
+    MARKS_OF_TRANSFORMERS,
+    SIZES,
+    TIME,
+    TOLERANCE,
+    VOCAB,
+    WIDTH,
+    arranged,
+    forward,
+    layouts,
+    model,
+    prompt,
+)
 
 import jlora.peft
 from jlora._paths import leaves_with_paths, map_with_paths
 
-pytestmark = [
-    pytest.mark.usefixtures("usual_promotion"),
-    # What these files still write as Flax, JAX and PyTorch had it before.
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_res:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
-]
+pytestmark = [*MARKS, *MARKS_OF_TRANSFORMERS]
 every = pytest.mark.parametrize("family", FAMILIES)
 
-# Relative to the largest logit, in float32: two orders of summation.
-TOLERANCE = 2e-5
-WIDTH = 24  # transformers wants a multiple of the heads
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES: dict[str, Callable[[str], Any]] = {
     "llama3": jlora.peft.tunix_names,
@@ -42,7 +46,7 @@ NAMES: dict[str, Callable[[str], Any]] = {
 
 
 def theirs(family: str) -> torch.nn.Module:
-    """transformers' model of the sizes of `test_tunix.model(family)`, with random weights."""
+    """transformers' model of the sizes of `tunix_small.model(family)`, with random weights."""
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": WIDTH,
@@ -82,21 +86,6 @@ def theirs(family: str) -> torch.nn.Module:
             scale = 0.3 if "norm" in name or name.endswith("bias") else 1 / math.sqrt(p.shape[-1])
             p.add_(torch.randn_like(p) * scale)
     return net
-
-
-def layouts(family: str, graph: Any, state: Any) -> dict[str, str]:
-    return jlora.layouts(forward(graph), state, *prompt())
-
-
-def arranged(w: np.ndarray, like: Any, layout: str | None) -> np.ndarray:
-    """A weight of PyTorch's, (out, in), as an einsum's: its inputs and outputs by letters."""
-    if layout is None or w.ndim < 2:
-        return w.reshape(like)
-    ins = [n for n, side in zip(like, layout, strict=True) if side == "i"]
-    outs = [n for n, side in zip(like, layout, strict=True) if side == "o"]
-    w = w.reshape(*outs, *ins)
-    from_outs, from_ins = iter(range(len(outs))), iter(range(len(outs), w.ndim))
-    return w.transpose([next(from_ins if side == "i" else from_outs) for side in layout])
 
 
 def filled(family: str, net: torch.nn.Module, state: Any, sides: dict[str, str]) -> Any:

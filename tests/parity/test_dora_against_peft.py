@@ -10,9 +10,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_groups import grouped
-from test_peft_layers import VARIANTS, adapt, hold, load, plain, quiet, save, tensors
-from twins import Twin, attention, conv, conv1d_hf, embedding, experts, heads, linear, mlp
+from live import VARIANTS, adapt, hold, load, plain, quiet, save, tensors
+from twins import Twin, attention, conv, conv1d_hf, embedding, experts, grouped, heads, linear, mlp
 
 import jlora
 

@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_layers import into_peft, plain, save
+from live import into_peft, plain, save
 from twins import linear
 
 import jlora

@@ -25,8 +25,8 @@ import optax
 import peft.optimizers as theirs
 import pytest
 import torch
+from live import ALPHA, RANK, adapt, load, plain, quiet
 from peft.optimizers import lorafa
-from test_peft_layers import ALPHA, RANK, adapt, load, plain, quiet
 from twins import Twin, conv, conv1d_hf, dense, embedding, flip, integers, linear, mlp, same
 
 import jlora.peft

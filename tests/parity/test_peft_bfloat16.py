@@ -10,9 +10,20 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_groups import GROUPED
-from test_peft_layers import VARIANTS, adapt, load, plain, quiet
-from twins import TWINS, Twin, attention, conv, conv1d_hf, embedding, experts, heads, linear, mlp
+from live import VARIANTS, adapt, load, plain, quiet
+from twins import (
+    GROUPED,
+    TWINS,
+    Twin,
+    attention,
+    conv,
+    conv1d_hf,
+    embedding,
+    experts,
+    heads,
+    linear,
+    mlp,
+)
 
 import jlora
 

@@ -21,11 +21,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from live import decaying, nodes, quiet
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
-from test_peft_initial import decaying, nodes
-from test_peft_layers import quiet
 from twins import Twin, conv1d_hf, linear, mlp
 
 import jlora

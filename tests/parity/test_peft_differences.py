@@ -33,7 +33,6 @@ The rows from MultiheadAttention's to padding_mode's are tested in test_peft_dif
 
 import dataclasses
 import json
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,23 +40,12 @@ import numpy as np
 import peft
 import pytest
 import torch
+from live import adapt, distance, plain, quiet, randomize, through_files
 from safetensors.torch import load_file, save_file
-from test_peft_layers import adapt, plain, quiet, randomize
-from test_peft_several import together
+from several import together
 from twins import Holder, Twin, conv1d_hf, experts, linear, mlp
 
 import jlora.peft
-
-
-def load(twin: Twin, model: Any, folder: Any, base: Any = None, **more: Any) -> Any:
-    quiet(model.save_pretrained, folder)
-    read = dict(names=twin.names, layouts=twin.layouts, kinds=twin.kinds)
-    return jlora.peft.load(folder, base or twin.params(plain(twin)), **read, **more)
-
-
-def distance(a: Any, b: Any) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def test_an_entry_that_matches_nothing():
@@ -137,7 +125,7 @@ def test_safe_merge_rounds_twice(tmp_path):
 def test_unmerge_changes_the_weights(tmp_path):
     twin = wide()
     model = adapt(twin)
-    params = load(twin, model, tmp_path)
+    params = through_files(twin, model, tmp_path)
     before = model.base_model.model.layer.base_layer.weight.detach().clone()
     model.merge_adapter()
     model.unmerge_adapter()
@@ -190,7 +178,7 @@ def test_a_randomized_decomposition_is_not_in_its_file(tmp_path):
         again = quiet(peft.PeftModel.from_pretrained, module, str(tmp_path)).eval()
         assert distance(again(x), model(x)) > 0.01
     with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4', which moves the base"):
-        load(wide(), model, tmp_path)
+        through_files(wide(), model, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "rslora"), [("linear", False), ("cat", True)])
@@ -204,7 +192,7 @@ def test_the_sum_of_two_adapters(tmp_path, compare, kind, rslora):
     meant = model(torch.tensor(x)).detach().numpy()
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type=kind)
     params = together(
-        [load(linear, model, tmp_path, adapter=name) for name in ("default", "other")]
+        [through_files(linear, model, tmp_path, adapter=name) for name in ("default", "other")]
     )
     model.base_model.set_adapter("sum")
     theirs = model(torch.tensor(x)).detach().numpy()

@@ -10,19 +10,17 @@ import peft
 import pytest
 import torch
 from jax import lax
-from test_dora_several import Kept, at_once, in_turn, two
-from test_peft_differences import distance, load
-from test_peft_groups import grouped as whole_of_groups
-from test_peft_layers import adapt, plain, quiet, randomize, save
-from test_peft_several import together
+from live import adapt, distance, plain, quiet, randomize, save, through_files
+from several import Kept, at_once, in_turn, together, two
 from twins import Holder, Twin, attention, conv, experts, hwio, linear
+from twins import grouped as in_groups
 
 import jlora
 
 
 def test_attention_adds_its_output_update_twice(tmp_path):
     model = adapt(attention)
-    params = load(attention, model, tmp_path)
+    params = through_files(attention, model, tmp_path)
     x = attention.x(np.random.default_rng(0))
     theirs = model(torch.tensor(x)).detach().numpy()
     meant = attention.fn(jlora.merge(params), x)
@@ -43,7 +41,7 @@ def test_attention_trains_its_last_adapter_alone(tmp_path, compare):
     quiet(model.base_model.set_adapter, names)
     randomize(model)
     x = attention.x(np.random.default_rng(0))
-    adapters = [load(attention, model, tmp_path, adapter=name) for name in names]
+    adapters = [through_files(attention, model, tmp_path, adapter=name) for name in names]
     trainable, frozen = jlora.partition(adapters)
 
     def loss(trainable: Any) -> Any:
@@ -81,7 +79,7 @@ def test_attention_does_not_train_a_bias_of_lora_b(tmp_path):
     config = model.peft_config["default"].to_dict()
     refuses = r"PEFT trains no bias of lora_B .* for MultiheadA"
     with pytest.raises(ValueError, match=refuses):
-        load(attention, model, tmp_path)
+        through_files(attention, model, tmp_path)
     names = {**attention.names, "mha/in_proj/bias": "mha.bias"}
     with pytest.raises(ValueError, match=refuses):
         jlora.peft.rules(config, attention.params(plain(attention)), names=names)
@@ -120,7 +118,7 @@ def test_dropout_where_peft_has_none(twin, tmp_path):
     else:
         with pytest.raises(ValueError, match="does not work with lora_dropout"):
             adapt(twin, lora_dropout=0.5)
-    params = load(twin, adapt(twin), tmp_path)
+    params = through_files(twin, adapt(twin), tmp_path)
     x = twin.x(np.random.default_rng(0))
     whole, some = (
         jlora.lora(twin.fn, dropout=rate, key=jax.random.key(0))(params, x) for rate in (0.0, 0.5)
@@ -158,7 +156,7 @@ def test_a_convolution_with_groups(tmp_path, compare):
     twin = grouped(2)
     model = adapt(twin)
     with pytest.raises(ValueError, match=r"has 2 groups.*sees the 4 channels.*has 2\. Write the"):
-        load(twin, model, tmp_path)
+        through_files(twin, model, tmp_path)
     with pytest.raises(NotImplementedError):
         quiet(model.merge_and_unload)
     x = twin.x(np.random.default_rng(0))
@@ -177,9 +175,9 @@ def test_a_convolution_with_groups(tmp_path, compare):
 
 def test_dora_of_a_convolution_with_groups(tmp_path, compare):
     """PEFT reads B (out, r/g) as (out/g, r), of which B A has as many numbers as the kernel."""
-    twin = whole_of_groups(2, 2)
+    twin = in_groups(2, 2)
     model = adapt(twin, use_dora=True)
-    params = load(twin, model, tmp_path)
+    params = through_files(twin, model, tmp_path)
     x = twin.x(np.random.default_rng(0))
     theirs = model(torch.tensor(x)).detach().numpy()
     ours = jlora.lora(twin.fn, fallback="error")(params, x)
@@ -201,7 +199,7 @@ def test_dora_of_an_output_of_zeros(tmp_path, compare):
     model = adapt(twin, use_dora=True)
     for p in (model.base_model.model.layer.lora_B["default"].weight,):
         torch.nn.init.zeros_(p.data)
-    params, x = load(twin, model, tmp_path), twin.x(np.random.default_rng(0))
+    params, x = through_files(twin, model, tmp_path), twin.x(np.random.default_rng(0))
     theirs = model(torch.tensor(x)).detach().numpy()
     ours = np.asarray(jlora.lora(twin.fn, fallback="error")(params, x))
     assert not np.isfinite(theirs[..., 2]).any() and np.isfinite(ours).all()
@@ -235,7 +233,7 @@ def spatial(**options: Any) -> Twin:
 def test_a_dilated_convolution(tmp_path, compare):
     twin = spatial(dilation=2)
     model = adapt(twin)
-    params = load(twin, model, tmp_path)
+    params = through_files(twin, model, tmp_path)
     x = twin.x(np.random.default_rng(0))
     with pytest.raises(RuntimeError, match="must match"):
         model(torch.tensor(x))
@@ -246,7 +244,7 @@ def test_a_dilated_convolution(tmp_path, compare):
 def test_a_padding_mode(tmp_path, compare):
     twin = spatial(padding=1, padding_mode="circular")
     model = adapt(twin)
-    params = load(twin, model, tmp_path)
+    params = through_files(twin, model, tmp_path)
     x = twin.x(np.random.default_rng(0))
     theirs = model(torch.tensor(x)).detach().numpy()
     meant = quiet(model.merge_and_unload)(torch.tensor(x)).detach().numpy()

@@ -10,39 +10,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_layers import adapt, hold, load, plain, quiet, save
-from twins import Holder, Twin, conv, hwio, linear
+from live import adapt, hold, load, plain, quiet, save
+from twins import D_IN, D_OUT, GROUPED, Twin, dense_of_groups, grouped, hwio, linear
 
 import jlora.peft
 
-D_IN, D_OUT = 8, 12
-
-
-def dense(w: np.ndarray, groups: int) -> np.ndarray:
-    """A kernel (out, in/g, k...) with zeros between one group's inputs and another's outputs."""
-    out, channels = w.shape[:2]
-    whole = np.zeros((out, groups * channels, *w.shape[2:]), w.dtype)
-    for g in range(groups):
-        rows = slice(g * out // groups, (g + 1) * out // groups)
-        whole[rows, g * channels : (g + 1) * channels] = w[rows]
-    return hwio(whole)
-
-
-def grouped(dims: int, groups: int, stride: int = 1, padding: int = 0) -> Twin:
-    layer = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1]
-    twin, options = conv(dims, stride, padding), dict(stride=stride, padding=padding)
-    return dataclasses.replace(
-        twin,
-        name=f"Conv{dims}d_{groups}_groups",
-        make=lambda: Holder(layer(D_IN, D_OUT, 3, groups=groups, **options)),
-        x=lambda rng: rng.normal(size=(2, D_IN, *(9, 8, 7)[:dims])).astype(np.float32),
-        moves=twin.moves | {"layer/kernel": ("layer.weight", lambda w: dense(w, groups))},
-        kinds={"layer/kernel": "grouped"},
-        merges=False,
-    )
-
-
-GROUPED = [grouped(1, 2, 2, 1), grouped(1, 4), grouped(2, 2), grouped(2, 4, 2, 1), grouped(3, 2)]
 every = pytest.mark.parametrize("twin", GROUPED, ids=repr)
 
 
@@ -73,7 +45,7 @@ def test_two_adapters_in_one_file_folder(tmp_path, compare):
         torch.nn.Conv1d(D_OUT, 6, 3, bias=False),
     )
     weights = [layer.weight.detach().numpy() for layer in module]
-    base = {"a": jnp.asarray(dense(weights[0], 2)), "b": jnp.asarray(hwio(weights[1]))}
+    base = {"a": jnp.asarray(dense_of_groups(weights[0], 2)), "b": jnp.asarray(hwio(weights[1]))}
     config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
     model = quiet(peft.get_peft_model, module, config)
     quiet(model.save_pretrained, tmp_path)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_layers import ALPHA, RANK, into_peft, plain, quiet, randomize, tensors
+from live import ALPHA, RANK, decaying, into_peft, nodes, plain, quiet, randomize, tensors
 from twins import Twin, conv1d_hf, linear, mlp
 
 import jlora.peft
@@ -24,22 +23,6 @@ MOVING = [
     if (twin, init) != (conv1d_hf, "olora")  # PEFT's own cannot run: test_peft_differences
 ]
 moving = pytest.mark.parametrize(("twin", "init"), MOVING, ids=repr)
-
-
-def step(k: torch.Tensor) -> torch.Tensor:
-    """A step at the rank; what is left behind it is large enough to be known to 1e-6 in float32."""
-    return torch.where(k < RANK, 2.0 - 0.1 * k, 0.6 - 0.02 * k)
-
-
-def decaying(twin: Twin, values: Callable[[torch.Tensor], torch.Tensor] = step) -> torch.nn.Module:
-    """The module before PEFT, its singular values such as a randomized decomposition finds."""
-    module = plain(twin)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.ndim == 2:
-                u, s, vt = torch.linalg.svd(p, full_matrices=False)
-                p.copy_((u * values(torch.arange(len(s)))) @ vt)
-    return module
 
 
 def config(twin: Twin, init: Any, **more: Any) -> peft.LoraConfig:
@@ -57,11 +40,6 @@ def attach(twin: Twin, theirs: peft.LoraConfig) -> tuple[Any, Any]:
     base = twin.params(decaying(twin))
     rules = jlora.peft.rules(theirs.to_dict(), base, names=twin.names)
     return base, jlora.attach(base, rules, key=jax.random.key(0))
-
-
-def nodes(params: Any) -> dict[str, Any]:
-    is_leaf = lambda x: isinstance(x, jlora.LoraArray)
-    return {p: x for p, x in jlora._paths.leaves_with_paths(params, is_leaf) if is_leaf(x)}
 
 
 @moving

@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
+from live import quiet, randomize
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
-from test_peft_layers import quiet, randomize
 
 import jlora.peft
 

@@ -10,10 +10,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from live import adapt, plain, quiet
 from scipy import stats
-from test_peft_groups import grouped
-from test_peft_layers import adapt, plain, quiet
-from twins import Holder, Twin, conv, conv1d_hf, embedding, linear
+from twins import Holder, Twin, conv, conv1d_hf, embedding, grouped, linear
 
 import jlora.peft
 

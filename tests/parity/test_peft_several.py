@@ -1,92 +1,18 @@
 """PEFT live: several adapters at once."""
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_groups import grouped
-from test_peft_layers import adapt, plain, quiet, randomize, save
-from twins import TWINS, Twin, conv, conv1d_hf, linear, mlp
+from live import adapt, plain, quiet, randomize, save
+from several import slopes_of_several, together
+from twins import TWINS, conv, conv1d_hf, grouped, linear, mlp
 
 import jlora.peft
-
-
-def together(adapters: list[Any]) -> Any:
-    """One adapter that is the sum of several: A and B side by side, the scalings folded into B."""
-
-    def join(*nodes: Any) -> Any:
-        if not isinstance(nodes[0], jlora.LoraArray):
-            return nodes[0]
-        nodes = [n if n.slices is None else jlora._arrays.plain(n, n.shape) for n in nodes]
-        first = nodes[0]
-        rank_axis = first.lora_b.ndim - first.layout.count("o") - 1
-        b = [
-            n.lora_b
-            * jnp.asarray(n.scaling).reshape(
-                *n.scaling.shape, *(1,) * (n.lora_b.ndim - n.scaling.ndim)
-            )
-            for n in nodes
-        ]
-        return dataclasses.replace(
-            first,
-            lora_a=jnp.concatenate([n.lora_a for n in nodes], -1),
-            lora_b=jnp.concatenate(b, rank_axis),
-            scaling=jnp.ones_like(first.scaling),
-        )
-
-    return jax.tree.map(join, *adapters, is_leaf=jlora._arrays.is_adapted)
-
-
-def slopes_of_several(
-    twin: Twin,
-    model: Any,
-    adapters: list[Any],
-    fn: Callable[[list[Any], Any], Any],
-    folder: Path,
-    compare: Any,
-) -> None:
-    """`fn(adapters, x)` as PEFT's: forward, the gradients of x and of every trainable tensor.
-
-    The second adapter is of rsLoRA.
-    """
-    x = twin.x(np.random.default_rng(0))
-    floating = x.dtype == np.float32
-    tx = torch.tensor(x, requires_grad=True) if floating else torch.tensor(x)
-    out = quiet(model, tx)
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    trainable, frozen = jlora.partition(adapters)
-
-    def loss(trainable: Any, x: Any) -> Any:
-        y = fn(jlora.combine(trainable, frozen), x)
-        return (y * weight.numpy()).sum(), y
-
-    argnums = (0, 1) if floating else (0,)
-    grads, y = jax.grad(loss, argnums, has_aux=True)(trainable, x)
-    compare(y, out.detach().numpy(), "several adapters")
-    if floating:
-        compare(grads[1], tx.grad.numpy(), "gradient of the input")
-    theirs = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    for name, tree in zip(("default", "other"), jlora.combine(grads[0], frozen), strict=True):
-        rslora = {"use_rslora": name == "other"}
-        ours = save(folder / f"gradients of {name}", tree, twin, **rslora)
-        find = peft.get_peft_model_state_dict
-        want = quiet(find, model, state_dict=theirs, adapter_name=name)
-        assert set(ours) == set(want)
-        # PEFT gives none to the first of a MultiheadAttention's (test_peft_differences_of_layers).
-        lost = {key for key, grad in want.items() if grad is None}
-        assert lost == (set(want) if twin.slopes and name == "default" else set())
-        for key, grad in ((k, g) for k, g in want.items() if k not in lost):
-            slope = next((s for part, s in twin.slopes.items() if part in key), 1.0)
-            compare(slope * ours[key].numpy(), grad.numpy(), f"{name}: gradient of {key}")
-
 
 # PEFT lets one adapter alone have biases.
 CASES = [(twin, "none") for twin in (*TWINS, grouped(2, 2))]

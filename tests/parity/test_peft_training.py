@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import weights
-from test_peft_layers import quiet
+from live import quiet
 
 import jlora.peft
 

@@ -9,8 +9,8 @@ import numpy as np
 import peft
 import pytest
 import torch
+from live import VARIANTS, adapt, hold, into_peft, load, plain, quiet, save, tensors
 from safetensors.torch import save_file
-from test_peft_layers import VARIANTS, adapt, hold, into_peft, load, plain, quiet, save, tensors
 from twins import TWINS, Twin, conv1d_hf, linear, mlp
 
 import jlora.peft

@@ -306,3 +306,33 @@ TWINS = [
     experts(True),
     mlp,
 ]
+
+
+D_IN, D_OUT = 8, 12
+
+
+def dense_of_groups(w: np.ndarray, groups: int) -> np.ndarray:
+    """A kernel (out, in/g, k...) with zeros between one group's inputs and another's outputs."""
+    out, channels = w.shape[:2]
+    whole = np.zeros((out, groups * channels, *w.shape[2:]), w.dtype)
+    for g in range(groups):
+        rows = slice(g * out // groups, (g + 1) * out // groups)
+        whole[rows, g * channels : (g + 1) * channels] = w[rows]
+    return hwio(whole)
+
+
+def grouped(dims: int, groups: int, stride: int = 1, padding: int = 0) -> Twin:
+    layer = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1]
+    twin, options = conv(dims, stride, padding), dict(stride=stride, padding=padding)
+    return dataclasses.replace(
+        twin,
+        name=f"Conv{dims}d_{groups}_groups",
+        make=lambda: Holder(layer(D_IN, D_OUT, 3, groups=groups, **options)),
+        x=lambda rng: rng.normal(size=(2, D_IN, *(9, 8, 7)[:dims])).astype(np.float32),
+        moves=twin.moves | {"layer/kernel": ("layer.weight", lambda w: dense_of_groups(w, groups))},
+        kinds={"layer/kernel": "grouped"},
+        merges=False,
+    )
+
+
+GROUPED = [grouped(1, 2, 2, 1), grouped(1, 4), grouped(2, 2), grouped(2, 4, 2, 1), grouped(3, 2)]
