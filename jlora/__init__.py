@@ -24,3 +24,5 @@ from jlora._tie import untie as untie
 from jlora.transform import capture as capture
 from jlora.transform import layouts as layouts
 from jlora.transform import lora as lora
+
+__version__ = "0.1.0"

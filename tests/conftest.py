@@ -1,9 +1,7 @@
 """Every test runs with strict dtype promotion and no silent broadcasting."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 # Most of a test's time is LLVM's, over programs that run once; what XLA itself does stays as it is.
@@ -14,8 +12,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
-# Behind all others, for one of the benchmarks has the name of a module of the standard library.
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up: every model is on disk or built here
 
 import jax

@@ -19,6 +19,7 @@ import pytest
 import quality
 import step
 import tiny_llama
+import tracing
 
 TINY = blocks.Sizes(2, 32, 48, 4, 2, 8, 2, 16, 2, "float32")
 
@@ -136,6 +137,17 @@ def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     )
     assert found["one form, slowest copy over fastest"]["worst"] >= 1
     assert "jlora over the best factored form: " in capsys.readouterr().out
+
+
+def test_tracing_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracing, "LAYERS", 1)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests keep theirs
+    monkeypatch.setattr(sys, "argv", ["tracing", "--rounds", "1", "--json", str(tmp_path / "t")])
+    tracing.main()
+    found = json.loads((tmp_path / "t").read_text())["programs"]
+    kinds = [f"{of} {what}" for of in ("flax", "plain") for what in ("forward", "gradient")]
+    assert list(found) == kinds and all(row["ratio"] > 0 for row in found.values())
+    assert capsys.readouterr().out.count("x base") == 4
 
 
 def test_turns_are_taken_in_another_order_each_round():

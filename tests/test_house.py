@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def test_no_test_file_imports_another():
     for file in files:
         found = {name.split(".")[0] for name in imports(file)}
         assert not {name for name in found if name.startswith("test_")}, file
+
+
+def test_no_script_has_the_name_of_a_standard_module():
+    """The folders of tests, benchmarks and examples come before the standard library's."""
+    files = [
+        f for of in ("benchmarks", "examples", "tests") for f in (ROOT.parent / of).rglob("*.py")
+    ]
+    assert len(files) > 80 and not {f.stem for f in files} & sys.stdlib_module_names
 
 
 def room(dotted: str) -> str:
@@ -114,6 +123,10 @@ def test_the_export_list():
         "jaxtyping",  # the import hook of the tests puts it there
     }
     assert exported == PUBLIC
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert jlora.__version__ == metadata.version("jlora")
 
 
 def test_importing_jlora_imports_no_optional_library():

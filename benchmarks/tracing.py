@@ -1,6 +1,6 @@
 """What does the transform cost before anything runs? Tracing and lowering, against the base model.
 
-    python benchmarks/trace.py [--rounds 5] [--json FILE]
+    python benchmarks/tracing.py [--rounds 5] [--json FILE]
 
 Two decoders of 30 unrolled layers, every matrix adapted: the examples' Llama in Flax, and those
 of benchmarks/blocks.py in plain JAX, which trace faster and so show more of the walk. Of each
