@@ -1,5 +1,6 @@
 """What several test files share: adapters, comparisons, and the equations of a program."""
 
+import re
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
@@ -115,3 +116,14 @@ def same(got, want, most=1e-6):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=most * max(1.0, np.abs(want).max()), rtol=0)
+
+
+def bits(x):
+    """What is equal of two arrays only if every bit is."""
+    x = np.asarray(x)
+    return x.dtype.name, x.shape, x.tobytes()
+
+
+def says(*parts: str) -> str:
+    """A pattern of these texts in this order, whatever is between them."""
+    return "(?s)" + ".*".join(re.escape(p) for p in parts)

@@ -1,6 +1,7 @@
 """The house of the design: what may import what, what is exported, what is documented."""
 
 import ast
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def test_no_script_has_the_name_of_a_standard_module():
         f for of in ("benchmarks", "examples", "tests") for f in (ROOT.parent / of).rglob("*.py")
     ]
     assert len(files) > 80 and not {f.stem for f in files} & sys.stdlib_module_names
+
+
+def test_the_folder_of_pefts_tests_does_not_shadow_peft():
+    """Without an __init__.py it gives way to the installed package wherever that is on the path."""
+    tests, found = Path(__file__).parent, importlib.util.find_spec("peft")
+    assert (tests / "peft").is_dir() and found is not None and found.origin is not None
+    assert tests not in Path(found.origin).parents
 
 
 def room(dotted: str) -> str:

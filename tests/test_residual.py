@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from peft_cases import bits, says
+from helpers import bits, says
 
 import jlora
 from jlora import LoraSpec, arithmetic, checkpoint, peft

@@ -5,19 +5,8 @@ import jax.numpy as jnp
 import llama
 import param_tree
 import pytest
-from peft_cases import (
-    KEY,
-    LAYOUTS,
-    NAMES,
-    ORDER,
-    SMALL_NAMES,
-    adapted,
-    base,
-    drawn,
-    entries,
-    model,
-    says,
-)
+from helpers import says
+from peft_cases import KEY, LAYOUTS, NAMES, ORDER, SMALL_NAMES, adapted, base, drawn, entries, model
 
 import jlora
 from jlora import peft

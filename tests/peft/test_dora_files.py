@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import says
 from peft_cases import (
     KEY,
     LAYOUTS,
@@ -18,7 +19,6 @@ from peft_cases import (
     load,
     model,
     same,
-    says,
     tensors,
     write,
     zeros,

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_cases import SMALL_NAMES, base, entries, load, says, tensors, write, zeros
+from helpers import says
+from peft_cases import SMALL_NAMES, base, entries, load, tensors, write, zeros
 
 import jlora
 from jlora import FullArray, LoraArray, LoraSpec, peft

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from peft_cases import KEY, LAYOUTS, NAMES, ORDER, adapted, bits, config, keys, model, same, spec
+from helpers import bits
+from peft_cases import KEY, LAYOUTS, NAMES, ORDER, adapted, config, keys, model, same, spec
 
 import jlora
 from jlora import FullArray, peft

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from peft_cases import PREFIX, SMALL_NAMES, base, entries, load, says, tensors, write, zeros
+from helpers import says
+from peft_cases import PREFIX, SMALL_NAMES, base, entries, load, tensors, write, zeros
 
 from jlora import peft
 

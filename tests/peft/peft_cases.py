@@ -2,12 +2,12 @@
 
 import functools
 import json
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from helpers import bits
 
 import jlora
 from jlora import LoraSpec, peft
@@ -91,11 +91,6 @@ def adapted():
     return jlora.attach(model(), RULES, key=KEY, layouts=LAYOUTS)
 
 
-def bits(x):
-    x = np.asarray(x)
-    return x.dtype.name, x.shape, x.tobytes()
-
-
 def same(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, g), x in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
@@ -116,10 +111,6 @@ SMALL_NAMES = {
     "q/bias": "m.q_proj.bias",
 }
 PREFIX = "base_model.model."
-
-
-def says(*parts: str) -> str:
-    return "(?s)" + ".*".join(re.escape(p) for p in parts)
 
 
 def base():
