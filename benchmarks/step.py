@@ -50,7 +50,7 @@ def own_variants(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
         return compiled(value, (0, 1), trainable, x, frozen)
 
     def without_a(node: Any) -> Any:
-        return dataclasses.replace(node, frozen=("lora_a",))
+        return dataclasses.replace(node, form="lora_fa")
 
     is_node = lambda x: isinstance(x, jlora.LoraArray)
     b_alone = jax.tree.map(without_a, params, is_leaf=is_node)

@@ -1,6 +1,7 @@
 """LoRA for JAX: a function transform that takes low-rank-adapted weights for plain ones."""
 
 from jlora import arithmetic as arithmetic
+from jlora import forms as forms
 from jlora import initializers as initializers
 from jlora import optim as optim
 from jlora._adapt import bind as bind

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, LoraArray, check, is_adapted
-from jlora._dora import base_of, weight
+from jlora import forms
+from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths
 
 
@@ -90,7 +90,7 @@ def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
 def _check(params: PyTree, call: str) -> None:
     for path, node in leaves_with_paths(params, is_adapted):
         if isinstance(node, LoraArray):
-            check(path, node, call)
+            forms.check(path, node, call)
 
 
 def merge(params: PyTree) -> PyTree:
@@ -123,7 +123,7 @@ def merge(params: PyTree) -> PyTree:
     def whole(node: Any) -> Any:
         if isinstance(node, FullArray):
             return node.value
-        return weight(node).astype(node.dtype) if isinstance(node, LoraArray) else node
+        return forms.weight(node).astype(node.dtype) if isinstance(node, LoraArray) else node
 
     return _map(whole, params)
 
@@ -158,9 +158,10 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     call = "jlora.unmerge(merged, params)"
     _same_paths(merged, params, call)
     for path, node in leaves_with_paths(params, is_adapted):
-        whole, dora = isinstance(node, FullArray), getattr(node, "magnitude", None) is not None
-        if (whole or dora) and node.base is None:
-            why = "was trained whole" if whole else "has a magnitude, whose norm needs it"
+        full = isinstance(node, FullArray)
+        gain = isinstance(node, LoraArray) and forms.has_gain(node)
+        if (full or gain) and node.base is None:
+            why = "was trained whole" if full else "has a magnitude, whose norm needs it"
             raise ValueError(
                 f'`{call}`: the original of "{path}", which {why}, is taken out of `params`, and '
                 "nothing else has it. Give the adapted parameters, `jlora.bind(base, adapter)`."
@@ -171,6 +172,8 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     def base(whole: Any, node: Any) -> Any:
         if isinstance(node, FullArray):
             return node.base
-        return base_of(whole, node).astype(whole.dtype) if isinstance(node, LoraArray) else whole
+        if not isinstance(node, LoraArray):
+            return whole
+        return forms.base_of(whole, node).astype(whole.dtype)
 
     return bind(_map(base, merged, params), adapter)

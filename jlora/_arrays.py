@@ -6,13 +6,15 @@ They hold arrays and say which axis is which. They know neither rules nor the tr
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
-from jlora._paths import describe
+Axes = TypeVar("Axes", str, PartitionSpec, tuple[Any, ...])
 
 
 def _not_an_array(self: Any, *_: Any, **__: Any) -> Any:
@@ -24,10 +26,14 @@ def _not_an_array(self: Any, *_: Any, **__: Any) -> Any:
     )
 
 
+# The axes of A and B, for `along`.
+AXES = {"lora_a": "si r", "lora_b": "s r o"}
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("base", "lora_a", "lora_b", "scaling", "magnitude", "core", "lambda_b"),
-    meta_fields=("layout", "slices", "residual", "frozen"),
+    data_fields=("base", "lora_a", "lora_b", "scaling", "extra"),
+    meta_fields=("layout", "slices", "residual", "form"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
@@ -43,16 +49,12 @@ class LoraArray:
             range has an update of its own: `lora_a` is `(*stack, *in_dims, n · rank)`, the ranges'
             A side by side, and `lora_b` has the ranges' widths, side by side, for that dimension.
             loralib's `MergedLinear`, transposed.
-        magnitude: DoRA's m, `(*stack, *out_dims)`, or `None`: with it the weight is
-            `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `lora_magnitude_vector`.
         residual: whether `base` is not the model's own weight but what an initializer left of it,
             `W - s · A B` of the first A and B; see `jlora.arithmetic.residual_to_lora`.
-        core: what stands between A and B, or `None`: LoRA-XS's R, `(*stack, rank, rank)`, in
-            `W + s · A R B`, or the diagonal of VeRA's Λ_d or AdaLoRA's Λ, `(*stack, rank)`.
-        lambda_b: the diagonal of VeRA's Λ_b, `(*stack, *out_dims)`, or `None`: with both the weight
-            is `W + s · A Λ_d B Λ_b`. PEFT's `vera_lambda_d` and `vera_lambda_b`.
-        frozen: the names of those parts of the update that do not train: `("lora_a",)` of
-            LoRA-FA's, `("lora_a", "lora_b")` of LoRA-XS's and VeRA's.
+        extra: the other parts of the update by name, which `form` and DoRA define; see
+            `jlora.forms`. A part that `jlora.partition` took out is `None`.
+        form: the name of the variant, as in `LoraSpec(form=...)`: what the parts mean, and which of
+            them train.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,9 +62,7 @@ class LoraArray:
         >>> w.shape, w.rank
         ((3, 4), 2)
 
-    References: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5;
-    Bałazy et al. 2024, arXiv:2405.17604, eq. 1; Kopiczko et al. 2023, arXiv:2310.11454, eq. 2;
-    Zhang et al. 2023, arXiv:2308.03303 and arXiv:2303.10512.
+    Reference: Hu et al. 2021, arXiv:2106.09685, eq. 3; the variants are in `jlora.forms`.
     """
 
     base: Any
@@ -71,11 +71,9 @@ class LoraArray:
     scaling: Any
     layout: str
     slices: tuple[tuple[int, int], ...] | None = None
-    magnitude: Any = None
     residual: bool = False
-    core: Any = None
-    lambda_b: Any = None
-    frozen: tuple[str, ...] = ()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    form: str = "lora"
 
     __jax_array__ = __array__ = _not_an_array
 
@@ -98,6 +96,17 @@ class LoraArray:
     def rank(self) -> int:
         """The rank r of the update, of each slice's where it has slices."""
         return self.lora_a.shape[-1] // (1 if self.slices is None else len(self.slices))
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts of the update by name: A, B and `extra`."""
+        return {"lora_a": self.lora_a, "lora_b": self.lora_b, **self.extra}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> "LoraArray":
+        """Return the node with other values for these parts, A and B or in `extra`."""
+        factors = {name: x for name, x in parts.items() if name in AXES}
+        extra = {name: x for name, x in parts.items() if name not in AXES}
+        return dataclasses.replace(self, **factors, extra={**self.extra, **extra})
 
 
 @jax.tree_util.register_static
@@ -149,9 +158,44 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def slice_width(slices: tuple[tuple[int, int], ...] | None, whole: int) -> int:
-    """Return how much of an output dimension has an update."""
-    return whole if slices is None else sum(stop - start for start, stop in slices)
+@functools.cache
+def _groups(axes: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(group) for group in axes.split())
+
+
+def along(axes: str, roles: Sequence[Any], of_base: Axes, rank: Any = None) -> Axes:
+    """Return what a part's axes have, given what the base's axes have: the one derivation of it.
+
+    Args:
+        axes: the part's, in groups: "si r" has the base's axes of roles s (stack) and i (input), in
+            the base's order, and then the rank; "s r o" stack axes, the rank and output axes.
+        roles: of the base's axes.
+        of_base: what each axis of the base has: its size, its letter in an einsum, its entry in a
+            `PartitionSpec` (which may be shorter than the base's axes are many).
+        rank: what the rank's axis has.
+
+    Returns:
+        As many as the part has axes, of the type of `of_base`.
+
+    Example:
+        >>> along("s r o", "sio", (5, 3, 4), 2), along("si r", "sio", "abc", "R")
+        ((5, 2, 4), 'abR')
+        >>> along("si r", "sio", PartitionSpec("data"))
+        PartitionSpec('data', None, None)
+    """
+    each = [*of_base]
+    if isinstance(of_base, PartitionSpec):
+        each += [None] * (len(roles) - len(each))
+    found: list[Any] = []
+    for group in _groups(axes):
+        if group == ("r",):
+            found.append(rank)
+        else:
+            found += [x for x, role in zip(each, roles, strict=True) if role in group]
+    if isinstance(of_base, str):
+        return "".join(found)
+    made: Any = PartitionSpec(*found) if isinstance(of_base, PartitionSpec) else tuple(found)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,16 +226,22 @@ class Geometry:
         """The number of outputs of one stack element."""
         return math.prod(self.out_dims)
 
-    def factor_shapes(
-        self, rank: int, slices: tuple[tuple[int, int], ...] | None = None
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of `lora_a` and `lora_b`."""
-        width = slice_width(slices, self.out_dims[0])
-        ranks = rank * (1 if slices is None else len(slices))
-        return (
-            (*self.stack, *self.in_dims, ranks),
-            (*self.stack, rank, width, *self.out_dims[1:]),
-        )
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that was divided."""
+        sides = {"i": iter(self.in_dims), "o": iter(self.out_dims)}
+        return (*self.stack, *(next(sides[letter]) for letter in self.layout))
+
+    def along(self, axes: str, of_base: Axes, rank: Any = None) -> Axes:
+        """Return what a part's axes have, given what the base's have: `along` by the layout."""
+        return along(axes, "s" * len(self.stack) + self.layout, of_base, rank)
+
+    def sliced(self, slices: tuple[tuple[int, int], ...] | None) -> "Geometry":
+        """Return the geometry of the outputs in the slices, side by side."""
+        if slices is None:
+            return self
+        width = sum(stop - start for start, stop in slices)
+        return dataclasses.replace(self, out_dims=(width, *self.out_dims[1:]))
 
     def across(self, outputs: Array) -> Array:
         """Arrange `(*stack, *out_dims)` to broadcast against a weight."""
@@ -216,98 +266,3 @@ class Geometry:
         weight = matrix.reshape(*self.stack, *self.in_dims, *self.out_dims)
         axes = self._sorted_axes
         return jnp.transpose(weight, sorted(range(len(axes)), key=axes.__getitem__))
-
-
-def _scaled_b(node: LoraArray, geometry: Geometry) -> Array:
-    """Return R B, or Λ_d B Λ_b, in B's dtype: what A meets."""
-    if node.core is None:
-        return node.lora_b
-    wide = accumulator(node.lora_b.dtype)
-    shape = node.lora_b.shape
-    b = node.lora_b.astype(wide).reshape(*geometry.stack, node.rank, geometry.fan_out)
-    core = node.core.astype(wide)
-    if core.ndim == b.ndim:
-        b = jnp.matmul(core, b, precision=jax.lax.Precision.HIGHEST)
-    else:
-        b = core[..., None] * b
-    if node.lambda_b is not None:
-        b = b * node.lambda_b.astype(wide).reshape(*geometry.stack, 1, geometry.fan_out)
-    return b.reshape(shape).astype(node.lora_b.dtype)
-
-
-def whole_b(node: LoraArray, geometry: Geometry) -> Array:
-    """Return what A meets, over all outputs: B, or B and what scales it.
-
-    A sliced one's ranges are one below the other, with zeros elsewhere.
-    """
-    if node.slices is None:
-        return _scaled_b(node, geometry)
-    axis, rows, first = len(geometry.stack) + 1, [], 0
-    for start, stop in node.slices:
-        width = [(0, 0, 0)] * node.lora_b.ndim
-        width[axis] = (start, geometry.out_dims[0] - stop, 0)
-        piece = jax.lax.slice_in_dim(node.lora_b, first, first + stop - start, axis=axis)
-        rows.append(jax.lax.pad(piece, jnp.zeros((), piece.dtype), width))
-        first += stop - start
-    return jnp.concatenate(rows, axis - 1)
-
-
-def plain(node: LoraArray, shape: tuple[int, ...]) -> LoraArray:
-    """Write an update of a weight of `shape` as one A and one B: slices and cores go into B."""
-    whole = whole_b(node, Geometry.of(shape, node.layout))
-    parts = {"slices": None, "core": None, "lambda_b": None, "frozen": ()}
-    return dataclasses.replace(node, lora_b=whole, **parts)
-
-
-def delta(node: LoraArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
-    """Return `s · A B` in a base weight's `shape`, in float32 or what of it and A is wider."""
-    geometry = Geometry.of(shape, node.layout)
-    rank = node.lora_a.shape[-1]
-    a = node.lora_a.reshape(*geometry.stack, geometry.fan_in, rank)
-    b = whole_b(node, geometry).reshape(*geometry.stack, rank, geometry.fan_out)
-    wide = max(accumulator(node.lora_a.dtype), accumulator(dtype), key=lambda k: jnp.finfo(k).bits)
-    ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
-    s = jnp.asarray(node.scaling, wide)
-    return geometry.from_matrix(ab * s.reshape(*s.shape, *(1,) * (ab.ndim - s.ndim)))
-
-
-def check(path: str, node: LoraArray, call: str) -> None:
-    """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed."""
-    if any(isinstance(x, Tied) for x in (node.lora_a, node.lora_b, node.core)):
-        raise ValueError(
-            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '
-            "`jlora.untie(params)`, inside the function that is differentiated."
-        )
-    if node.base is None or node.lora_a is None or node.lora_b is None or node.scaling is None:
-        raise ValueError(
-            f'`{call}`: "{path}" is a part of a LoraArray (its base or its factors are taken out). '
-            "Put it together first: `jlora.bind(base, adapter)` or "
-            "`jlora.combine(trainable, frozen)`."
-        )
-    geometry = Geometry.of(node.shape, node.layout)
-    a, b = geometry.factor_shapes(node.rank, node.slices)
-    if node.lora_a.shape != a or node.lora_b.shape != b:
-        raise ValueError(
-            f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs lora_a {a} "
-            f"and lora_b {b}; got {node.lora_a.shape} and {node.lora_b.shape}. "
-            "The adapter belongs to another model, or was stacked along another axis than its base."
-        )
-    if jnp.shape(node.scaling) not in ((), geometry.stack):
-        raise ValueError(
-            f"`{call}`: {describe(path, node.base)} needs a scaling of shape () or "
-            f"{geometry.stack}; got {jnp.shape(node.scaling)}."
-        )
-    outs = (*geometry.stack, *geometry.out_dims)
-    for name in ("magnitude", "lambda_b"):
-        value = getattr(node, name)
-        if value is not None and jnp.shape(value) != outs:
-            raise ValueError(
-                f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs a {name} "
-                f"of shape {outs}, one per output; got {jnp.shape(value)}."
-            )
-    matrix = (*geometry.stack, node.rank, node.rank)
-    if node.core is not None and jnp.shape(node.core) not in (matrix, matrix[:-1]):
-        raise ValueError(
-            f"`{call}`: {describe(path, node.base)} of rank {node.rank} needs a core of shape "
-            f"{matrix} or, of its diagonal, {matrix[:-1]}; got {jnp.shape(node.core)}."
-        )

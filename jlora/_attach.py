@@ -1,7 +1,6 @@
 """Putting an adapter on: by rules, a `LoraArray` or a `FullArray` where a weight stood."""
 
 import collections
-import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
-from jlora._dora import column_norm
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
-from jlora._spec import FORMS, LoraSpec, check_layout, resolve
+from jlora._spec import LoraSpec, check_layout, resolve
 
 _DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
 
@@ -29,7 +28,7 @@ def attach(
     """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
 
     Under `LoraSpec(dora=True)` it is `m · (W + s · A B) / ‖W + s · A B‖`, and m begins as the norm;
-    under `LoraSpec(form=...)` something may stand between A and B.
+    `LoraSpec(form=...)` has the other variants.
 
     The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
     Where A B starts as a part of W (`pissa`, `olora`, `milora`), the node's `base` is a new array,
@@ -101,11 +100,12 @@ def attach(
 def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> LoraArray:
     """Put an update on one weight that begins as nothing."""
     lora_a, lora_b, *rest = _factors(key, weight, spec, layout)
-    if rest and spec.has_core:
+    why = forms.named(spec.form).refusal("residual")
+    if rest and why is not None:
         raise ValueError(
             f'`jlora.attach`: the initializer of "{path}" takes A B out of the weight, but under '
-            f'`form="{spec.form}"` the update begins as zero whatever A and B are. Leave `init` '
-            "out, or give one that leaves the weight alone."
+            f'`form="{spec.form}"` {why}. Leave `init` out, or give one that leaves the weight '
+            "alone."
         )
     geometry = Geometry.of(weight.shape, layout)
     base, scaling = rest[0] if rest else weight, jnp.full(geometry.stack, spec.s, jnp.float32)
@@ -117,24 +117,9 @@ def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str
         layout,
         spec.slices,
         residual=bool(rest),
-        frozen=FORMS[spec.form][1],
-        **_core(spec, geometry),
+        form=spec.form,
     )
-    m = column_norm(node).astype(spec.dtype) if spec.dora else None
-    return dataclasses.replace(node, magnitude=m)
-
-
-def _core(spec: LoraSpec, geometry: Geometry) -> dict[str, Any]:
-    """Return what stands between A and B, and after B, so that the update is zero."""
-    ranks = (*geometry.stack, spec.rank)
-    if spec.form == "lora_xs":
-        return {"core": jnp.zeros((*ranks, spec.rank), spec.dtype)}
-    if spec.form == "adalora":
-        return {"core": jnp.zeros(ranks, spec.dtype)}
-    if spec.form == "vera":
-        zeros = jnp.zeros((*geometry.stack, *geometry.out_dims), spec.dtype)
-        return {"core": jnp.full(ranks, 0.1, spec.dtype), "lambda_b": zeros}
-    return {}
+    return forms.begun(node, spec.dora, spec.dtype)
 
 
 def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec, str] | None:
@@ -201,7 +186,7 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
     Returns A and B and, of an initializer that moves the base, what is left of the weight.
     """
     geometry = Geometry.of(weight.shape, layout)
-    chosen = spec.init or FORMS[spec.form][0]
+    chosen = spec.init or forms.named(spec.form).init
     init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
     matrices, keys = geometry.to_matrix(weight), key
     if geometry.stack:
@@ -210,7 +195,7 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
         init = _sliced(init, spec.slices, geometry)
     for _ in geometry.stack:
         init = jax.vmap(init)
-    shapes = geometry.factor_shapes(spec.rank, spec.slices)
+    shapes = forms.factor_shapes(geometry, spec.rank, spec.slices)
     a, b, *rest = init(keys, matrices)
     return a.reshape(shapes[0]), b.reshape(shapes[1]), *map(geometry.from_matrix, rest)
 

@@ -7,14 +7,14 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from jlora import forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
 
 
 def labels(params: PyTree) -> PyTree:
     """Label every leaf "adapter" (what trains of an update, a full parameter's value) or "frozen".
 
-    A, B, m and what stands between A and B train. Of LoRA-FA's nodes A is frozen, of LoRA-XS's and
-    VeRA's A and B are: `LoraArray.frozen`.
+    Which parts of an update train is said by its form: see `jlora.forms`.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes, of arrays or of anything.
@@ -34,11 +34,10 @@ def labels(params: PyTree) -> PyTree:
             return jax.tree.map(lambda _: word, part)
 
         if isinstance(node, LoraArray):
-            still = ("base", "scaling", *node.frozen)
-            parts = ("base", "lora_a", "lora_b", "scaling", "magnitude", "core", "lambda_b")
-            words = {name: "frozen" if name in still else "adapter" for name in parts}
-            filled = {name: fill(getattr(node, name), word) for name, word in words.items()}
-            return dataclasses.replace(node, **filled)
+            words = {k: "frozen" if x.frozen else "adapter" for k, x in forms.parts(node).items()}
+            filled = {name: fill(x, words[name]) for name, x in node.parts.items()}
+            base, scaling = fill(node.base, "frozen"), fill(node.scaling, "frozen")
+            return dataclasses.replace(node, base=base, scaling=scaling).with_parts(filled)
         if isinstance(node, FullArray):
             return FullArray(fill(node.base, "frozen"), fill(node.value, "adapter"))
         return "frozen"

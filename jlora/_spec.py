@@ -10,17 +10,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jlora import initializers
+from jlora import forms
 from jlora._paths import near_misses
-
-# What begins the factors of each form, and which of its parts do not train.
-FORMS: dict[str, tuple[initializers.Initializer, tuple[str, ...]]] = {
-    "lora": (initializers.kaiming, ()),
-    "lora_fa": (initializers.kaiming, ("lora_a",)),
-    "lora_xs": (initializers.lora_xs, ("lora_a", "lora_b")),
-    "vera": (initializers.vera, ("lora_a", "lora_b")),
-    "adalora": (initializers.adalora, ()),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +31,7 @@ class LoraSpec:
             3 · 768: `slices=((0, 768), (1536, 2304))`. loralib's `MergedLinear(enable_lora=...)`.
         dora: also train a magnitude m per output (of all outputs, where there are slices), in
             `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `use_dora`.
-        form: what of the update trains.
+        form: the variant, by its name in `jlora.forms`: what the update is and what of it trains.
             "lora": A and B (`init`: `kaiming`).
             "lora_fa": B over a frozen A (`kaiming`).
             "lora_xs": R, r × r and zero at first, in `W + s · A R B`, between frozen singular
@@ -50,10 +41,11 @@ class LoraSpec:
             `jlora.tie`.
             "adalora": A, B and r singular values, zero at first, in `W + s · A Λ B` (`adalora`).
             `jlora.optim.adalora` chooses which of them stay zero.
+            "mica": A over a frozen B (`mica`).
 
     Raises:
         ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout of other
-            letters, slices that are empty, overlap or go backwards, or of a form with a core.
+            letters, slices that are empty, overlap or go backwards, or that the form cannot have.
         TypeError: rank not an integer, init not callable, dtype not floating, dora not a bool.
 
     Example:
@@ -71,12 +63,12 @@ class LoraSpec:
     rank: int = 8
     alpha: float | int = 16
     scaling: Literal["lora", "rslora"] = "lora"
-    init: initializers.Initializer | None = None
+    init: forms.Initializer | None = None
     layout: str | None = None
     dtype: DTypeLike = jnp.float32
     slices: tuple[tuple[int, int], ...] | None = None
     dora: bool = False
-    form: Literal["lora", "lora_fa", "lora_xs", "vera", "adalora"] = "lora"
+    form: str = "lora"
 
     def __post_init__(self) -> None:
         if not hasattr(self.rank, "__index__") or isinstance(self.rank, bool):
@@ -100,14 +92,11 @@ class LoraSpec:
                 f'`LoraSpec(scaling={self.scaling!r})`: give "lora" (alpha/rank) '
                 'or "rslora" (alpha/sqrt(rank)).'
             )
-        if self.form not in FORMS:
+        why = forms.named(self.form, f"LoraSpec(form={self.form!r})").refusal("slices")
+        if self.slices is not None and why is not None:
             raise ValueError(
-                f"`LoraSpec(form={self.form!r})`: give one of {', '.join(map(repr, FORMS))}."
-            )
-        if self.slices is not None and self.has_core:
-            raise ValueError(
-                f"`LoraSpec(form={self.form!r}, slices=...)`: what stands between A and B is of "
-                'the whole weight. Use the form "lora" for slices, or leave them out.'
+                f"`LoraSpec(form={self.form!r}, slices=...)`: {why}. "
+                'Use the form "lora" for slices, or leave them out.'
             )
         if not (self.init is None or callable(self.init)):
             raise TypeError(
@@ -128,11 +117,6 @@ class LoraSpec:
     def s(self) -> float:
         """The scaling s: α/r, or α/√r for rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
-
-    @property
-    def has_core(self) -> bool:
-        """Whether something stands between A and B."""
-        return self.form in ("lora_xs", "vera", "adalora")
 
 
 def _ranges(slices: Any) -> tuple[tuple[int, int], ...] | None:

@@ -6,6 +6,7 @@ uses' because that is what the gradient of writing it out is.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jlora._arrays import Geometry, LoraArray, Tied, check, is_adapted
+from jlora import forms
+from jlora._arrays import Geometry, LoraArray, Tied, is_adapted
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
-
-_PARTS = ("lora_a", "lora_b", "core")
 
 
 def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
@@ -29,7 +29,8 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
     Args:
         params: adapted parameters, from `jlora.attach`.
         groups: from a regular expression, matched whole against the "/"-joined path of a weight, to
-            the names of parts: "lora_a", "lora_b", "core". VeRA: `{".*": ("lora_a", "lora_b")}`.
+            the names of parts: "lora_a", "lora_b", and those of a form that can be shared. VeRA:
+            `{".*": ("lora_a", "lora_b")}`.
 
     Returns:
         A tree whose shared parts are there once. `jlora.partition`, `jlora.freeze` and
@@ -37,8 +38,7 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
 
     Raises:
         ValueError: a pattern that matches no adapted weight, an unknown part, a part that is tied
-            already; weights of several ranks, kinds of core, or choices of what is frozen, or with
-            slices.
+            already; weights of several ranks, dtypes, or choices of what is frozen, or with slices.
 
     Example:
         >>> import jax
@@ -59,7 +59,7 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
     call = "jlora.tie(params, groups)"
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if isinstance(x, LoraArray)}
     for path, node in nodes.items():
-        check(path, node, call)
+        forms.check(path, node, call)
     moved = dict(nodes)
     for pattern, parts in groups.items():
         found = [path for path in nodes if re.fullmatch(pattern, path)]
@@ -74,7 +74,7 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
             shared = _first(nodes[owner], part)
             for path in found:
                 value: Any = shared if path == owner else Tied(owner)
-                moved[path] = dataclasses.replace(moved[path], **{part: value})
+                moved[path] = moved[path].with_parts({part: value})
     return _put(params, moved)
 
 
@@ -107,11 +107,11 @@ def untie(params: PyTree) -> PyTree:
     call = "jlora.untie(params)"
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if isinstance(x, LoraArray)}
 
-    def whole(path: str, node: LoraArray, part: str) -> Any:
-        value, source = getattr(node, part), node
+    def written_out(path: str, node: LoraArray, part: str) -> Any:
+        value, source = node.parts[part], node
         if isinstance(value, Tied):
             owner, source = value.owner, nodes.get(value.owner)
-            value = getattr(source, part, None)
+            value = None if source is None else source.parts.get(part)
             if source is None or value is None or isinstance(value, Tied):
                 raise ValueError(
                     f'`{call}`: the {part} of "{path}" is that of "{owner}", which has none here. '
@@ -123,21 +123,21 @@ def untie(params: PyTree) -> PyTree:
                     f"{part} is, is taken out. Put it together first: `jlora.bind(base, adapter)` "
                     "or `jlora.combine(trainable, frozen)`."
                 )
-        return value if value is None or node.base is None else _spread(value, part, source, node)
+        return value if value is None or node.base is None else _leading(value, part, source, node)
 
     moved = {}
     for path, node in nodes.items():
-        parts: dict[str, Any] = {part: whole(path, node, part) for part in _PARTS}
-        moved[path] = dataclasses.replace(node, **parts)
+        shared = [part for part in node.parts if part in forms.shareable()]
+        moved[path] = node.with_parts({part: written_out(path, node, part) for part in shared})
     return _put(params, moved)
 
 
 def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) -> None:
     """Refuse a part that these weights, of known ranks, cannot share."""
-    if part not in _PARTS:
+    if part not in forms.shareable():
         raise ValueError(
             f"`{call}`: {part!r} cannot be shared; give names among "
-            + ", ".join(f'"{p}"' for p in _PARTS)
+            + ", ".join(f'"{p}"' for p in forms.shareable())
             + "."
         )
     kinds = {}
@@ -147,15 +147,14 @@ def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) ->
                 f"`{call}`: {describe(path, node.base)} is adapted on slices of its outputs, each "
                 "with an A and B of its own. Leave it out of the pattern."
             )
-        value = getattr(node, part)
+        value = node.parts.get(part)
         if isinstance(value, Tied) or value is None:
             why = "has none" if value is None else f'shares that of "{value.owner}" already'
             raise ValueError(
                 f'`{call}`: the {part} of "{path}" cannot be shared: it {why}. Narrow the pattern.'
             )
-        ndim = value.ndim - len(Geometry.of(node.shape, node.layout).stack)
-        same = (value.dtype, rank, part in node.frozen, ndim * (part == "core"))
-        kinds.setdefault(same, path)
+        known = forms.parts(node)[part]
+        kinds.setdefault((value.dtype, rank, known.frozen, known.axes), path)
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
         raise ValueError(
@@ -165,34 +164,36 @@ def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) ->
 
 
 def _width(node: LoraArray, part: str) -> int:
+    """Return how many inputs or outputs a part has; 1 where it has the rank alone."""
+    return math.prod(_matrix(node, part))
+
+
+def _matrix(node: LoraArray, part: str, rank: int = 1) -> tuple[int, ...]:
+    """Return a part's shape for one element of the stack, its inputs and its outputs in one."""
     geometry = Geometry.of(node.shape, node.layout)
-    return {"lora_a": geometry.fan_in, "lora_b": geometry.fan_out, "core": 0}[part]
+    flat = Geometry((), (geometry.fan_in,), (geometry.fan_out,), "io")
+    return flat.along(forms.parts(node)[part].axes, flat.shape, rank)
 
 
 def _first(node: LoraArray, part: str) -> Array:
     """Return a part of the first layer of a stack, with as many axes as the stack has."""
     stack = Geometry.of(node.shape, node.layout).stack
-    return getattr(node, part)[(slice(0, 1),) * len(stack)]
+    return node.parts[part][(slice(0, 1),) * len(stack)]
 
 
-def _spread(value: Array, part: str, source: LoraArray, node: LoraArray) -> Array:
+def _leading(value: Array, part: str, source: LoraArray, node: LoraArray) -> Array:
     """Return the leading part of a shared array that a node asks for, the same for its stack."""
-    of, to = (Geometry.of(x.shape, x.layout) for x in (source, node))
-    if source is node and value.shape[: len(to.stack)] == to.stack:
+    stack = Geometry.of(node.shape, node.layout).stack
+    if source is node and value.shape[: len(stack)] == stack:
         return value
-    if part == "lora_a":
-        own = value.reshape(-1, of.fan_in, value.shape[-1])[:, : to.fan_in]
-        dims = (*to.in_dims, value.shape[-1])
-    elif part == "lora_b":
-        rank = value.shape[len(of.stack)]
-        own = value.reshape(-1, rank, of.fan_out)[..., : to.fan_out]
-        dims = (rank, *to.out_dims)
-    else:
-        dims = value.shape[len(of.stack) :]
-        own = value.reshape(-1, *dims)
-    if value.shape == (*to.stack, *dims):
+    axes, to = forms.parts(node)[part].axes, Geometry.of(node.shape, node.layout)
+    rank = value.shape[-1 if axes.endswith("r") else len(source.shape) - len(source.layout)]
+    dims = dataclasses.replace(to, stack=()).along(axes, to.shape[len(stack) :], rank)
+    if value.shape == (*stack, *dims):
         return value  # the very array
-    return jnp.broadcast_to(own.reshape(*(1,) * len(to.stack), *dims), (*to.stack, *dims))
+    own = value.reshape(-1, *_matrix(source, part, rank))
+    own = own[(slice(None), *(slice(n) for n in _matrix(node, part, rank)))]
+    return jnp.broadcast_to(own.reshape(*(1,) * len(stack), *dims), (*stack, *dims))
 
 
 def _put(params: PyTree, nodes: Mapping[str, LoraArray]) -> PyTree:

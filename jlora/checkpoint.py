@@ -4,6 +4,7 @@ A checkpoint describes itself: beside the arrays it keeps each leaf's path, kind
 restores into plain base weights. It is written beside its place and renamed.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,14 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jlora import forms
 from jlora._adapt import bind, detach
-from jlora._arrays import FullArray, Geometry, LoraArray, Tied, check, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, Tied, is_adapted
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._tie import untie
 
 _INDEX = "jlora.json"
 _ARRAYS = "arrays"
-_NEEDED, _OPTIONAL = ("lora_a", "lora_b", "scaling"), ("magnitude", "core", "lambda_b")
 
 
 def save(directory: str | os.PathLike[str], params: PyTree) -> None:
@@ -65,10 +66,10 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         if isinstance(node, LoraArray):
             index[path] = {
                 "kind": "lora",
+                "form": node.form,
                 "layout": node.layout,
                 "slices": node.slices,
                 "residual": node.residual,
-                "frozen": node.frozen,
                 "tied": {p: x.owner for p, x in _parts(node).items() if isinstance(x, Tied)},
                 "leaf": str(n),
             }
@@ -83,7 +84,7 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         new.mkdir()
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(new / _ARRAYS, arrays)
-        (new / _INDEX).write_text(json.dumps({"version": 1, "leaves": index}, indent=2))
+        (new / _INDEX).write_text(json.dumps({"version": 2, "leaves": index}, indent=2))
         _replace(new, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -104,9 +105,10 @@ def _refuse_target(target: Path, call: str) -> None:
 
 def _refuse_part(path: str, node: Any, call: str) -> None:
     """Refuse what `jlora.partition` returned: half of an adapter could not be restored."""
-    needed = _NEEDED if isinstance(node, LoraArray) else ("value",)
-    for name in needed:
-        if getattr(node, name) is None:
+    lora = isinstance(node, LoraArray)
+    needed = {**node.parts, "scaling": node.scaling} if lora else {"value": node.value}
+    for name, value in needed.items():
+        if value is None:
             raise ValueError(
                 f'`{call}`: the {name} of "{path}" is taken out, and without it the adapter could '
                 "not be restored. Give `jlora.combine(trainable, frozen)`."
@@ -115,12 +117,8 @@ def _refuse_part(path: str, node: Any, call: str) -> None:
 
 def _parts(node: LoraArray) -> dict[str, Any]:
     """Return what a node has beside its base."""
-    parts = {name: getattr(node, name) for name in (*_NEEDED, *_OPTIONAL)}
-    return {
-        p: x if isinstance(x, Tied) else jax.numpy.asarray(x)
-        for p, x in parts.items()
-        if x is not None
-    }
+    parts = {**node.parts, "scaling": node.scaling}
+    return {p: x if isinstance(x, Tied) else jax.numpy.asarray(x) for p, x in parts.items()}
 
 
 def _replace(new: Path, target: Path) -> None:
@@ -186,7 +184,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     restored = bind(base, adapter)
     for path, node in leaves_with_paths(untie(restored), is_adapted):
         if isinstance(node, LoraArray):
-            check(path, node, call)
+            forms.check(path, node, call)
     return restored
 
 
@@ -198,16 +196,21 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
             "`jlora.checkpoint.save` wrote."
         )
     try:
-        index = json.loads(file.read_text())["leaves"]
+        found = json.loads(file.read_text())
+        index = found["leaves"]
         for entry in index.values():
             if entry["kind"] not in ("lora", "full") or not isinstance(entry["leaf"], str):
                 raise KeyError("kind")
             if entry["kind"] == "lora" and set(entry["layout"]) != {"i", "o"}:
                 raise KeyError("layout")
+            if found["version"] not in (1, 2):
+                raise KeyError(f"version {found['version']}")
+            if entry["kind"] == "lora" and found["version"] == 2:
+                entry["form"] = str(entry["form"])
             slices = entry.get("slices")
             if slices is not None:
                 entry["slices"] = tuple((int(start), int(stop)) for start, stop in slices)
-            entry["frozen"] = tuple(map(str, entry.get("frozen", ())))
+            entry["frozen"] = tuple(map(str, entry.get("frozen") or ()))  # of version 1
             entry["tied"] = {p: Tied(str(owner)) for p, owner in entry.get("tied", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -243,32 +246,51 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
     if entry["kind"] == "full" and set(saved) == {"value"}:
         shapes, want = [saved["value"].shape], [leaf.shape]
         node = FullArray(None, saved["value"])
-    elif entry["kind"] == "lora" and {*saved, *entry["tied"]} - {*_OPTIONAL} == {*_NEEDED}:
-        parts: dict[str, Any] = {**saved, **entry["tied"]}
-        parts |= {k: entry.get(k) for k in ("layout", "slices", "frozen")}
-        node = LoraArray(None, **parts, residual=bool(entry.get("residual")))
+    elif entry["kind"] == "lora":
+        node = _lora(path, {**saved, **entry["tied"]}, entry, call)
         if entry["tied"]:
             return node
-        shapes = [node.lora_a.shape, node.lora_b.shape]
-        geometry = Geometry.of(leaf.shape, node.layout)
+        geometry, parts = Geometry.of(leaf.shape, node.layout), forms.parts(node)
         ones = (1,) * len(geometry.stack)  # where `jlora.tie` lets the layers of a stack share
+        shapes = [node.parts[name].shape for name in parts]
         want = [
             (*ones, *shape[len(ones) :]) if found[: len(ones)] == ones else shape
             for found, shape in zip(
-                shapes, geometry.factor_shapes(node.rank, node.slices), strict=True
+                shapes,
+                forms.shapes(parts, geometry, node.rank, node.slices).values(),
+                strict=True,
             )
         ]
-        for name in ("magnitude", "lambda_b"):
-            if getattr(node, name) is not None:
-                shapes.append(getattr(node, name).shape)
-                want.append((*geometry.stack, *geometry.out_dims))
     else:
-        raise ValueError(
-            f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.'
-        )
+        raise _missing(path, call)
     if shapes != want:
         raise ValueError(
             f"`{call}`: the saved shapes {shapes} do not fit {describe(path, leaf)}, which needs "
             f"{want}. The checkpoint is of another model."
         )
     return node
+
+
+def _lora(path: str, parts: dict[str, Any], entry: dict[str, Any], call: str) -> LoraArray:
+    """Make a node of its parts, without its base; in version 1 they have other names."""
+    form, scaling = entry.get("form"), parts.pop("scaling", None)
+    if form is None:
+        try:
+            form, renamed = forms.from_version_1(entry["frozen"], parts)
+        except KeyError:
+            raise ValueError(
+                f'`{call}`: no form freezes {entry["frozen"]} of "{path}", which has the parts '
+                f"{sorted(parts)}. Restore it with the jlora that saved it, and merge."
+            ) from None
+        parts = {renamed.get(name, name): x for name, x in parts.items()}
+    forms.named(form, call)
+    node = LoraArray(None, None, None, scaling, entry["layout"], entry.get("slices"))
+    node = dataclasses.replace(node, residual=bool(entry.get("residual")), form=form)
+    node = node.with_parts(parts)
+    if scaling is None or set(parts) != set(forms.parts(node)):
+        raise _missing(path, call)
+    return node
+
+
+def _missing(path: str, call: str) -> ValueError:
+    return ValueError(f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.')

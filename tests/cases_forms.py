@@ -2,7 +2,12 @@
 
 import dataclasses
 
+import form_loha
+import form_miss
 from cases_dora import CASES
+
+# Forms from outside the package, one file each.
+OUTSIDE = (form_loha, form_miss)
 
 SOME = ("attention_kernels", "tied", "experts", "scan_stacked", "conv_2d", "bfloat16")
 FORMS = {
@@ -12,6 +17,11 @@ FORMS = {
     "adalora": ("tied", "scan_stacked"),
     "lora_xs_dora": ("scan_stacked",),
     "vera_dora": ("tied",),
+    "mica": ("tied",),
+    "miss": SOME,
+    "miss_dora": ("scan_stacked",),
+    "loha": SOME,
+    "loha_dora": ("tied",),
 }
 PLAIN = {case.name: case for case in CASES}
 

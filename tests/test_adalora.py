@@ -50,7 +50,9 @@ def train(tree, loss, steps=12, **settings):
         for _ in range(steps):
             tree, state = step(tree, state)
             nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jlora.LoraArray))
-            cores.append(np.concatenate([np.array(n.core).reshape(-1, 4) for n in nodes]))
+            cores.append(
+                np.concatenate([np.array(n.extra["singular_values"]).reshape(-1, 4) for n in nodes])
+            )
     assert len(traces) == 1
     return cores
 
@@ -92,7 +94,9 @@ def test_the_most_important_stay():
         updates, state = tx.update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     for node in trainable.values():
-        np.testing.assert_array_equal(node.core != 0, [False, False, True, False])
+        np.testing.assert_array_equal(
+            node.extra["singular_values"] != 0, [False, False, True, False]
+        )
 
 
 def test_a_gradient_that_is_passed_over_is_forgotten():
@@ -108,7 +112,9 @@ def test_a_gradient_that_is_passed_over_is_forgotten():
                 grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads)
             updates, state = tx.update(grads, state, tree)
             tree = optax.apply_updates(tree, updates)
-    assert int((tree["w"].core != 0).sum()) == 3  # the target rank in each of three layers
+    assert (
+        int((tree["w"].extra["singular_values"] != 0).sum()) == 3
+    )  # the target rank in each of three layers
 
 
 def test_orthogonality_is_the_mean_distance():

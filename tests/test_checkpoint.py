@@ -1,10 +1,12 @@
 """Adapters on disk: exact, self-describing, refused where they do not fit, never half-written."""
 
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import jlora
@@ -173,4 +175,93 @@ def test_missing_arrays_are_refused(tmp_path):
     index = tmp_path / "a" / "jlora.json"
     index.write_text(index.read_text().replace('"leaf": "1"', '"leaf": "9"'))
     with pytest.raises(ValueError, match=r'the arrays of "dense/kernel" are missing'):
+        checkpoint.restore(tmp_path / "a", base())
+
+
+def version_1(folder, parts, frozen=(), tied=None, **entry):
+    """Write one node as version 1 did: `frozen` in the index, and fields that forms have since."""
+    entry = {"kind": "lora", "layout": "io", "slices": None, "residual": False, **entry}
+    entry |= {"frozen": list(frozen), "tied": tied or {}, "leaf": "0"}
+    folder.mkdir()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.resolve() / "arrays", {"0": parts})
+    index = {"version": 1, "leaves": {"w": entry}}
+    (folder / "jlora.json").write_text(json.dumps(index, indent=2))
+
+
+def drawn(*shape):
+    return jax.random.normal(jax.random.key(len(shape)), shape)
+
+
+BOTH = ("lora_a", "lora_b")
+OLD = {
+    "lora": ((), {}, {}),
+    "lora_fa": (("lora_a",), {}, {}),
+    "mica": (("lora_b",), {}, {}),
+    "lora_xs": (BOTH, {"core": drawn(2, 2)}, {"core": "core"}),
+    "vera": (
+        BOTH,
+        {"core": drawn(2), "lambda_b": drawn(7)},
+        {"core": "lambda_d", "lambda_b": "lambda_b"},
+    ),
+    "adalora": ((), {"core": drawn(2)}, {"core": "singular_values"}),
+}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("form", OLD)
+def test_a_checkpoint_of_version_1(tmp_path, form, dora):
+    """What was saved before forms had names of their own restores exactly, and saves as it is now."""
+    frozen, parts, now = OLD[form]
+    parts = {**parts, **({"magnitude": drawn(7) ** 2} if dora else {})}
+    factors = {"lora_a": drawn(11, 2), "lora_b": drawn(2, 7), "scaling": jnp.float32(1.5)}
+    version_1(tmp_path / "old", {**factors, **parts}, frozen)
+    weights = {"w": drawn(11, 7)}
+    got = checkpoint.restore(tmp_path / "old", weights)
+    assert got["w"].form == form and jlora.merge(got)["w"].shape == (11, 7)
+    assert set(got["w"].extra) == {*now.values(), *(["magnitude"] if dora else [])}
+    for name, x in parts.items():
+        np.testing.assert_array_equal(got["w"].extra[now.get(name, name)], x)
+    for name, x in factors.items():
+        np.testing.assert_array_equal(getattr(got["w"], name), x)
+    words = jlora.labels(got)["w"].parts
+    assert {name for name, word in words.items() if word == "frozen"} == {*frozen}
+    checkpoint.save(tmp_path / "new", got)
+    assert json.loads((tmp_path / "new" / "jlora.json").read_text())["version"] == 2
+    same(checkpoint.restore(tmp_path / "new", weights), got)
+
+
+def test_a_checkpoint_of_version_1_over_a_residual_in_slices(tmp_path):
+    parts = {"lora_a": drawn(11, 4), "lora_b": drawn(2, 5), "scaling": jnp.float32(1.5)}
+    version_1(tmp_path / "a", parts, slices=[[0, 3], [4, 6]], residual=True)
+    weights = jlora.attach(
+        {"w": drawn(11, 7)},
+        {"w": jlora.LoraSpec(2, init=jlora.initializers.pissa)},
+        key=jax.random.key(0),
+    )
+    got = checkpoint.restore(tmp_path / "a", weights)["w"]
+    assert got.slices == ((0, 3), (4, 6)) and got.residual and got.form == "lora"
+    np.testing.assert_array_equal(got.lora_b, parts["lora_b"])
+
+
+def test_what_no_form_freezes_is_refused(tmp_path):
+    parts = {"lora_a": drawn(11, 2), "lora_b": drawn(2, 7), "scaling": jnp.float32(1.5)}
+    version_1(tmp_path / "a", parts, BOTH)
+    with pytest.raises(ValueError, match=r"no form freezes \('lora_a', 'lora_b'\) of \"w\""):
+        checkpoint.restore(tmp_path / "a", {"w": drawn(11, 7)})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('"form": "lora"', '"form": "elsewhere"', r"restore.*there is no form 'elsewhere'"),
+        ('"form": "lora"', '"form": "vera"', r'the arrays of "dense/kernel" are missing'),
+        ('"version": 2', '"version": 3', r"jlora.json is not what .* writes \('version 3'\)"),
+    ],
+)
+def test_another_form_or_version_is_refused(tmp_path, old, new, match):
+    checkpoint.save(tmp_path / "a", adapted())
+    index = tmp_path / "a" / "jlora.json"
+    index.write_text(index.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=match):
         checkpoint.restore(tmp_path / "a", base())

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import LoraSpec, checkpoint
-from jlora._dora import column_norm, gain
+from jlora.forms.dora import column_norm, gain
 
 LAYOUTS = {
     "io": (11, 7),
@@ -34,10 +34,10 @@ def node(shape=(11, 7), layout="io", seed=0, dtype=jnp.float32, **spec):
     given = LoraSpec(2, alpha=3, layout=layout, dora=True, **spec)
     made = jlora.attach({"w": w}, {"w": given}, key=jax.random.key(seed + 1))["w"]
     b = jax.random.normal(jax.random.key(seed + 2), made.lora_b.shape)
-    m = made.magnitude * jax.random.uniform(
-        jax.random.key(seed + 3), made.magnitude.shape, minval=0.5
+    m = made.extra["magnitude"] * jax.random.uniform(
+        jax.random.key(seed + 3), made.extra["magnitude"].shape, minval=0.5
     )
-    return dataclasses.replace(made, lora_b=b, magnitude=m)
+    return dataclasses.replace(made, lora_b=b, extra={"magnitude": m})
 
 
 def inputs(x):
@@ -68,7 +68,7 @@ def paper(x):
     """Equation 5, the norm detached: m · V / ‖V‖."""
     v = direction(x)
     norm = lax.stop_gradient(jnp.sqrt((v**2).sum(inputs(x), keepdims=True)))
-    return jnp.expand_dims(x.magnitude, inputs(x)) * v / norm
+    return jnp.expand_dims(x.extra["magnitude"], inputs(x)) * v / norm
 
 
 @dtypes
@@ -78,7 +78,7 @@ def test_the_norm_is_that_of_the_dense_weight(layout, stack, dtype):
     x = node((*stack, *LAYOUTS[layout]), layout, dtype=dtype)
     want = np.sqrt((np.asarray(direction(x), np.float64) ** 2).sum(inputs(x)))
     np.testing.assert_allclose(column_norm(x), want, rtol=1e-5)
-    np.testing.assert_allclose(gain(x), x.magnitude / want, rtol=1e-5)
+    np.testing.assert_allclose(gain(x), x.extra["magnitude"] / want, rtol=1e-5)
 
 
 def test_the_norm_makes_nothing_of_the_weights_shape():
@@ -105,7 +105,7 @@ def test_the_gradient_is_the_papers(layout):
     def attached(n):  # without the detachment A has another gradient
         v = direction(n)
         norm = jnp.sqrt((v**2).sum(inputs(n), keepdims=True))
-        return jnp.expand_dims(n.magnitude, inputs(n)) * v / norm
+        return jnp.expand_dims(n.extra["magnitude"], inputs(n)) * v / norm
 
     assert not np.allclose(got.lora_a, by(attached).lora_a, rtol=1e-2)
 
@@ -128,13 +128,13 @@ def test_it_begins_as_the_norm_and_changes_nothing():
         {"w": w}, {"w": LoraSpec(2, layout="io", dora=True)}, key=jax.random.key(1)
     )
     x = params["w"]
-    assert x.magnitude.shape == (3, 7) and x.magnitude.dtype == jnp.float32
-    np.testing.assert_allclose(x.magnitude, np.linalg.norm(w, axis=1), rtol=1e-6)
+    assert x.extra["magnitude"].shape == (3, 7) and x.extra["magnitude"].dtype == jnp.float32
+    np.testing.assert_allclose(x.extra["magnitude"], np.linalg.norm(w, axis=1), rtol=1e-6)
     np.testing.assert_allclose(jlora.merge(params)["w"], w, rtol=1e-6)
     low = jlora.attach(
         {"w": w[0]}, {"w": LoraSpec(2, dora=True, dtype=jnp.bfloat16)}, key=jax.random.key(1)
     )
-    assert low["w"].magnitude.dtype == jnp.bfloat16
+    assert low["w"].extra["magnitude"].dtype == jnp.bfloat16
 
 
 def test_a_first_update_that_is_not_zero_counts_in_the_first_magnitude():
@@ -145,14 +145,16 @@ def test_a_first_update_that_is_not_zero_counts_in_the_first_magnitude():
 
     w = jax.random.normal(jax.random.key(0), (11, 7))
     x = jlora.attach({"w": w}, {"w": LoraSpec(2, init=init, dora=True)}, key=jax.random.key(1))["w"]
-    np.testing.assert_allclose(x.magnitude, np.linalg.norm(direction(x), axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        x.extra["magnitude"], np.linalg.norm(direction(x), axis=0), rtol=1e-6
+    )
     np.testing.assert_allclose(jlora.merge(x), direction(x), rtol=1e-5)
 
 
 def test_a_column_of_zeros_has_gain_one_and_can_learn():
     w = jax.random.normal(jax.random.key(0), (11, 7)).at[:, 2].set(0)
     params = jlora.attach({"w": w}, {"w": LoraSpec(2, dora=True)}, key=jax.random.key(1))
-    assert params["w"].magnitude[2] == 0 and gain(params["w"])[2] == 1
+    assert params["w"].extra["magnitude"][2] == 0 and gain(params["w"])[2] == 1
     assert (jlora.merge(params)["w"][:, 2] == 0).all()
     apply = jlora.lora(lambda p: X @ p["w"], fallback="error")
     t, f = jlora.partition(params)
@@ -166,7 +168,7 @@ def test_a_column_of_zeros_has_gain_one_and_can_learn():
     t = {"w": dataclasses.replace(t["w"], lora_b=t["w"].lora_b - 0.1 * first.lora_b)}
     second = grad(t)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(second))
-    assert second.magnitude[2] != 0, "... and the magnitude its length"
+    assert second.extra["magnitude"][2] != 0, "... and the magnitude its length"
 
 
 def test_an_update_that_cancels_the_weight_stays_finite():
@@ -174,7 +176,7 @@ def test_an_update_that_cancels_the_weight_stays_finite():
     a = jax.random.normal(jax.random.key(0), (11, 2)) * 37.7
     b = jax.random.normal(jax.random.key(1), (2, 7))
     w = jnp.dot(a, b, precision="highest")
-    x = jlora.LoraArray(w, a, -b, jnp.ones(()), "io", magnitude=jnp.ones(7))
+    x = jlora.LoraArray(w, a, -b, jnp.ones(()), "io", extra={"magnitude": jnp.ones(7)})
     norm = np.asarray(column_norm(x))
     floor = np.sqrt(2 * np.finfo(np.float32).eps) * np.linalg.norm(w, axis=0)
     assert (norm >= 0.99 * floor).all()
@@ -248,7 +250,7 @@ def test_a_fill_that_is_a_number_is_not_scaled():
 
 def test_slices_have_a_magnitude_for_every_output():
     x = node((11, 21), slices=((0, 7), (14, 18)))
-    assert x.magnitude.shape == (21,)
+    assert x.extra["magnitude"].shape == (21,)
     v = direction(
         dataclasses.replace(
             x,
@@ -259,7 +261,7 @@ def test_slices_have_a_magnitude_for_every_output():
             .set(x.lora_b[:, 7:]),
         )
     )
-    want = x.magnitude[None] * v / jnp.linalg.norm(v, axis=0)[None]
+    want = x.extra["magnitude"][None] * v / jnp.linalg.norm(v, axis=0)[None]
     np.testing.assert_allclose(jlora.merge(x), want, rtol=1e-5)
     got = jlora.lora(lambda p: X @ p["w"], fallback="error")({"w": x})
     np.testing.assert_allclose(got, X @ want, rtol=1e-4, atol=1e-5)
@@ -275,7 +277,9 @@ def test_inside_a_shard_map_the_norm_is_of_all_shards():
         return lax.psum(jlora.lora(lambda p, y: y @ p["w"], fallback="error")(p, y), "model")
 
     def run(p, spec_m, spec_w, spec_b, spec_y, out):
-        specs = jlora.LoraArray(spec_w, P(spec_w[0]), spec_b, P(), "io", magnitude=spec_m)
+        specs = jlora.LoraArray(
+            spec_w, P(spec_w[0]), spec_b, P(), "io", extra={"magnitude": spec_m}
+        )
         return jax.shard_map(body, mesh=mesh, in_specs=({"w": specs}, spec_y), out_specs=out)(p, y)
 
     got = run({"w": x}, P(), P("model"), P(), P(None, "model"), P())
@@ -284,10 +288,16 @@ def test_inside_a_shard_map_the_norm_is_of_all_shards():
 
 def test_it_trains_and_the_rest_knows_it():
     x = node()
-    assert jlora.labels(x).magnitude == "adapter" and jlora.partition(x)[1].magnitude is None
-    assert jlora.combine(*jlora.partition(x)).magnitude is x.magnitude
+    assert (
+        jlora.labels(x).extra["magnitude"] == "adapter"
+        and jlora.partition(x)[1].extra["magnitude"] is None
+    )
+    assert jlora.combine(*jlora.partition(x)).extra["magnitude"] is x.extra["magnitude"]
     base, adapter = jlora.detach({"w": x})
-    assert adapter["w"].magnitude is x.magnitude and jlora.bind(base, adapter)["w"].base is x.base
+    assert (
+        adapter["w"].extra["magnitude"] is x.extra["magnitude"]
+        and jlora.bind(base, adapter)["w"].base is x.base
+    )
     assert jlora.summary(x).startswith("trainable params: 43 || all params: 120 ||")
     report = jlora.explain(lambda p: X @ p["w"], {"w": x})
     assert report.materialized == 0 and len(report.uses) == 1
@@ -295,25 +305,30 @@ def test_it_trains_and_the_rest_knows_it():
     grads = jax.grad(lambda p: jlora.lora(lambda p: (X @ p["w"]).sum())(p))({"w": x})
     updates, _ = tx.update(grads, tx.init({"w": x}), {"w": x})
     new = optax.apply_updates({"w": x}, updates)["w"]
-    assert (new.magnitude != x.magnitude).all() and jnp.array_equal(new.base, x.base)
+    assert (new.extra["magnitude"] != x.extra["magnitude"]).all() and jnp.array_equal(
+        new.base, x.base
+    )
 
 
 def test_a_checkpoint_keeps_it(tmp_path):
-    params = {"w": node((3, 11, 7)), "v": dataclasses.replace(node(), magnitude=None)}
+    params = {"w": node((3, 11, 7)), "v": dataclasses.replace(node(), extra={})}
     checkpoint.save(tmp_path / "a", params)
     again = checkpoint.restore(tmp_path / "a", jlora.detach(params)[0])
     assert jax.tree.structure(again) == jax.tree.structure(params)
-    assert jnp.array_equal(again["w"].magnitude, params["w"].magnitude)
+    assert jnp.array_equal(again["w"].extra["magnitude"], params["w"].extra["magnitude"])
     with pytest.raises(ValueError, match=r"\(3, 7\)\] do not fit .*another model"):
         checkpoint.restore(tmp_path / "a", {"w": jnp.ones((4, 11, 7)), "v": jnp.ones((11, 7))})
 
 
 def test_unmerge_has_the_base_again():
     x = node()
-    x = dataclasses.replace(x, magnitude=x.magnitude.at[3].set(0))
+    x = x.with_parts({"magnitude": x.extra["magnitude"].at[3].set(0)})
     again = jlora.unmerge(jlora.merge({"w": x}), {"w": x})["w"]
     np.testing.assert_allclose(again.base, x.base, rtol=1e-4, atol=1e-5)
-    assert jnp.array_equal(again.base[:, 3], x.base[:, 3]) and again.magnitude is x.magnitude
+    assert (
+        jnp.array_equal(again.base[:, 3], x.base[:, 3])
+        and again.extra["magnitude"] is x.extra["magnitude"]
+    )
     adapter = jlora.detach({"w": x})[1]
     with pytest.raises(
         ValueError, match=r'original of "w", which has a magnitude, whose norm needs'
@@ -322,7 +337,7 @@ def test_unmerge_has_the_base_again():
 
 
 def test_a_magnitude_of_another_shape():
-    x = dataclasses.replace(node(), magnitude=jnp.ones(11))
+    x = node().with_parts({"magnitude": jnp.ones(11)})
     with pytest.raises(ValueError, match=r"needs a magnitude of shape \(7,\), one per output; got"):
         jlora.merge(x)
 
@@ -348,13 +363,15 @@ def test_explicit_shardings(name, factors):
     with jax.set_mesh(mesh):
         rows, columns = (*spec, None, None)[:2]
         specs = (P(rows), P(None, columns), P(columns)) if factors else (P(), P(), P())
-        a, b, m = jax.device_put((x.lora_a, x.lora_b, x.magnitude), specs)
+        a, b, m = jax.device_put((x.lora_a, x.lora_b, x.extra["magnitude"]), specs)
         placed = {
-            "w": jlora.LoraArray(jax.device_put(x.base, spec), a, b, x.scaling, "io", magnitude=m)
+            "w": jlora.LoraArray(
+                jax.device_put(x.base, spec), a, b, x.scaling, "io", extra={"magnitude": m}
+            )
         }
         y = jax.device_put(y, P("data", "model" if name == "rows" and not factors else None))
         run = jax.jit(jlora.lora(fn, fallback="error"))
         np.testing.assert_allclose(run(placed, y), want, rtol=1e-4, atol=1e-5)
         t, f = jlora.partition(placed)
         grads = jax.jit(jax.grad(lambda t: run(jlora.combine(t, f), y).sum()))(t)["w"]
-    assert grads.magnitude.shape == (8,) and np.isfinite(grads.magnitude).all()
+    assert grads.extra["magnitude"].shape == (8,) and np.isfinite(grads.extra["magnitude"]).all()

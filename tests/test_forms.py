@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import form_loha
+import form_miss
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ import optax
 import pytest
 
 import jlora.peft
-from jlora import LoraSpec, checkpoint, initializers
+from jlora import LoraSpec, checkpoint, forms, initializers
 
-NEW = ("lora_fa", "lora_xs", "vera", "adalora")
-forms = pytest.mark.parametrize("form", NEW)
+assert form_miss and form_loha  # registered from outside by being imported
+NEW = ("lora_fa", "lora_xs", "vera", "adalora", "mica", "miss", "loha")
+every = pytest.mark.parametrize("form", NEW)
 X = jax.random.normal(jax.random.key(3), (4, 11))
 LAYOUTS = {"io": (11, 7), "oi": (7, 11), "ioo": (11, 3, 5), "iiio": (3, 2, 4, 7)}
 
@@ -50,19 +53,25 @@ def matrices(node):
 def papers(node):
     """The update by the formula of the node's paper, (stack, in, out)."""
     _, a, b = matrices(node)
-    if node.core is None:
+    extra = {name: np.asarray(x, np.float64) for name, x in node.extra.items()}
+    if node.form in ("lora_fa", "mica"):
         return 1.5 * a @ b
-    core = np.asarray(node.core, np.float64)
-    if node.core.shape[-2:] == (2, 2):
-        return 1.5 * a @ core.reshape(-1, 2, 2) @ b
-    d = np.stack([np.diag(x) for x in core.reshape(-1, 2)])
-    if node.lambda_b is None:
+    if node.form == "miss":
+        return 1.5 * np.stack([[x[i % 2] for i in range(a.shape[1])] for x in b])
+    if node.form == "loha":
+        second = extra["second_a"].reshape(a.shape) @ extra["second_b"].reshape(b.shape)
+        return 1.5 * (a @ b) * second
+    if node.form == "lora_xs":
+        return 1.5 * a @ extra["core"].reshape(-1, 2, 2) @ b
+    of_ranks = extra["singular_values" if node.form == "adalora" else "lambda_d"]
+    d = np.stack([np.diag(x) for x in of_ranks.reshape(-1, 2)])
+    if node.form == "adalora":
         return 1.5 * a @ d @ b
-    of_b = np.asarray(node.lambda_b, np.float64).reshape(a.shape[0], -1)
+    of_b = extra["lambda_b"].reshape(a.shape[0], -1)
     return 1.5 * a @ d @ b @ np.stack([np.diag(x) for x in of_b])
 
 
-@forms
+@every
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_update_is_the_papers(form, layout, stack):
@@ -75,16 +84,22 @@ def test_the_update_is_the_papers(form, layout, stack):
 TRAINED = {
     "lora_fa": {"lora_b": (2, 7)},
     "lora_xs": {"core": (2, 2)},
-    "vera": {"core": (2,), "lambda_b": (7,)},
-    "adalora": {"lora_a": (11, 2), "lora_b": (2, 7), "core": (2,)},
+    "vera": {"lambda_d": (2,), "lambda_b": (7,)},
+    "adalora": {"lora_a": (11, 2), "lora_b": (2, 7), "singular_values": (2,)},
+    "mica": {"lora_a": (11, 2)},
+    "miss": {"lora_b": (2, 7)},
+    "loha": {
+        **{"lora_a": (11, 2), "lora_b": (2, 7)},
+        **{"second_a": (11, 2), "second_b": (2, 7)},
+    },
 }
 
 
-@forms
+@every
 def test_what_trains(form):
     node = attached(form)
     trainable, _ = jlora.partition({"w": node})
-    has = {f.name: getattr(trainable["w"], f.name) for f in dataclasses.fields(node)}
+    has = {**vars(trainable["w"]), **trainable["w"].parts}
     assert {k: x.shape for k, x in has.items() if isinstance(x, jax.Array)} == TRAINED[form]
     trained = sum(int(np.prod(shape)) for shape in TRAINED[form].values())
     assert jlora.summary({"w": node}).startswith(f"trainable params: {trained} || ")
@@ -103,13 +118,12 @@ def test_what_trains(form):
     params, state = {"w": node}, tx.init({"w": node})
     for _ in range(3):
         params, state = step(params, state)
-    for name in ("base", "lora_a", "lora_b", "core", "lambda_b"):
-        before, after = getattr(node, name), getattr(params["w"], name)
-        if before is not None:
-            assert bool((before == after).all()) == (name not in TRAINED[form]), name
+    for name, before in {"base": node.base, **node.parts}.items():
+        after = {"base": params["w"].base, **params["w"].parts}[name]
+        assert bool((before == after).all()) == (name not in TRAINED[form]), name
 
 
-@forms
+@every
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 def test_the_first_step_moves_the_model(form, dora):
     """Zero at first, but not stuck there."""
@@ -136,16 +150,16 @@ def test_veras_factors_have_the_papers_bounds():
         np.testing.assert_allclose(x.var(), bound**2 / 3, rtol=0.03)
 
 
-@forms
+@every
 def test_a_checkpoint_is_exact(form, tmp_path):
     node = moved(attached(form, (3, 11, 7), dora=True))
     checkpoint.save(tmp_path / "a", {"w": node})
     got = checkpoint.restore(tmp_path / "a", {"w": node.base})["w"]
-    assert jax.tree.structure(got) == jax.tree.structure(node) and got.frozen == node.frozen
+    assert jax.tree.structure(got) == jax.tree.structure(node) and got.form == node.form
     jax.tree.map(np.testing.assert_array_equal, got, node)
 
 
-@forms
+@every
 def test_vmap_over_adapters(form):
     base, one = jlora.detach({"w": moved(attached(form))})
     both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), one)
@@ -189,13 +203,13 @@ def test_a_frozen_a_keeps_no_inputs():
         assert memory - less >= 0.95 * inputs and fewer < flops, form
 
 
-@forms
+@every
 def test_pefts_files_hold_it_as_plain_lora(form, tmp_path):
     """Of a node without a base too: what stands between A and B goes into B."""
     params = {"w": moved(attached(form))}
     jlora.peft.save(tmp_path, jlora.detach(params)[1], names={"w": "m.w.weight"})
     got = jlora.peft.load(tmp_path, {"w": params["w"].base}, names={"w": "m.w.weight"})
-    assert got["w"].core is None and got["w"].frozen == ()
+    assert got["w"].extra == {} and got["w"].form == "lora"
     np.testing.assert_allclose(
         jlora.merge(got)["w"], jlora.merge(params)["w"], rtol=1e-5, atol=1e-6
     )
@@ -210,13 +224,50 @@ ERRORS = {
         lambda: attached("lora_xs", init=initializers.pissa),
         r'the initializer of "w" takes A B out of the weight.*form="lora_xs"',
     ),
-    "core": (
-        lambda: jlora.merge({"w": dataclasses.replace(attached("vera"), core=jnp.ones(3))}),
-        r'"w".* of rank 2 needs a core of shape \(2, 2\) or, of its diagonal, \(2,\); got \(3,\)',
+    "lambda_d": (
+        lambda: jlora.merge({"w": attached("vera").with_parts({"lambda_d": jnp.ones(3)})}),
+        r'"w".* rank 2 needs a lambda_d of shape \(2,\); got \(3,\)',
     ),
     "lambda_b": (
-        lambda: jlora.merge({"w": dataclasses.replace(attached("vera"), lambda_b=jnp.ones(3))}),
+        lambda: jlora.merge({"w": attached("vera").with_parts({"lambda_b": jnp.ones(3)})}),
         r'"w".* needs a lambda_b of shape \(7,\), one per output; got \(3,\)',
+    ),
+}
+
+
+ERRORS |= {
+    "miss_residual": (
+        lambda: attached("miss", init=initializers.pissa),
+        r'takes A B out of the weight, but under `form="miss"` A is fixed',
+    ),
+    "unknown": (
+        lambda: LoraSpec(2, form="lora_x"),
+        r"form='lora_x'\)`: there is no form 'lora_x': give one of 'lora', 'lora_fa'.*register",
+    ),
+    "unknown_node": (
+        lambda: jlora.merge({"w": dataclasses.replace(attached("vera"), form="lora_x")}),
+        r"LoraArray\(..., form='lora_x'\)`: there is no form 'lora_x'",
+    ),
+    "other_parts": (
+        lambda: jlora.merge({"w": dataclasses.replace(attached("vera"), form="lora_xs")}),
+        r'"w".* of the form \'lora_xs\' has the parts \[\'core\', .*got \[\'lambda_b\'',
+    ),
+    "part_out": (
+        lambda: jlora.merge({"w": attached("vera").with_parts({"lambda_d": None})}),
+        r'"w" is a part of a LoraArray',
+    ),
+    "axes": (lambda: forms.Part("s rank"), r"Part\('s rank'\)`: the axes begin with the stack"),
+    "twice": (
+        lambda: forms.register(forms.Form("miss", form_miss.blocks)),
+        r"register\(Form\('miss', ...\)\)`: there is a form of this name already",
+    ),
+    "field": (
+        lambda: forms.register(forms.Form("x", form_miss.blocks, extra={"base": forms.Part("s")})),
+        r"a LoraArray has a field 'base'",
+    ),
+    "frozen": (
+        lambda: forms.register(forms.Form("x", form_miss.blocks, frozen=("second_a",))),
+        r"frozen=\('second_a',\); it takes \"lora_a\" and",
     ),
 }
 

@@ -214,7 +214,7 @@ def test_all_else_goes_to_adam(name):
     tx = OPTIMIZERS[name]() if name != "lora_rite" else lora_rite(1e-2, weight_decay=0.1)
     got = trained(tx, trainable)
     want = trained(adam.get(name, optax.adamw(1e-2, weight_decay=0.1)), trainable)
-    rest = lambda p: (p["w"].magnitude, p["bias"].value, p["plain"])
+    rest = lambda p: (p["w"].extra["magnitude"], p["bias"].value, p["plain"])
     close(rest(got), rest(want), 1e-6)
     assert not np.allclose(got["w"].lora_b, want["w"].lora_b, atol=1e-4)
 
@@ -432,7 +432,7 @@ def test_fa_has_no_state_for_a():
     params = attached(dora=True)
     state = jlora.freeze(OPTIMIZERS["lora_fa"]()).init(params)
     w = params["w"]
-    each = w.lora_b.size + w.magnitude.size + params["bias"].value.size
+    each = w.lora_b.size + w.extra["magnitude"].size + params["bias"].value.size
     assert sum(x.size for x in jax.tree.leaves(state)) == 2 * each + 1
 
 

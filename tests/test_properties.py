@@ -3,7 +3,6 @@
 `nightly` runs each with 2,000 examples: `python -m pytest -m nightly tests/test_properties.py`.
 """
 
-import dataclasses
 import string
 
 import jax
@@ -82,7 +81,7 @@ def node_of(shape, layout, seed=0):
 def with_magnitude(node):
     outs = node.lora_b.shape[len(node.shape) - len(node.layout) + 1 :]
     stack = node.shape[: len(node.shape) - len(node.layout)]
-    return dataclasses.replace(node, magnitude=normal(8, *stack, *outs))
+    return node.with_parts({"magnitude": normal(8, *stack, *outs)})
 
 
 def agree(programs, drawn, fallback):

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import accumulator
 from jlora._paths import describe
+from jlora.forms import Split
 from jlora.initializers._data import adapted, known, moments_of, replaced, split
 from jlora.initializers._decomposed import share
-from jlora.initializers._random import Split
 
 _EXACT = jax.lax.Precision.HIGHEST
 

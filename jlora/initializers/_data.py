@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jlora._arrays import Geometry, LoraArray, check, is_adapted
+from jlora import forms
+from jlora._arrays import Geometry, LoraArray, is_adapted
 from jlora._moments import Moments
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 
@@ -38,8 +39,8 @@ def adapted(params: PyTree, call: str) -> dict[str, LoraArray]:
             "`params = jlora.attach(params, rules, key=key)`."
         )
     for path, node in nodes.items():
-        check(path, node, call)
-        if node.core is not None:
+        forms.check(path, node, call)
+        if not forms.of(node).is_product:
             raise ValueError(
                 f"`{call}`: something stands between A and B of {describe(path, node)}, and it is "
                 'zero at first, whatever they are. Attach with `LoraSpec(form="lora")`.'

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora._arrays import accumulator
-from jlora.initializers._random import Factors, Split
+from jlora.forms import Split
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -175,71 +175,3 @@ def olora(
     q, r = jnp.linalg.qr(_wide(weight).T)  # (out, k), (k, in)
     a, b = r[:rank].T.astype(dtype), q[:, :rank].T.astype(dtype)
     return a, b, residual_of(weight, a, b, scaling)
-
-
-def mica(
-    key: PRNGKeyArray,
-    weight: Float[Array, "in out"],
-    rank: int,
-    scaling: ArrayLike = 1.0,
-    dtype: DTypeLike = jnp.float32,
-) -> Factors:
-    """Set A to zero, and B to the output directions of W's smallest singular values.
-
-    `B = Vₘᵀ`, m the last r of min(in, out). PEFT trains A alone here: set `frozen=("lora_b",)` on
-    the nodes, `dataclasses.replace(node, frozen=("lora_b",))`.
-
-    Args:
-        key: a PRNG key; not read.
-        weight: the base weight as `(in, out)`.
-        rank: r.
-        scaling: s = α/r; not read.
-        dtype: of A and B.
-
-    Returns:
-        `lora_a` (in, rank) and `lora_b` (rank, out); A·B = 0, and the weight stays as it is.
-
-    Example:
-        >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
-        >>> a, b = mica(jax.random.key(0), w, rank=1)
-        >>> bool(a.any()), abs(b).tolist()
-        (False, [[0.0, 0.0, 1.0]])
-
-    Reference: arXiv:2604.01694. PEFT's `init_lora_weights="mica"`.
-    """
-    vt = jnp.linalg.svd(_wide(weight), full_matrices=False)[2]
-    return jnp.zeros((weight.shape[0], rank), dtype), vt[-rank:].astype(dtype)
-
-
-def lora_xs(
-    key: PRNGKeyArray,
-    weight: Float[Array, "in out"],
-    rank: int,
-    scaling: ArrayLike = 1.0,
-    dtype: DTypeLike = jnp.float32,
-) -> Factors:
-    """Give A the input directions of W's largest singular values, and B the rest of them.
-
-    `W = U S Vᵀ`, `A = Uᵣ`, `B = Sᵣ Vᵣᵀ`. Both stay frozen under `LoraSpec(form="lora_xs")`, whose
-    R, between them, begins as zero; the weight stays as it is.
-
-    Args:
-        key: a PRNG key; not read.
-        weight: the base weight as `(in, out)`.
-        rank: r.
-        scaling: s = α/r; not read.
-        dtype: of A and B.
-
-    Returns:
-        `lora_a` (in, rank) and `lora_b` (rank, out).
-
-    Example:
-        >>> a, b = lora_xs(jax.random.key(0), jnp.diag(jnp.array([3.0, 2.0, 1.0])), rank=1)
-        >>> jnp.diag(a @ b).tolist()
-        [3.0, 0.0, 0.0]
-
-    Reference: Bałazy et al. 2024, arXiv:2405.17604, section 3.2, where W is (out, in) and so A is
-    `Uᵣ Sᵣ` and on the side of the outputs. There R begins as `N(0, 1e-5²)`.
-    """
-    u, s, vt = jnp.linalg.svd(_wide(weight), full_matrices=False)
-    return u[:, :rank].astype(dtype), (s[:rank, None] * vt[:rank]).astype(dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jlora import forms
 from jlora._arrays import Geometry, LoraArray
 from jlora._moments import Moments
 from jlora.initializers._data import adapted, known, moments_of, replaced
@@ -120,7 +121,7 @@ def _begun(node: LoraArray, directions: Array, ranks: np.ndarray, power: float) 
         return node.base
     geometry, n = Geometry.of(node.shape, node.layout), len(node.slices or (None,))
     a = jnp.where(np.arange(rank) < ranks[..., None, None], directions[..., :rank], 0.0)
-    shape_a, shape_b = geometry.factor_shapes(rank, node.slices)
+    shape_a, shape_b = forms.factor_shapes(geometry, rank, node.slices)
     s = node.scaling
     if (ranks != node.rank).any():
         s = jnp.asarray(s)

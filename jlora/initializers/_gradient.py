@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import Geometry, accumulator
 from jlora._paths import describe
+from jlora.forms import Split
 from jlora.initializers._data import adapted, given, replaced, split
 from jlora.initializers._decomposed import residual_of
-from jlora.initializers._random import Split
 
 _DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")
 _SCALES = ("stable", "unit", "peft")

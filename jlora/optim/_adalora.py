@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, map_with_paths
+from jlora.forms.adalora import FORM, VALUES
 from jlora.optim._factors import given, gram, turned
 
 _CALL = "jlora.optim.adalora(tx, ...)"
@@ -83,7 +84,7 @@ def adalora(
         >>> for _ in range(2):
         ...     updates, state = tx.update(grads, state, trainable)
         ...     trainable = optax.apply_updates(trainable, updates)
-        >>> int((trainable["w"].core != 0).sum())
+        >>> int((trainable["w"].extra["singular_values"] != 0).sum())
         1
 
     Reference: Zhang et al. 2023, arXiv:2303.10512, section 3.2 and algorithm 1. PEFT's
@@ -109,7 +110,7 @@ def adalora(
         parts = _parts(params, target_rank)
         # Each array its own: under donation one buffer must not be given away twice.
         felt, unsure = (jax.tree.map(jnp.zeros_like, parts) for _ in range(2))
-        kept = {path: jnp.ones(x["core"].shape, bool) for path, x in parts.items()}
+        kept = {path: jnp.ones(x[VALUES].shape, bool) for path, x in parts.items()}
         return AdaLoraState(tx.init(params), jnp.zeros((), jnp.int32), felt, unsure, kept)
 
     def update(
@@ -122,11 +123,11 @@ def adalora(
         holds = plan.holds(state.count)
         zeroed = {
             path: jnp.where(
-                holds & ~state.kept[path], -parts["core"], _parts(updates)[path]["core"]
+                holds & ~state.kept[path], -parts[VALUES], _parts(updates)[path][VALUES]
             )
             for path, parts in before.items()
         }
-        return _with_cores(updates, zeroed), state
+        return _with_values(updates, zeroed), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -185,36 +186,36 @@ class _Plan:
 
 def _score(parts: dict[str, Array]) -> Array:
     """Return a singular value's importance and its vectors' mean ones, `(*stack, rank)`."""
-    core = parts["core"]
-    stack = core.shape[:-1]
-    a = parts["lora_a"].reshape(*stack, -1, core.shape[-1]).mean(-2)
-    b = parts["lora_b"].reshape(*stack, core.shape[-1], -1).mean(-1)
-    return core + a + b
+    values = parts[VALUES]
+    *stack, rank = values.shape
+    a = parts["lora_a"].reshape(*stack, -1, rank).mean(-2)
+    b = parts["lora_b"].reshape(*stack, rank, -1).mean(-1)
+    return values + a + b
 
 
 def _parts(tree: PyTree, target_rank: int = 0, call: str = _CALL) -> _Parts:
     """Return A, Λ and B of every node that has them; refuse a tree that has none."""
     found: _Parts = {}
     for path, node in leaves_with_paths(tree, is_adapted):
-        if isinstance(node, LoraArray) and node.core is not None and node.lambda_b is None:
-            found[path] = {name: getattr(node, name) for name in ("lora_a", "core", "lora_b")}
+        if isinstance(node, LoraArray) and node.form == FORM.name:
+            found[path] = {name: node.parts[name] for name in FORM.parts}
     if not found:
         raise ValueError(
             f"`{call}`: no weight has singular values that could be zero. Attach with "
             '`LoraSpec(form="adalora")`.'
         )
     for path, parts in found.items():
-        if target_rank > parts["core"].shape[-1]:
+        if target_rank > parts[VALUES].shape[-1]:
             raise ValueError(
                 f'`{call}`: the target rank {target_rank} is above the rank of "{path}", '
-                f"{parts['core'].shape[-1]}, which it can only fall from. Attach with more."
+                f"{parts[VALUES].shape[-1]}, which it can only fall from. Attach with more."
             )
     return found
 
 
-def _with_cores(tree: PyTree, cores: dict[str, Array]) -> PyTree:
+def _with_values(tree: PyTree, values: dict[str, Array]) -> PyTree:
     def put(path: str, node: Any) -> Any:
-        return dataclasses.replace(node, core=cores[path]) if path in cores else node
+        return node.with_parts({VALUES: values[path]}) if path in values else node
 
     return map_with_paths(put, tree, is_adapted)
 
@@ -236,8 +237,9 @@ def orthogonality(params: PyTree) -> Float[Array, ""]:
 
     Example:
         >>> from jlora import LoraArray
-        >>> a, b, core = jnp.eye(3)[:, :2], jnp.zeros((2, 4)), jnp.ones(2)
-        >>> node = LoraArray(None, a, b, None, "io", core=core)
+        >>> a, b, values = jnp.eye(3)[:, :2], jnp.zeros((2, 4)), jnp.ones(2)
+        >>> extra = {"singular_values": values}
+        >>> node = LoraArray(None, a, b, None, "io", extra=extra, form="adalora")
         >>> round(float(orthogonality({"w": node})), 4)  # (0 + √2) / 2
         0.7071
 
@@ -245,7 +247,7 @@ def orthogonality(params: PyTree) -> Float[Array, ""]:
     """
     distances = []
     for parts in _parts(params, call="jlora.optim.orthogonality(params)").values():
-        stack, rank = parts["core"].shape[:-1], parts["core"].shape[-1]
+        stack, rank = parts[VALUES].shape[:-1], parts[VALUES].shape[-1]
         a = parts["lora_a"].reshape(*stack, -1, rank)
         b = turned(parts["lora_b"].reshape(*stack, rank, -1))
         eye = jnp.eye(rank, dtype=a.dtype).reshape(*(1,) * len(stack), rank, rank)

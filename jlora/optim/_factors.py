@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jlora import forms
 from jlora._arrays import LoraArray, Tied, accumulator, is_adapted
 from jlora._paths import leaves_with_paths
 
@@ -114,7 +115,7 @@ def check(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
     """Return the nodes and their paths; refuse a node without A or B, or with more than them."""
     found = adapted(params, call)
     for path, node in found:
-        if node.core is not None:
+        if not forms.of(node).is_product:
             raise ValueError(
                 f'`{call}`: something stands between A and B of "{path}", and the update of one '
                 "is a function of the other alone. Attach with another form, or train with an "

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import forms
 from jlora._arrays import Geometry, LoraArray
 from jlora._spec import LoraSpec
 from jlora.peft._names import Place
@@ -80,7 +81,7 @@ def of_loralib(
             f'`slices={{"{place.path}": ((start, stop), ...)}}`.'
         )
     slices = LoraSpec(rank, slices=slices).slices
-    want = geometry.factor_shapes(rank, slices)
+    want = forms.factor_shapes(geometry, rank, slices)
     wanted = {"lora_a": (want[0][-1], geometry.fan_in)}
     wanted["lora_b"] = (int(np.prod(want[1])) // rank, rank)
     return Form(parts, rank, slices, wanted)

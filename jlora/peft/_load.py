@@ -213,8 +213,8 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     scaling = np.array([one.scaling for one in found], np.float32)
     scaling = scaling.reshape((*lead, *(1 for _ in stack)))
     scaling = jnp.asarray(np.broadcast_to(scaling, (*lead, *stack)))
-    m, layout, slices = parts.get("magnitude"), first.geometry.layout, first.slices
-    return LoraArray(None, parts["lora_a"], parts["lora_b"], scaling, layout, slices, magnitude=m)
+    layout, slices = first.geometry.layout, first.slices
+    return LoraArray(None, None, None, scaling, layout, slices).with_parts(parts)
 
 
 def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:

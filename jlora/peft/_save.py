@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, Geometry, LoraArray, check, is_adapted, plain
+from jlora import forms
+from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
@@ -158,14 +159,13 @@ def _check(path: str, node: Any, call: str) -> None:
     if node.base is None and node.lora_a is not None and node.lora_b is not None:
         base = jax.ShapeDtypeStruct(shape_of(node), node.lora_a.dtype)
         node = dataclasses.replace(node, base=base)
-    check(path, node, call)
+    forms.check(path, node, call)
 
 
 def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
     """Write slices and cores as one A and B of the whole weight, but for slices of groups."""
     if kind != "grouped" or not is_adapted(node):
-        odd = isinstance(node, LoraArray) and (node.slices is not None or node.core is not None)
-        return plain(node, shape_of(node)) if odd else node
+        return forms.as_lora(node, shape_of(node)) if isinstance(node, LoraArray) else node
     slices = getattr(node, "slices", None)  # what is trained whole has none
     outs = Geometry.of(node.shape, node.layout).out_dims if slices else (0,)
     if slices is None or slices != even(outs[0], len(slices)):
@@ -216,10 +216,10 @@ def _parts(
     spelled = _spelled(list(nodes), parameters, config.get("target_parameters") or (), call)
     parts = {}
     for place, node in nodes.items():
-        dora = node.magnitude is not None
+        dora = forms.has_gain(node)
         refuse_variants(place, place in parameters, kinds[place], dora, bias, call)
         endings = parts_of(kinds[place], dora)
-        values = {part: np.asarray(getattr(node, part))[place.index] for part in endings}
+        values = {part: np.asarray(node.parts[part])[place.index] for part in endings}
         rank = node.lora_a.shape[-1]  # of groups together
         arranged = to_torch(values, sides[place], kinds[place])
         parts[place] = Adapted(

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, check, is_adapted
+from jlora import forms
+from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, is_adapted
 from jlora._moments import Moments
 from jlora._paths import describe
 from jlora.transform._inputs import Sums
@@ -72,7 +73,7 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
             "the adapter on first: `params = jlora.attach(params, rules, key=key)`."
         )
     for k, name in nodes.items():
-        check(name, leaves[k], "jlora.capture")
+        forms.check(name, leaves[k], "jlora.capture")
     traced = Traced(fn, tree, plain)
     views = {k: _probe(leaves[k], name) for k, name in nodes.items()}
     sites = Sites()

@@ -9,7 +9,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from jlora._arrays import FullArray, LoraArray, check, is_adapted
+from jlora import forms
+from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._paths import path_strs
 from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
@@ -95,7 +96,7 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
         return fn(*args, **kwargs)
     for name, x in zip(names, leaves, strict=True):
         if isinstance(x, LoraArray):
-            check(name, x, "jlora.lora")
+            forms.check(name, x, "jlora.lora")
     traced = Traced(fn, tree, [x.base if isinstance(x, LoraArray) else x for x in leaves])
     values = [
         View.of(leaves[k], names[k]) if isinstance(leaves[k], LoraArray) else leaves[k]

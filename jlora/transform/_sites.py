@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn
 from jlora import _compat
 from jlora.transform._inputs import Sums, of_conv, of_dot, of_ragged
 from jlora.transform._registry import RULES
-from jlora.transform._view import SIDES, View
+from jlora.transform._view import View
 from jlora.transform._walk import Walk
 
 # Nothing is differentiated, so their own rules do not matter: the body is walked where it stands.
@@ -122,7 +122,7 @@ class Sites:
         views = {k: x for k, x in enumerate(operands) if isinstance(x, View)}
         kept = _held(operands, body, n_consts, first)
         inner, sliced = walk.inside(eqn, None), {k: views[k] for k in views if k >= first}
-        by_step = {k for k, x in sliced.items() if x.roles[0] in SIDES[0]}
+        by_step = {k for k, x in sliced.items() if 0 in x.axes(0)}
 
         def step(state: Any, inputs: Any) -> Any:
             (carry, sums), (pieces, probes) = state, inputs
@@ -206,7 +206,7 @@ def _held(operands: Sequence[Any], body: _compat.Body, first: int, end: int) -> 
 def _piece(view: View, base: Any, a: Any) -> View:
     """See one step's slice of a view along its first axis; B, which is zero, is made anew."""
     b = view.parts[1]
-    shape = b.shape[1:] if view.roles[0] in SIDES[1] else b.shape
+    shape = b.shape[1:] if 0 in view.axes(1) else b.shape
     return View(base, (a, jnp.zeros(shape, b.dtype)), view.roles[1:], view.names)
 
 

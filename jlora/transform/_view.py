@@ -23,13 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _compat
-from jlora._arrays import Geometry, LoraArray, accumulator, whole_b
-from jlora._dora import gain
+from jlora import _compat, forms
+from jlora._arrays import Axes, Geometry, LoraArray, accumulator, along
 from jlora.transform._labeled import contract
 
 RANK = "rank"
-SIDES = (("s", "i"), ("s", "o"), ("s", "o"))  # of A, of s·B, of the gain
+AXES = ("si r", "so r", "so r")  # of A, of s·B, of the gain
 GAIN = 2
 
 
@@ -65,9 +64,10 @@ class View:
     def of(cls, node: LoraArray, name: str) -> "View":
         """See a whole `LoraArray`."""
         geometry = Geometry.of(node.shape, node.layout)
-        parts = (node.lora_a, whole_b(node, geometry), jnp.asarray(node.scaling))
+        parts = (*forms.factors(node), jnp.asarray(node.scaling))
         roles = ("s",) * len(geometry.stack) + tuple(node.layout)
-        by = None if node.magnitude is None else gain(node)[..., None]
+        gain = forms.gain(node)
+        by = None if gain is None else gain[..., None]
         return cls(node.base, parts, roles, Names([name]), True, by)
 
     @classmethod
@@ -93,11 +93,15 @@ class View:
 
     def axes(self, factor: int) -> list[int]:
         """Return which axes of the base a factor has, in order."""
-        return [k for k, role in enumerate(self.roles) if role in SIDES[factor]]
+        return list(self.along(factor, tuple(range(len(self.roles))))[:-1])
+
+    def along(self, factor: int, of_base: Axes, rank: Any = None) -> Axes:
+        """Return what a factor's axes have, given what the base's have."""
+        return along(AXES[factor], self.roles, of_base, rank)
 
     def labels(self, factor: int, base_labels: Sequence[Any]) -> list[Any]:
         """Return a factor's axis labels, given the base's."""
-        return [base_labels[k] for k in self.axes(factor)] + [RANK]
+        return list(self.along(factor, tuple(base_labels), RANK))
 
     def having(self, role: str) -> list[int]:
         """Return the axes of one role that are longer than 1."""

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from jlora import _compat
 from jlora.transform._registry import rule
-from jlora.transform._view import SIDES, View, aligned, all_names, even, summed
+from jlora.transform._view import View, aligned, all_names, even, summed
 from jlora.transform._walk import Walk
 
 
@@ -58,7 +58,7 @@ def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 def _peel(view: View) -> tuple[Any, Callable[[Any], View]]:
     """Split a view into what a scan over its first axis slices, and how to see one slice."""
     laid = view.laid
-    has = [view.roles[0] in SIDES[k] for k in range(len(laid))]
+    has = [0 in view.axes(k) for k in range(len(laid))]
     scanned = [f for f, h in zip(laid, has, strict=True) if h]
 
     def rebuild(piece: Any) -> View:

@@ -21,9 +21,9 @@ from jlora.transform._walk import Walk
 
 def _spread(view: View, spec: Any) -> View:
     """Return the partition specs of a view's parts, given the base's."""
-    spec = [*spec, *(None,) * (len(view.roles) - len(spec))]
-    laid = [P(*(spec[n] for n in view.axes(k)), None) for k in range(len(view.laid))]
-    return view.remade(P(*spec), laid, view.roles)
+    spec = P(*spec, *(None,) * (len(view.roles) - len(spec)))
+    laid = [view.along(k, spec) for k in range(len(view.laid))]
+    return view.remade(spec, laid, view.roles)
 
 
 @rule("shard_map", gain=True)

@@ -22,7 +22,7 @@ def together(adapters: list[Any]) -> Any:
     def join(*nodes: Any) -> Any:
         if not isinstance(nodes[0], jlora.LoraArray):
             return nodes[0]
-        nodes = [n if n.slices is None else jlora._arrays.plain(n, n.shape) for n in nodes]
+        nodes = [n if n.slices is None else jlora.forms.as_lora(n) for n in nodes]
         first = nodes[0]
         rank_axis = first.lora_b.ndim - first.layout.count("o") - 1
         b = [
@@ -131,7 +131,7 @@ def norm(node: Any) -> Any:
     spec = jlora.LoraSpec(
         rank, float(node.scaling) * rank, init=init, layout=node.layout, dora=True
     )
-    return jlora.attach(node.base, {"": spec}, key=jax.random.key(0)).magnitude
+    return jlora.attach(node.base, {"": spec}, key=jax.random.key(0)).extra["magnitude"]
 
 
 def in_turn(adapters: list[Params]) -> Any:
@@ -141,15 +141,15 @@ def in_turn(adapters: list[Params]) -> Any:
     norms = [norm(node) for node in nodes]
 
     def factors(one: Any, other: Any) -> Any:
-        narrower = other.lora_b * (norms[0] / one.magnitude)[None]
+        narrower = other.lora_b * (norms[0] / one.extra["magnitude"])[None]
         return together([one, dataclasses.replace(other, lora_b=narrower)])
 
     whole = norm(factors(*nodes))
 
     def joined(trees: list[Params]) -> Params:
         one, other = (tree["layer"][key] for tree in trees)
-        m = one.magnitude / norms[0] * (other.magnitude / norms[1]) * whole
-        node = dataclasses.replace(factors(one, other), magnitude=m)
+        m = one.extra["magnitude"] / norms[0] * (other.extra["magnitude"] / norms[1]) * whole
+        node = factors(one, other).with_parts({"magnitude": m})
         return {"layer": {**trees[0]["layer"], key: node}}
 
     return joined

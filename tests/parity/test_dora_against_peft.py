@@ -66,7 +66,7 @@ def test_the_first_magnitude(twin, tmp_path, compare):
 
     spec = jlora.LoraSpec(3, 8, init=init, layout=want.layout, dora=True)
     ours = jlora.attach(want.base, {"": spec}, key=jax.random.key(0))
-    compare(ours.magnitude, want.magnitude, "first magnitude")
+    compare(ours.extra["magnitude"], want.extra["magnitude"], "first magnitude")
 
 
 def test_dropout_with_dora(tmp_path, compare):
@@ -99,7 +99,9 @@ def test_dropout_with_dora(tmp_path, compare):
     layer, node = model.base_model.model.layer, grads["layer"]["kernel"]
     compare(node.lora_a.T, layer.lora_A["default"].weight.grad.numpy(), "A")
     compare(node.lora_b.T, layer.lora_B["default"].weight.grad.numpy(), "B")
-    compare(node.magnitude, layer.lora_magnitude_vector["default"].weight.grad.numpy(), "m")
+    compare(
+        node.extra["magnitude"], layer.lora_magnitude_vector["default"].weight.grad.numpy(), "m"
+    )
 
 
 def test_dora_over_bfloat16(tmp_path, compare):

@@ -6,8 +6,6 @@
 | A and B of layers of one width | the largest's leading part | the same, by `jlora.tie` |
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,12 +58,12 @@ def twins():
     def numbers(node, name, **shared):
         layer = layers[name]
         parts = {
-            "core": layer.vera_lambda_d["default"],
+            "lambda_d": layer.vera_lambda_d["default"],
             "lambda_b": layer.vera_lambda_b["default"],
             **shared,
         }
         parts = {k: jnp.asarray(x.detach().numpy()) for k, x in parts.items()}
-        return dataclasses.replace(node, **parts)
+        return node.with_parts(parts)
 
     tied["down"] = numbers(tied["down"], "down", lora_a=a.T)
     tied["up"] = numbers(tied["up"], "up", lora_b=b.T)
@@ -89,8 +87,12 @@ def test_vera(compare):
     compare(y, out.detach().numpy(), "forward")
     compare(of_x, tx.grad.numpy(), "gradient of the input")
     for name, layer in layers.items():
-        compare(own[name].core, layer.vera_lambda_d["default"].grad.numpy(), f"{name} λ_d")
-        compare(own[name].lambda_b, layer.vera_lambda_b["default"].grad.numpy(), f"{name} λ_b")
+        compare(
+            own[name].extra["lambda_d"], layer.vera_lambda_d["default"].grad.numpy(), f"{name} λ_d"
+        )
+        compare(
+            own[name].extra["lambda_b"], layer.vera_lambda_b["default"].grad.numpy(), f"{name} λ_b"
+        )
     merged = jlora.merge(jlora.untie(tied))
     whole = model.merge_and_unload()
     for name in layers:
@@ -112,8 +114,8 @@ def test_vera_begins_as_peft_begins(compare):
         theirs = theirs["default"].numpy()
         compare(jnp.abs(ours).max(), np.abs(theirs).max(), "bound", most=1e-3)
         compare(ours.std(), theirs.std(), "spread", most=0.02)
-    compare(node.core, layer.vera_lambda_d["default"].detach().numpy(), "λ_d")
-    compare(node.lambda_b, layer.vera_lambda_b["default"].detach().numpy(), "λ_b")
+    compare(node.extra["lambda_d"], layer.vera_lambda_d["default"].detach().numpy(), "λ_d")
+    compare(node.extra["lambda_b"], layer.vera_lambda_b["default"].detach().numpy(), "λ_b")
 
 
 @pytest.mark.parametrize("form", ["lora_fa", "lora_xs", "vera", "adalora"])

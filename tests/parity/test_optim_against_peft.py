@@ -207,7 +207,7 @@ def test_plus_and_what_has_one_dimension(tmp_path):
     tx = optax.chain(optax.adamw(LR, weight_decay=0.0), lora_plus(16.0))
     far = race.apart(plus(race.model), tx, 1)
     one = [path for path in far if "/lora_" not in path]
-    assert sorted(one) == ["layer/bias/value", "layer/kernel/magnitude"]
+    assert sorted(one) == ["layer/bias/value", "layer/kernel/extra/magnitude"]
     ratios = {path: there / here for path, (there, here) in far.items()}
     assert ratios == pytest.approx({path: 16.0 if path in one else 1.0 for path in far}, rel=1e-3)
 

@@ -182,8 +182,8 @@ def test_dora_of_a_convolution_with_groups(tmp_path, compare):
     theirs = model(torch.tensor(x)).detach().numpy()
     ours = jlora.lora(twin.fn, fallback="error")(params, x)
     node = params["layer"]["kernel"]
-    w = np.float64(jlora.merge(dataclasses.replace(node, magnitude=None)))
-    w *= np.float64(node.magnitude) / np.linalg.norm(w.reshape(-1, w.shape[-1]), axis=0)
+    w = np.float64(jlora.merge(dataclasses.replace(node, extra={})))
+    w *= np.float64(node.extra["magnitude"]) / np.linalg.norm(w.reshape(-1, w.shape[-1]), axis=0)
     meant = twin.fn({"layer": {**params["layer"], "kernel": jnp.asarray(w, jnp.float32)}}, x)
     assert distance(theirs, meant) > 0.05
     compare(ours, meant, "DoRA of the kernel without groups")

@@ -1,5 +1,8 @@
 """DoRA: the update turns a weight's columns, and their lengths train by themselves.
 
+It composes with every form: a part more, which gives a gain. PEFT's `use_dora`, whose
+`lora_magnitude_vector` is m.
+
     W' = g ∘ (W + s · A B)        g = m / ‖W + s · A B‖
 
 The norm is over the inputs, one per output, and a constant to the gradient (Liu et al. 2024,
@@ -16,10 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jlora import _compat
-from jlora._arrays import Geometry, LoraArray, accumulator, delta, whole_b
+from jlora._arrays import AXES, Geometry, LoraArray, accumulator
+from jlora.forms._factors import factors
+from jlora.forms._form import Part
+
+MAGNITUDE = "magnitude"
 
 
 def gain(node: LoraArray) -> Float[Array, "..."]:
@@ -29,12 +37,12 @@ def gain(node: LoraArray) -> Float[Array, "..."]:
     """
     square, size = _terms(node)
     # Inside a shard_map m lies as the outputs do, so along the other axes the inputs are split.
-    split = {*_compat.varying_axes(node.base)} - {*_compat.varying_axes(node.magnitude)}
+    split = {*_compat.varying_axes(node.base)} - {*_compat.varying_axes(node.extra[MAGNITUDE])}
     if split:
         square, size = lax.psum((square, size), sorted(split))
     norm = _root(square, size)
     has = norm > 0
-    m = jnp.asarray(node.magnitude, norm.dtype)
+    m = jnp.asarray(node.extra[MAGNITUDE], norm.dtype)
     return jnp.where(has, m / jnp.where(has, norm, 1.0), 1.0)
 
 
@@ -43,39 +51,13 @@ def column_norm(node: LoraArray) -> Float[Array, "..."]:
     return _root(*_terms(node))
 
 
-def weight(node: LoraArray) -> Float[Array, "..."]:
-    """Return the whole weight, in float32 or wider."""
-    update = delta(node, node.shape, node.dtype)
-    summed = node.base.astype(update.dtype) + update
-    if node.magnitude is None:
-        return summed
-    return summed * Geometry.of(node.shape, node.layout).across(gain(node))
-
-
-def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
-    """Return the base whose merged weight is `merged`, in float32 or wider.
-
-    `W' / g - s · A B`, with the gain of `node`. An output of gain 0 is lost: it has `node`'s base.
-    """
-    update = delta(node, merged.shape, merged.dtype)
-    whole = merged.astype(update.dtype)
-    if node.magnitude is None:
-        return whole - update
-    by = Geometry.of(node.shape, node.layout).across(gain(node)).astype(update.dtype)
-    lost = by == 0
-    return jnp.where(
-        lost, node.base.astype(update.dtype), whole / jnp.where(lost, 1.0, by) - update
-    )
-
-
 def _root(square: Array, size: Array) -> Array:
     """Return the norm; what cancels to less than its rounding, or below zero, is held there."""
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).eps * size))
 
 
 def _terms(node: LoraArray) -> tuple[Array, Array]:
-    b = whole_b(node, Geometry.of(node.shape, node.layout))
-    parts = (node.base, node.lora_a, b, jnp.asarray(node.scaling))
+    parts = (node.base, *factors(node), jnp.asarray(node.scaling))
     return _squares(*(lax.stop_gradient(x) for x in parts), layout=node.layout)
 
 
@@ -83,8 +65,9 @@ def _terms(node: LoraArray) -> tuple[Array, Array]:
 def _squares(w: Array, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, Array]:
     """Return ‖W + s·AB‖² and ‖W‖² + ‖s·AB‖², against which the first is rounded."""
     dims = string.ascii_lowercase[: w.ndim]
-    stack, own = dims[: w.ndim - len(layout)], dims[w.ndim - len(layout) :]
-    ins, outs = ("".join(c for c, k in zip(own, layout, strict=True) if k == side) for side in "io")
+    along = functools.partial(Geometry.of(w.shape, layout).along, of_base=dims)
+    stack, out = along("s"), along("so")
+    of_a, of_b = (along(axes, rank="R") for axes in AXES.values())
     wide, axes = accumulator(w.dtype), _mesh_axes(w, dims)
 
     def dot(formula: str, x: Array, y: Array) -> Array:
@@ -94,14 +77,14 @@ def _squares(w: Array, a: Array, b: Array, s: Array, layout: str) -> tuple[Array
             formula, x, y, precision=highest, preferred_element_type=wide, out_sharding=to
         )
 
-    out, wide_a, b = f"{stack}{outs}", a.astype(wide), b.astype(wide)
+    wide_a, b = a.astype(wide), b.astype(wide)
     # W first: XLA on CPUs multiplies no bfloat16 by a second operand of several free axes.
-    wa = [dot(f"{dims},{stack}{ins}R->{out}R", w, x) for x in _in_dtype(a, w.dtype)]
-    aa = dot(f"{stack}{ins}R,{stack}{ins}S->{stack}RS", wide_a, wide_a)
-    aab = dot(f"{stack}RS,{stack}S{outs}->{stack}R{outs}", aa, b)
+    wa = [dot(f"{dims},{of_a}->{out}R", w, x) for x in _in_dtype(a, w.dtype)]
+    aa = dot(f"{of_a},{along(AXES['lora_a'], rank='S')}->{stack}RS", wide_a, wide_a)
+    aab = dot(f"{stack}RS,{along(AXES['lora_b'], rank='S')}->{of_b}", aa, b)
     ww = dot(f"{dims},{dims}->{out}", w, w)
-    cross = dot(f"{stack}R{outs},{out}R->{out}", b, functools.reduce(lax.add, wa))
-    abab = dot(f"{stack}R{outs},{stack}R{outs}->{out}", b, aab)
+    cross = dot(f"{of_b},{out}R->{out}", b, functools.reduce(lax.add, wa))
+    abab = dot(f"{of_b},{of_b}->{out}", b, aab)
     s = s.astype(wide)
     s = s.reshape(*s.shape, *(1,) * (ww.ndim - s.ndim)) if s.ndim else s
     size = ww + s * s * abab
@@ -127,3 +110,10 @@ def _in_dtype(a: Array, dtype: Any) -> list[Array]:
     # Not two casts, which a compiler may take for none.
     near = lax.reduce_precision(a, kind.nexp, kind.nmant)
     return [near.astype(dtype), (a - near).astype(dtype)]
+
+
+def _first(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    return column_norm(node).astype(dtype)
+
+
+PARTS = {MAGNITUDE: Part("so", begin=_first)}

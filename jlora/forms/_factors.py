@@ -1,0 +1,87 @@
+"""A node of any form as one A and one B; the shapes of its parts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jlora._arrays import AXES, Geometry, LoraArray, accumulator
+from jlora.forms._form import Part, named
+
+Slices = tuple[tuple[int, int], ...] | None
+
+
+def shapes(
+    parts: Mapping[str, Part], geometry: Geometry, rank: int, slices: Slices = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parts; of slices A has the ranks side by side, and B their outputs."""
+    narrow, ranks = geometry.sliced(slices), rank * (1 if slices is None else len(slices))
+
+    def shape(name: str, axes: str) -> tuple[int, ...]:
+        of = narrow if name == "lora_b" else geometry
+        return of.along(axes, of.shape, ranks if name == "lora_a" else rank)
+
+    return {name: shape(name, part.axes) for name, part in parts.items()}
+
+
+def factor_shapes(
+    geometry: Geometry, rank: int, slices: Slices = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of `lora_a` and `lora_b`."""
+    found = shapes({name: Part(axes) for name, axes in AXES.items()}, geometry, rank, slices)
+    return found["lora_a"], found["lora_b"]
+
+
+def changed_b(node: LoraArray, geometry: Geometry, change: Callable[[Array], Array]) -> Array:
+    """Return what `change` makes of B as `(*stack, rank, out)`, in float32 or wider, as B is."""
+    shape, dtype = node.lora_b.shape, node.lora_b.dtype
+    matrix = node.lora_b.astype(accumulator(dtype))
+    matrix = matrix.reshape(*geometry.stack, node.rank, geometry.fan_out)
+    return change(matrix).reshape(shape).astype(dtype)
+
+
+def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Array, Array]:
+    """Return the one A and the one B, over all outputs, whose product is the update.
+
+    Slices are blocks of B's rows, one below the other, with zeros elsewhere.
+
+    Args:
+        node: of any form.
+        shape: of the weight; `None` reads it from the base.
+    """
+    geometry, form = Geometry.of(shape or node.shape, node.layout), named(node.form)
+    if form.factors is not None:
+        return form.factors(node, geometry)
+    if node.slices is None:
+        return node.lora_a, node.lora_b
+    axis, rows, first = len(geometry.stack) + 1, [], 0
+    for start, stop in node.slices:
+        width = [(0, 0, 0)] * node.lora_b.ndim
+        width[axis] = (start, geometry.out_dims[0] - stop, 0)
+        piece = jax.lax.slice_in_dim(node.lora_b, first, first + stop - start, axis=axis)
+        rows.append(jax.lax.pad(piece, jnp.zeros((), piece.dtype), width))
+        first += stop - start
+    return node.lora_a, jnp.concatenate(rows, axis - 1)
+
+
+def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
+    """Write an update of any form, of slices too, as LoRA: one A and one B; a gain stays."""
+    a, b = factors(node, shape)
+    extra = {name: x for name, x in node.extra.items() if name not in named(node.form).parts}
+    return dataclasses.replace(node, lora_a=a, lora_b=b, slices=None, extra=extra, form="lora")
+
+
+def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Return `s · A B` in a base weight's `shape`, in float32 or what of it and A is wider."""
+    geometry = Geometry.of(shape, node.layout)
+    a, b = factors(node, shape)
+    rank = a.shape[-1]
+    a = a.reshape(*geometry.stack, geometry.fan_in, rank)
+    b = b.reshape(*geometry.stack, rank, geometry.fan_out)
+    wide = max(accumulator(node.lora_a.dtype), accumulator(dtype), key=lambda k: jnp.finfo(k).bits)
+    ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    s = jnp.asarray(node.scaling, wide)
+    return geometry.from_matrix(ab * s.reshape(*s.shape, *(1,) * (ab.ndim - s.ndim)))

@@ -1,0 +1,133 @@
+"""What is asked of a node of any form: its parts, its gain, its weight, and whether they fit."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jlora._arrays import Geometry, LoraArray, Tied
+from jlora._paths import describe
+from jlora.forms import dora
+from jlora.forms._factors import delta, shapes
+from jlora.forms._form import Form, Part, named
+
+
+def of(node: LoraArray) -> Form:
+    """Return a node's form.
+
+    Args:
+        node: of a registered form.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: the form is not registered here.
+
+    Example:
+        >>> of(LoraArray(None, None, None, None, "io")).name
+        'lora'
+    """
+    return named(node.form, f"LoraArray(..., form={node.form!r})")
+
+
+def has_gain(node: LoraArray) -> bool:
+    """Whether the weight is the sum times a gain per output, as DoRA's is."""
+    return dora.MAGNITUDE in node.extra
+
+
+def parts(node: LoraArray) -> dict[str, Part]:
+    """Return what is known of all parts of a node's update, by name.
+
+    Args:
+        node: of any form.
+
+    Returns:
+        "lora_a", "lora_b" and those of `extra`.
+
+    Example:
+        >>> node = LoraArray(None, None, None, None, "io")
+        >>> {name: part.axes for name, part in parts(node).items()}
+        {'lora_a': 'si r', 'lora_b': 's r o'}
+    """
+    return of(node).parts | (dora.PARTS if has_gain(node) else {})
+
+
+def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
+    """Add the other parts of its form to a node that has A and B, with their first values."""
+    more = {**of(node).extra, **(dora.PARTS if with_dora else {})}
+    want = shapes(more, Geometry.of(node.shape, node.layout), node.rank)
+    for name, part in more.items():
+        node = node.with_parts({name: part.begin(node, want[name], dtype)})
+    return node
+
+
+def gain(node: LoraArray) -> Float[Array, "..."] | None:
+    """Return what the outputs are multiplied by, `(*stack, *out_dims)`; None for nothing."""
+    return dora.gain(node) if has_gain(node) else None
+
+
+def weight(node: LoraArray) -> Float[Array, "..."]:
+    """Return the whole weight, in float32 or wider."""
+    update = delta(node, node.shape, node.dtype)
+    summed = node.base.astype(update.dtype) + update
+    by = gain(node)
+    return summed if by is None else summed * Geometry.of(node.shape, node.layout).across(by)
+
+
+def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
+    """Return the base whose merged weight is `merged`, in float32 or wider.
+
+    `W' / g - s · A B`, with the gain of `node`. An output of gain 0 is lost: it has `node`'s base.
+    """
+    update = delta(node, merged.shape, merged.dtype)
+    whole = merged.astype(update.dtype)
+    by = gain(node)
+    if by is None:
+        return whole - update
+    by = Geometry.of(node.shape, node.layout).across(by).astype(update.dtype)
+    lost = by == 0
+    return jnp.where(
+        lost, node.base.astype(update.dtype), whole / jnp.where(lost, 1.0, by) - update
+    )
+
+
+def check(path: str, node: LoraArray, call: str) -> None:
+    """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed."""
+    if any(isinstance(x, Tied) for x in node.parts.values()):
+        raise ValueError(
+            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '
+            "`jlora.untie(params)`, inside the function that is differentiated."
+        )
+    if any(x is None for x in (node.base, node.scaling, *node.parts.values())):
+        raise ValueError(
+            f'`{call}`: "{path}" is a part of a LoraArray (its base or its factors are taken out). '
+            "Put it together first: `jlora.bind(base, adapter)` or "
+            "`jlora.combine(trainable, frozen)`."
+        )
+    known = parts(node)
+    if set(node.parts) != set(known):
+        raise ValueError(
+            f"`{call}`: {describe(path, node.base)} of the form {node.form!r} has the parts "
+            f"{sorted(known)}; got {sorted(node.parts)}. Give what `jlora.attach` returned."
+        )
+    geometry = Geometry.of(node.shape, node.layout)
+    want = shapes(known, geometry, node.rank, node.slices)
+    a, b = want["lora_a"], want["lora_b"]
+    if node.lora_a.shape != a or node.lora_b.shape != b:
+        raise ValueError(
+            f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} needs lora_a {a} "
+            f"and lora_b {b}; got {node.lora_a.shape} and {node.lora_b.shape}. "
+            "The adapter belongs to another model, or was stacked along another axis than its base."
+        )
+    if jnp.shape(node.scaling) not in ((), geometry.stack):
+        raise ValueError(
+            f"`{call}`: {describe(path, node.base)} needs a scaling of shape () or "
+            f"{geometry.stack}; got {jnp.shape(node.scaling)}."
+        )
+    for name, value in node.extra.items():
+        if jnp.shape(value) != want[name]:
+            each = ", one per output" if known[name].axes == "so" else ""
+            raise ValueError(
+                f"`{call}`: {describe(path, node.base)} with layout {node.layout!r} and rank "
+                f"{node.rank} needs a {name} of shape {want[name]}{each}; got {jnp.shape(value)}."
+            )

@@ -1,0 +1,66 @@
+"""LoRA-XS: `W + s · A R B`, R of r × r trains between frozen singular vectors of W.
+
+Bałazy et al. 2024, arXiv:2405.17604, eq. 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jlora._arrays import Geometry, LoraArray, accumulator
+from jlora.forms._factors import changed_b
+from jlora.forms._form import Factors, Form, Part
+
+
+def lora_xs(
+    key: PRNGKeyArray,
+    weight: Float[Array, "in out"],
+    rank: int,
+    scaling: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Factors:
+    """Give A the input directions of W's largest singular values, and B the rest of them.
+
+    `W = U S Vᵀ`, `A = Uᵣ`, `B = Sᵣ Vᵣᵀ`. Both stay frozen under `LoraSpec(form="lora_xs")`, whose
+    R, between them, begins as zero; the weight stays as it is.
+
+    Args:
+        key: a PRNG key; not read.
+        weight: the base weight as `(in, out)`.
+        rank: r.
+        scaling: s = α/r; not read.
+        dtype: of A and B.
+
+    Returns:
+        `lora_a` (in, rank) and `lora_b` (rank, out).
+
+    Example:
+        >>> a, b = lora_xs(jax.random.key(0), jnp.diag(jnp.array([3.0, 2.0, 1.0])), rank=1)
+        >>> jnp.diag(a @ b).tolist()
+        [3.0, 0.0, 0.0]
+
+    Reference: Bałazy et al. 2024, arXiv:2405.17604, section 3.2, where W is (out, in) and so A is
+    `Uᵣ Sᵣ` and on the side of the outputs. There R begins as `N(0, 1e-5²)`.
+    """
+    u, s, vt = jnp.linalg.svd(weight.astype(accumulator(weight.dtype)), full_matrices=False)
+    return u[:, :rank].astype(dtype), (s[:rank, None] * vt[:rank]).astype(dtype)
+
+
+def factors(node: LoraArray, geometry: Geometry) -> tuple[Array, Array]:
+    """Return A and `R B`."""
+
+    def scaled(b: Array) -> Array:
+        core = node.extra["core"].astype(b.dtype)
+        return jnp.matmul(core, b, precision=jax.lax.Precision.HIGHEST)
+
+    return node.lora_a, changed_b(node, geometry, scaled)
+
+
+FORM = Form(
+    "lora_xs",
+    lora_xs,
+    frozen=("lora_a", "lora_b"),
+    extra={"core": Part("s r r", shared=True)},
+    factors=factors,
+)
