@@ -211,7 +211,7 @@ OLD = {
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 @pytest.mark.parametrize("form", OLD)
 def test_a_checkpoint_of_version_1(tmp_path, form, dora):
-    """What was saved before forms had names of their own restores exactly, and saves as it is now."""
+    """What was saved before forms had names restores exactly, and is saved as it is now."""
     frozen, parts, now = OLD[form]
     parts = {**parts, **({"magnitude": drawn(7) ** 2} if dora else {})}
     factors = {"lora_a": drawn(11, 2), "lora_b": drawn(2, 7), "scaling": jnp.float32(1.5)}
