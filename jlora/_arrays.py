@@ -180,8 +180,8 @@ def along(axes: str, roles: Sequence[Any], of_base: Axes, rank: Any = None) -> A
     Example:
         >>> along("s r o", "sio", (5, 3, 4), 2), along("si r", "sio", "abc", "R")
         ((5, 2, 4), 'abR')
-        >>> along("si r", "sio", PartitionSpec("data"))
-        PartitionSpec('data', None, None)
+        >>> tuple(along("si r", "sio", PartitionSpec("data")))
+        ('data', None, None)
     """
     each = [*of_base]
     if isinstance(of_base, PartitionSpec):

@@ -8,6 +8,7 @@ import pytest
 
 import jlora
 from jlora import LoraSpec, optim
+from jlora.forms.adalora import VALUES
 
 X = jax.random.normal(jax.random.key(3), (16, 7))
 SETTINGS = {"target_rank": 1, "total_steps": 12, "warmup_steps": 2, "final_steps": 4, "every": 2}
@@ -50,9 +51,7 @@ def train(tree, loss, steps=12, **settings):
         for _ in range(steps):
             tree, state = step(tree, state)
             nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jlora.LoraArray))
-            cores.append(
-                np.concatenate([np.array(n.extra["singular_values"]).reshape(-1, 4) for n in nodes])
-            )
+            cores.append(np.concatenate([np.array(n.extra[VALUES]).reshape(-1, 4) for n in nodes]))
     assert len(traces) == 1
     return cores
 
@@ -94,9 +93,7 @@ def test_the_most_important_stay():
         updates, state = tx.update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     for node in trainable.values():
-        np.testing.assert_array_equal(
-            node.extra["singular_values"] != 0, [False, False, True, False]
-        )
+        np.testing.assert_array_equal(node.extra[VALUES] != 0, [False, False, True, False])
 
 
 def test_a_gradient_that_is_passed_over_is_forgotten():
@@ -112,9 +109,7 @@ def test_a_gradient_that_is_passed_over_is_forgotten():
                 grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads)
             updates, state = tx.update(grads, state, tree)
             tree = optax.apply_updates(tree, updates)
-    assert (
-        int((tree["w"].extra["singular_values"] != 0).sum()) == 3
-    )  # the target rank in each of three layers
+    assert int((tree["w"].extra[VALUES] != 0).sum()) == 3  # the target rank in each of three layers
 
 
 def test_orthogonality_is_the_mean_distance():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import jlora
-from jlora import arithmetic, checkpoint, initializers, optim, peft
+from jlora import arithmetic, checkpoint, forms, initializers, optim, peft
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
@@ -145,12 +145,14 @@ def test_importing_jlora_imports_no_optional_library():
 
 
 def documented():
-    spaces = [jlora, arithmetic, initializers, optim, checkpoint, peft]
+    spaces = [jlora, arithmetic, forms, initializers, optim, checkpoint, peft]
     for space in spaces:
         for name, x in vars(space).items():
             if name.startswith("_") or not (inspect.isfunction(x) or inspect.isclass(x)):
                 continue
-            if name in PUBLIC or f"{x.__module__}.".startswith(f"{space.__name__}."):
+            if name in PUBLIC or f"{x.__module__}.".startswith(
+                (f"{space.__name__}.", "jlora.forms.")
+            ):
                 yield f"{space.__name__}.{name}", x
 
 

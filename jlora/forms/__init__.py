@@ -1,6 +1,6 @@
 """The variants of LoRA: one file each, and one line in the table below.
 
-A form says which parts an update has beside A and B and which of the base's axes they have, how
+A form says which parts an update has besides A and B and which of the base's axes they have, how
 they begin, which of them train, how they make one A and one B, and what it refuses. Everything else
 asks the form: `register` makes one from outside known to `LoraSpec(form=...)` and to all of jlora.
 

@@ -17,7 +17,21 @@ Slices = tuple[tuple[int, int], ...] | None
 def shapes(
     parts: Mapping[str, Part], geometry: Geometry, rank: int, slices: Slices = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of parts; of slices A has the ranks side by side, and B their outputs."""
+    """Return the shapes of parts; of slices A has the ranks side by side, and B their outputs.
+
+    Args:
+        parts: of a form, or some of them.
+        geometry: of the weight.
+        rank: r, of each slice.
+        slices: as in `LoraSpec`.
+
+    Returns:
+        The shapes, by the names of the parts.
+
+    Example:
+        >>> shapes(named("lora_xs").parts, Geometry.of((5, 3, 4), "io"), 2)["core"]
+        (5, 2, 2)
+    """
     narrow, ranks = geometry.sliced(slices), rank * (1 if slices is None else len(slices))
 
     def shape(name: str, axes: str) -> tuple[int, ...]:
@@ -30,13 +44,40 @@ def shapes(
 def factor_shapes(
     geometry: Geometry, rank: int, slices: Slices = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `lora_a` and `lora_b`."""
+    """Return the shapes of `lora_a` and `lora_b`.
+
+    Args:
+        geometry: of the weight.
+        rank: r, of each slice.
+        slices: as in `LoraSpec`.
+
+    Returns:
+        Two shapes.
+
+    Example:
+        >>> factor_shapes(Geometry.of((5, 3, 4), "io"), 2)
+        ((5, 3, 2), (5, 2, 4))
+    """
     found = shapes({name: Part(axes) for name, axes in AXES.items()}, geometry, rank, slices)
     return found["lora_a"], found["lora_b"]
 
 
 def changed_b(node: LoraArray, geometry: Geometry, change: Callable[[Array], Array]) -> Array:
-    """Return what `change` makes of B as `(*stack, rank, out)`, in float32 or wider, as B is."""
+    """Return B after `change`, which is given it as matrices, in float32 or wider.
+
+    Args:
+        node: whose B it is.
+        geometry: of the weight.
+        change: from `(*stack, rank, out)` to the same shape.
+
+    Returns:
+        What has become of B, in B's shape and dtype.
+
+    Example:
+        >>> node = LoraArray(None, jnp.ones((3, 2)), jnp.ones((2, 4)), 1.0, "io")
+        >>> changed_b(node, Geometry.of((3, 4), "io"), lambda b: 2 * b)[0, 0].item()
+        2.0
+    """
     shape, dtype = node.lora_b.shape, node.lora_b.dtype
     matrix = node.lora_b.astype(accumulator(dtype))
     matrix = matrix.reshape(*geometry.stack, node.rank, geometry.fan_out)
@@ -51,6 +92,16 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
     Args:
         node: of any form.
         shape: of the weight; `None` reads it from the base.
+
+    Returns:
+        A, `(*stack, *in_dims, rank)`, and B, `(*stack, rank, *out_dims)`.
+
+    Example:
+        >>> values = {"singular_values": jnp.array([3.0])}
+        >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
+        >>> node = LoraArray(jnp.ones((2, 2)), a, b, 1.0, "io", extra=values, form="adalora")
+        >>> factors(node)[1].tolist()
+        [[3.0, 3.0]]
     """
     geometry, form = Geometry.of(shape or node.shape, node.layout), named(node.form)
     if form.factors is not None:
@@ -68,14 +119,43 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
 
 
 def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
-    """Write an update of any form, of slices too, as LoRA: one A and one B; a gain stays."""
+    """Write an update of any form, of slices too, as LoRA: one A and one B; a gain stays.
+
+    Args:
+        node: of any form.
+        shape: of the weight; `None` reads it from the base.
+
+    Returns:
+        A node of the form "lora" with the same weight.
+
+    Example:
+        >>> values = {"singular_values": jnp.array([3.0])}
+        >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
+        >>> node = LoraArray(jnp.ones((2, 2)), a, b, 1.0, "io", extra=values, form="adalora")
+        >>> as_lora(node).form, as_lora(node).lora_b.tolist()
+        ('lora', [[3.0, 3.0]])
+    """
     a, b = factors(node, shape)
     extra = {name: x for name, x in node.extra.items() if name not in named(node.form).parts}
     return dataclasses.replace(node, lora_a=a, lora_b=b, slices=None, extra=extra, form="lora")
 
 
 def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Return `s · A B` in a base weight's `shape`, in float32 or what of it and A is wider."""
+    """Build `s · A B`, in float32 or the widest of that, the weight's dtype and A's.
+
+    Args:
+        node: of any form; its base is not read.
+        shape: of the weight.
+        dtype: of the weight.
+
+    Returns:
+        An array of `shape`.
+
+    Example:
+        >>> node = LoraArray(None, jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
+        >>> delta(node, (3, 4), jnp.float32)[0, 0].item()
+        1.0
+    """
     geometry = Geometry.of(shape, node.layout)
     a, b = factors(node, shape)
     rank = a.shape[-1]

@@ -19,7 +19,20 @@ _FIELDS = [field.name for field in dataclasses.fields(LoraArray)]
 
 
 def zeros(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Begin a part as zeros."""
+    """Begin a part as zeros.
+
+    Args:
+        node: not read.
+        shape: of the part.
+        dtype: of the part.
+
+    Returns:
+        An array.
+
+    Example:
+        >>> zeros(LoraArray(None, None, None, None, "io"), (2,), jnp.float32).tolist()
+        [0.0, 0.0]
+    """
     return jnp.zeros(shape, dtype)
 
 
@@ -59,7 +72,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Form:
-    """A variant of LoRA: its parts beside A and B, what trains, and the one A and B they make.
+    """A variant of LoRA: its parts besides A and B, what trains, and the one A and B they make.
 
     Args:
         name: what `LoraSpec(form=...)` calls it.
@@ -172,6 +185,17 @@ def named(name: str, call: str = "jlora.forms.named(name)") -> Form:
 
 
 def shareable() -> tuple[str, ...]:
-    """Return the names of all parts that weights can share, of any form."""
+    """Return the names of all parts that weights can share, of any form.
+
+    Args:
+        None.
+
+    Returns:
+        The names, "lora_a" and "lora_b" first.
+
+    Example:
+        >>> shareable()[:3]
+        ('lora_a', 'lora_b', 'core')
+    """
     found = [(n, part) for form in _FORMS.values() for n, part in form.parts.items()]
     return tuple(dict.fromkeys(name for name, part in found if part.shared))

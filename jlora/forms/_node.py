@@ -31,7 +31,18 @@ def of(node: LoraArray) -> Form:
 
 
 def has_gain(node: LoraArray) -> bool:
-    """Whether the weight is the sum times a gain per output, as DoRA's is."""
+    """Whether the weight is the sum times a gain per output, as DoRA's is.
+
+    Args:
+        node: of any form.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> has_gain(LoraArray(None, None, None, None, "io"))
+        False
+    """
     return dora.MAGNITUDE in node.extra
 
 
@@ -53,7 +64,21 @@ def parts(node: LoraArray) -> dict[str, Part]:
 
 
 def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
-    """Add the other parts of its form to a node that has A and B, with their first values."""
+    """Add the other parts of its form to a node that has A and B, with their first values.
+
+    Args:
+        node: with a base, A and B.
+        with_dora: whether to add DoRA's magnitude.
+        dtype: of the parts.
+
+    Returns:
+        A node that has all its parts.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
+        >>> begun(node, True, jnp.float32).extra["magnitude"].shape
+        (4,)
+    """
     more = {**of(node).extra, **(dora.PARTS if with_dora else {})}
     want = shapes(more, Geometry.of(node.shape, node.layout), node.rank)
     for name, part in more.items():
@@ -62,12 +87,36 @@ def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
 
 
 def gain(node: LoraArray) -> Float[Array, "..."] | None:
-    """Return what the outputs are multiplied by, `(*stack, *out_dims)`; None for nothing."""
+    """Return what the outputs are multiplied by; None for nothing.
+
+    Args:
+        node: of any form, with its base.
+
+    Returns:
+        `(*stack, *out_dims)`, in float32 or wider.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
+        >>> gain(node) is None, gain(begun(node, True, jnp.float32)).round(4).tolist()
+        (True, [1.0, 1.0, 1.0, 1.0])
+    """
     return dora.gain(node) if has_gain(node) else None
 
 
 def weight(node: LoraArray) -> Float[Array, "..."]:
-    """Return the whole weight, in float32 or wider."""
+    """Build the weight: base and update, times the gain.
+
+    Args:
+        node: of any form, with its base.
+
+    Returns:
+        An array of the base's shape, in float32 or wider.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
+        >>> weight(node)[0, 0].item()
+        2.0
+    """
     update = delta(node, node.shape, node.dtype)
     summed = node.base.astype(update.dtype) + update
     by = gain(node)
@@ -78,6 +127,18 @@ def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
     """Return the base whose merged weight is `merged`, in float32 or wider.
 
     `W' / g - s · A B`, with the gain of `node`. An output of gain 0 is lost: it has `node`'s base.
+
+    Args:
+        merged: the weight.
+        node: the update; its base is read for the gain alone.
+
+    Returns:
+        An array of the weight's shape.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
+        >>> base_of(weight(node), node)[0, 0].item()
+        1.0
     """
     update = delta(node, merged.shape, merged.dtype)
     whole = merged.astype(update.dtype)
@@ -92,7 +153,23 @@ def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
 
 
 def check(path: str, node: LoraArray, call: str) -> None:
-    """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed."""
+    """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed.
+
+    Args:
+        path: of the node, for the error.
+        node: of any form.
+        call: what an error is said to come from.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        ValueError: a part is tied, taken out, of another shape, or not one of the form's.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
+        >>> check("w", node, "jlora.merge")
+    """
     if any(isinstance(x, Tied) for x in node.parts.values()):
         raise ValueError(
             f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '

@@ -33,6 +33,7 @@ def kaiming(
         `lora_a` (in, rank) and `lora_b` (rank, out); A·B = 0, so the model starts unchanged.
 
     Example:
+        >>> import jax
         >>> a, b = kaiming(jax.random.key(0), jnp.ones((16, 3)), rank=2)
         >>> a.shape, b.shape, bool(abs(a).max() <= 1 / 4)
         ((16, 2), (2, 3), True)

@@ -34,6 +34,7 @@ def mica(
         `lora_a` (in, rank) and `lora_b` (rank, out); A·B = 0, and the weight stays as it is.
 
     Example:
+        >>> import jax
         >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
         >>> a, b = mica(jax.random.key(0), w, rank=1)
         >>> bool(a.any()), abs(b).tolist()

@@ -12,6 +12,7 @@ import torch
 
 import jlora
 from jlora import LoraSpec, optim
+from jlora.forms.adalora import VALUES
 
 RANK, TARGET, STEPS, WARMUP, FINAL, EVERY, ALPHA = 6, 2, 20, 3, 5, 2, 6.0
 
@@ -57,7 +58,7 @@ def twins(orthogonal):
         a, e, b = (
             x["default"].detach().numpy() for x in (layer.lora_A, layer.lora_E, layer.lora_B)
         )
-        parts = {"lora_a": a.T, "singular_values": e[:, 0], "lora_b": b.T}
+        parts = {"lora_a": a.T, VALUES: e[:, 0], "lora_b": b.T}
         params[name] = params[name].with_parts({k: jnp.asarray(x) for k, x in parts.items()})
     return model, layers, params
 
@@ -103,11 +104,9 @@ def test_the_same_choices(orthogonal, whole, compare):
             for name, layer in layers.items():
                 theirs = layer.lora_E["default"].detach().numpy()[:, 0]
                 np.testing.assert_array_equal(
-                    own[name].extra["singular_values"] == 0, theirs == 0, err_msg=f"{k} {name}"
+                    own[name].extra[VALUES] == 0, theirs == 0, err_msg=f"{k} {name}"
                 )
-            counts.append(
-                sum(int((own[name].extra["singular_values"] != 0).sum()) for name in layers)
-            )
+            counts.append(sum(int((own[name].extra[VALUES] != 0).sum()) for name in layers))
     assert counts[WARMUP - 1] == 2 * RANK and counts[-FINAL - 1 :] == [2 * TARGET] * (FINAL + 1)
     assert len(set(counts)) > 3, "the budget falls in steps"
     assert len(traces) == 1
@@ -116,5 +115,5 @@ def test_the_same_choices(orthogonal, whole, compare):
             x["default"].detach().numpy() for x in (layer.lora_A, layer.lora_E, layer.lora_B)
         )
         compare(own[name].lora_a.T, a, f"{name} A")
-        compare(own[name].extra["singular_values"], e[:, 0], f"{name} Λ")
+        compare(own[name].extra[VALUES], e[:, 0], f"{name} Λ")
         compare(own[name].lora_b.T, b, f"{name} B")
