@@ -41,9 +41,7 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
 
 def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
     """Apply an equation's own primitive, its rules and parameters untouched, to `operands`."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    subfuns, params = params if isinstance(params, tuple) else ((), params)  # a pair before 0.10
-    out = eqn.primitive.bind(*subfuns, *operands, **params)
+    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -80,3 +78,8 @@ def in_mesh_of(x: Any) -> Any:
 def manual_axes(params: dict[str, Any]) -> Any:
     """Return the mesh axes that a shard_map makes manual."""
     return params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+
+
+def kernel_name(eqn: JaxprEqn) -> str | None:
+    """Return the name of the function behind a primitive that many share: `pallas_call`, `jit`."""
+    return eqn.params.get("name")

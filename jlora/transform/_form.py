@@ -11,10 +11,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from jlora._arrays import accumulator
-from jlora.transform._labeled import contract, flops, spread
+from jlora.transform._labeled import Labels, contract, expanded, flops
 from jlora.transform._view import RANK, narrowed, plus, scaled
 
-Labels = tuple[Any, ...]
 TOKENS = "tokens"
 # Up to this rank a differentiated z·B is a sum of terms: that many multiply-adds where a number is
 # used cost less than to store it and read it again (benchmarks/forms.py, form "terms").
@@ -81,7 +80,7 @@ def _product(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
     z = contract(x, form.x, one, labels[form.first], form.between, form.precision)
     if s and not form.turned:
         stack = [k for k in labels[0] if k in labels[1] and k != RANK]
-        z = z * narrowed(spread(s[0], stack[: s[0].ndim], form.between), z.dtype)
+        z = z * narrowed(expanded(s[0], stack[: s[0].ndim], form.between), z.dtype)
     last, names = in_terms if form.terms else contract, labels[1 - form.first]
     z = narrowed(z, form.dtype)
     update = last(z, form.between, other, names, form.out, form.precision)
@@ -103,7 +102,7 @@ def in_terms(
 
     def row(n: int, x: Any, names: Labels) -> Any:
         x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
-        return spread(x, [k for k in names if k != RANK], out_labels)
+        return expanded(x, [k for k in names if k != RANK], out_labels)
 
     ranks = range(z.shape[z_labels.index(RANK)])
     return functools.reduce(lax.add, [row(n, z, z_labels) * row(n, factor, labels) for n in ranks])

@@ -1,15 +1,18 @@
 """Arrays whose axes are labeled: how they are multiplied, and what that costs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from jax import lax
 
 from jlora._arrays import accumulator
 
+Label = Hashable  # names an axis
+Labels = tuple[Label, ...]
 
-def spread(x: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
+
+def expanded(x: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
     """Arrange an array, its axes labeled, to broadcast against one whose axes are `among`."""
     have = [k for k in among if k in labels]
     x = lax.transpose(x, [list(labels).index(k) for k in have])

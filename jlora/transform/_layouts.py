@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import is_adapted
 from jlora.transform._lora import Traced, argument_paths
-from jlora.transform._view import View
+from jlora.transform._probe import Probe
 from jlora.transform._walk import Settings, Use, Walk
 
 
@@ -64,7 +64,7 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
             name = names[k]
             if own[k] and leaves[k].ndim >= 2:
                 ndims[name] = leaves[k].ndim
-                values.append(View.probe(leaves[k], name))
+                values.append(Probe.of(leaves[k], name))
             else:
                 values.append(leaves[k])
         Walk(settings).evaluate(traced.jaxpr, values)

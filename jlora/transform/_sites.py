@@ -7,7 +7,7 @@ moved the weight. Nothing of the model itself is differentiated, and a loop adds
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,18 +16,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora import _compat
-from jlora.transform._inputs import Sums, of_conv, of_dot, of_ragged
-from jlora.transform._registry import RULES
+from jlora.transform import _registry
+from jlora.transform._inputs import Sums
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
-
-# Nothing is differentiated, so their own rules do not matter: the body is walked where it stands.
-_INLINE = {
-    **dict.fromkeys(("jit", "pjit", "remat2", "checkpoint", "remat"), "jaxpr"),
-    **dict.fromkeys(("custom_vjp_call", "custom_jvp_call"), "call_jaxpr"),
-    "custom_vmap_call": "call",
-}
-_OF = {"dot_general": of_dot, "conv_general_dilated": of_conv, "ragged_dot_general": of_ragged}
 
 
 class Sites:
@@ -45,19 +37,20 @@ class Sites:
 
     def apply(self, walk: Walk, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         """Apply an equation that meets a view, on the bases; what comes of a view may be one."""
-        name = eqn.primitive.name
-        if name in _INLINE:
-            return walk.inside(eqn, None).evaluate(eqn.params[_INLINE[name]], operands)
+        name, rule = eqn.primitive.name, _registry.find(eqn)
+        if rule is not None and rule.body is not None:
+            # Nothing is differentiated, so their own rules do not matter: the body is walked here.
+            return walk.inside(eqn, None).evaluate(eqn.params[rule.body], operands)
         loop = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
         if loop is not None:
             return loop(walk, eqn, *operands)
-        if name in _OF and self._product(eqn, operands):
+        if rule is not None and rule.sums is not None and self._product(eqn, rule.sums, operands):
             return walk.bind(eqn, *operands)
         views = [x for x in operands if isinstance(x, View)]
         if name == "stop_gradient":  # not of the sums
             return [views[0].over(walk.bind(eqn, *operands)[0])]
-        rule = None if name in (*_OF, "shard_map") else RULES.get(name)
-        outs = rule(walk, eqn, *operands) if rule else NotImplemented
+        followed = rule is not None and rule.kind in ("rearrange", "join")
+        outs = rule.fn(walk, eqn, *operands) if rule and followed else NotImplemented
         if outs is NotImplemented or not any(isinstance(x, View) for x in outs):
             for path in (path for view in views for path in view.names):
                 self.missed.setdefault(path, f"{name} at {walk.line(eqn)}")
@@ -95,11 +88,11 @@ class Sites:
             for k, x in views.items()
         }
 
-    def _product(self, eqn: JaxprEqn, operands: list[Any]) -> bool:
+    def _product(self, eqn: JaxprEqn, summed: Callable[..., Any], operands: list[Any]) -> bool:
         """Note the sums of a product's inputs, where it has them; return whether it has."""
         operands = [x.settled() if isinstance(x, View) and "e" in x.roles else x for x in operands]
         views = [x for x in operands if isinstance(x, View)]
-        sums = _OF[eqn.primitive.name](eqn, *operands) if len(views) == 1 else None
+        sums = summed(eqn, *operands) if len(views) == 1 else None
         if sums is None:
             return False
         self._note(views[0], sums)

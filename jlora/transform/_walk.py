@@ -14,8 +14,8 @@ from jax.extend.core import Literal as JaxprLiteral
 
 from jlora import _compat
 from jlora._paths import describe
-from jlora.transform._registry import KNOW_EQUAL, KNOW_GAIN, RULES, TAKE_WHOLE
-from jlora.transform._view import View
+from jlora.transform import _registry
+from jlora.transform._weight import Weight
 
 Fallback = Literal["warn", "error", "materialize"]
 _MOST_COMPILED = 1024
@@ -102,15 +102,17 @@ class Walk:
         return jnp.dtype(jnp.bfloat16) if jnp.finfo(dtype).bits < 16 else dtype
 
     def used(
-        self, eqn: JaxprEqn, view: View, flops: Any, contracted: Sequence[int], free: Sequence[int]
+        self,
+        eqn: JaxprEqn,
+        view: Weight,
+        flops: Any,
+        contracted: Sequence[int],
+        free: Sequence[int],
     ) -> None:
         """Tell the observer of a factored use."""
         if self.settings.observe is None:
             return
-        origins = [
-            set() if view.parts else {origin for k in group for origin in view.roles[k]}
-            for group in (contracted, free)
-        ]
+        origins = [view.origins(group) for group in (contracted, free)]
         for name in view.names:
             sides = [tuple(sorted(axis for path, axis in o if path == name)) for o in origins]
             cost = flops // len(view.names)
@@ -145,22 +147,22 @@ class Walk:
 
     def apply(self, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         """Apply one equation: its own primitive without views, else its rule, else the fallback."""
-        if not any(isinstance(x, View) for x in operands):
+        if not any(isinstance(x, Weight) for x in operands):
             if eqn.primitive.name in ("broadcast_in_dim", "pvary"):
                 self.sources[eqn.outvars[0]] = (eqn, operands[0])
             return _compat.bind(eqn, *operands)
-        name = eqn.primitive.name
-        if name not in TAKE_WHOLE:
-            equal = name in KNOW_EQUAL
+        rule = _registry.find(eqn)
+        if rule is None or not rule.own:
+            repeated = rule is not None and rule.repeated
             operands = [
-                x.settled("e" * x.ndim if equal else ()) if isinstance(x, View) else x
+                x.settled("e" * x.ndim if repeated else ()) if isinstance(x, Weight) else x
                 for x in operands
             ]
         if self.settings.instead is not None:
             return self.settings.instead(self, eqn, operands)
-        gained = any(isinstance(x, View) and x.gain is not None for x in operands)
-        rule = None if gained and name not in KNOW_GAIN else RULES.get(name)
-        outs = rule(self, eqn, *operands) if rule else NotImplemented
+        outs = NotImplemented
+        if rule is not None and (rule.takes_gain or not any(map(_gained, operands))):
+            outs = rule.fn(self, eqn, *operands)
         if outs is NotImplemented:
             outs = _compat.bind(eqn, *self.arrays(eqn, operands))
         return outs
@@ -181,24 +183,27 @@ class Walk:
 
     def bind(self, eqn: JaxprEqn, *operands: Any) -> list[Any]:
         """Apply an equation's own primitive to the bases of its operands."""
-        return _compat.bind(eqn, *(x.base if isinstance(x, View) else x for x in operands))
+        return _compat.bind(eqn, *(x.base if isinstance(x, Weight) else x for x in operands))
 
-    def materialize(self, eqn: JaxprEqn, view: View) -> Any:
+    def materialize(self, eqn: JaxprEqn, view: Weight) -> Any:
         """Build a view's weight because `eqn` needs it whole, and say so as the fallback asks."""
         # A view that has lost one side (a row that was sliced out) is an activation, not a weight.
-        if view.having("i") and view.having("o"):
+        if view.two_sided:
             self._report(eqn, view)
-        elif view.parts:
+        elif view.rank:
             self.used(eqn, view, 2 * math.prod(view.shape) * view.rank, (), ())
         return view.dense()
 
     def arrays(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         """Build the views among values that must be arrays."""
-        return [self.materialize(eqn, x) if isinstance(x, View) else x for x in values]
+        return [self.materialize(eqn, x) if isinstance(x, Weight) else x for x in values]
 
-    def _report(self, eqn: JaxprEqn, view: View) -> None:
+    def _report(self, eqn: JaxprEqn, view: Weight) -> None:
         line, primitive = self.line(eqn), eqn.primitive.name
-        why = "no factored form" if primitive in RULES else "no rule for this primitive"
+        rule = _registry.find(eqn)
+        why = "no factored form" if rule else "no rule for this primitive"
+        if rule and view.gain is not None and not rule.takes_gain:
+            why = "its rule takes no weight with DoRA's gain"
         cost = 2 * math.prod(view.shape) * view.rank
         if self.settings.observe is not None:
             for name in view.names:
@@ -212,7 +217,7 @@ class Walk:
             f'primitive "{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} '
             f"bytes, {cost:,} FLOPs a call. "
             "`jlora.explain` lists every such use. "
-            "Ways out: write that line as a product with the weight; give the parameter the rule "
+            f"Ways out: {_instead(eqn)}; give the parameter the rule "
             'None (or "full"); or accept it with `jlora.lora(fn, fallback="materialize")`.'
         )
         if self.settings.fallback == "error":
@@ -220,13 +225,13 @@ class Walk:
         self.settings.told.add((primitive, line))
         warnings.warn(message, UserWarning, stacklevel=2)
 
-    def doubt_stack(self, eqn: JaxprEqn, view: View) -> None:
+    def doubt_stack(self, eqn: JaxprEqn, view: Weight) -> None:
         """Warn of layers that are taken for a side of a convolution, the layout of 4-D weights."""
         silent = self.settings.fallback == "materialize" or self.settings.observe is not None
         site = ("stack", self.line(eqn))
         if silent or site in self.settings.told:
             return
-        if not view.parts or view.ndim < 4 or view.roles[0] not in ("i", "o"):
+        if view.ndim < 4 or view.roles[0] not in ("i", "o"):
             return
         self.settings.told.add(site)
         side, shared = ("input", "B") if view.roles[0] == "i" else ("output", "A")
@@ -253,6 +258,20 @@ class Walk:
                 del compiled[next(iter(compiled))]
             compiled[id(jaxpr)] = (jaxpr, wrap(walked))
         return compiled[id(jaxpr)][1]
+
+
+def _instead(eqn: JaxprEqn) -> str:
+    """Say how the factored form can be had: of a primitive without a rule, by one of one's own."""
+    way = "write that line as a product with the weight"
+    if _registry.find(eqn) is not None:
+        return way
+    name = _compat.kernel_name(eqn)
+    kernel = "" if name is None else f', kernel="{name}"'
+    return f'{way}; register a rule, `jlora.transform.rule("{eqn.primitive.name}"{kernel}, ...)`'
+
+
+def _gained(x: Any) -> bool:
+    return isinstance(x, Weight) and x.gain is not None
 
 
 def _last_uses(body: _compat.Body) -> list[list[Any] | None]:

@@ -13,12 +13,14 @@ from jax.extend.core import JaxprEqn, Literal
 from jax.sharding import Sharding
 
 from jlora import _compat
+from jlora.transform import _registry
+from jlora.transform._join import aligned, fitted
 from jlora.transform._registry import rule
-from jlora.transform._view import View, aligned, all_names, even, summed
 from jlora.transform._walk import Walk
+from jlora.transform._weight import W, Weight
 
 
-@rule("jit", "pjit", whole=True, gain=True)
+@rule("jit", kind="call", own=True, body="jaxpr")
 def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
 
@@ -38,13 +40,13 @@ def _as_asked(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
     """Lay arrays out as `jax.jit(in_shardings=, out_shardings=)` was told; factors lie freely."""
     return [
         x
-        if isinstance(x, View) or not isinstance(sharding, Sharding)
+        if isinstance(x, Weight) or not isinstance(sharding, Sharding)
         else lax.with_sharding_constraint(x, sharding)
         for x, sharding in zip(values, shardings, strict=True)
     ]
 
 
-@rule("remat2", "checkpoint", "remat", whole=True, gain=True)
+@rule("remat2", kind="call", own=True, body="jaxpr")
 def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     def walked(key: Any, *operands: Any) -> list[Any]:
         return walk.inside(eqn, key).evaluate(eqn.params["jaxpr"], operands)
@@ -55,13 +57,13 @@ def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     )
 
 
-def _peel(view: View) -> tuple[Any, Callable[[Any], View]]:
+def _peel(view: W) -> tuple[Any, Callable[[Any], W]]:
     """Split a view into what a scan over its first axis slices, and how to see one slice."""
-    laid = view.laid
+    laid = view.components
     has = [0 in view.axes(k) for k in range(len(laid))]
     scanned = [f for f, h in zip(laid, has, strict=True) if h]
 
-    def rebuild(piece: Any) -> View:
+    def rebuild(piece: Any) -> W:
         base, sliced = piece[0], iter(piece[1])
         pieces = [next(sliced) if h else f for f, h in zip(laid, has, strict=True)]
         return view.remade(base, pieces, view.roles[1:])
@@ -85,10 +87,12 @@ class _Carry:
         step: Callable[[Sequence[Any]], Sequence[Any]],
     ) -> None:
         ins, outs = body.invars[first:], body.outvars
-        self.fixed = {k: x for k, x in enumerate(init) if isinstance(x, View) and ins[k] is outs[k]}
+        self.fixed = {
+            k: x for k, x in enumerate(init) if isinstance(x, Weight) and ins[k] is outs[k]
+        }
         self.size, self.walk, self.eqn = len(init), walk, eqn
         self.init = [x for k, x in enumerate(init) if k not in self.fixed]
-        while any(isinstance(x, View) for x in self.init):
+        while any(isinstance(x, Weight) for x in self.init):
             after = jax.eval_shape(lambda xs: self._moving(step(self.full(xs))), self.init)
             stays = [_alike(x, y) for x, y in zip(self.init, after, strict=True)]
             if all(stays):
@@ -107,14 +111,14 @@ class _Carry:
 
     def moving(self, full: Sequence[Any]) -> list[Any]:
         return [
-            x if isinstance(start, View) else self.walk.arrays(self.eqn, [x])[0]
+            x if isinstance(start, Weight) else self.walk.arrays(self.eqn, [x])[0]
             for start, x in zip(self.init, self._moving(full), strict=True)
         ]
 
 
 def _alike(x: Any, y: Any) -> bool:
     """Whether a loop may carry on with `y` where it started with `x`: arrays, or views alike."""
-    if not isinstance(x, View):
+    if not isinstance(x, Weight):
         return True
     return jax.tree.structure(x) == jax.tree.structure(y) and all(
         jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype
@@ -122,7 +126,7 @@ def _alike(x: Any, y: Any) -> bool:
     )
 
 
-@rule("scan", gain=True)
+@rule("scan", kind="call")
 def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
     body = _compat.body(p["jaxpr"])
@@ -130,9 +134,9 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     xs = operands[n_consts + n_carry :]
     for x in xs:
-        if isinstance(x, View):
+        if isinstance(x, Weight):
             walk.doubt_stack(eqn, x)
-    peeled = {k: _peel(x) for k, x in enumerate(xs) if isinstance(x, View)}
+    peeled = {k: _peel(x) for k, x in enumerate(xs) if isinstance(x, Weight)}
     scanned = [peeled[k][0] if k in peeled else x for k, x in enumerate(xs)]
     quiet = walk.quiet()
 
@@ -158,12 +162,13 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
         step, carry.init, (steps, scanned), p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     stacked = [
-        y.remade(y.base, y.laid, (y.new_role, *y.roles)) if isinstance(y, View) else y for y in ys
+        y.remade(y.base, y.components, (y.new_role, *y.roles)) if isinstance(y, Weight) else y
+        for y in ys
     ]
     return [*carry.full(final), *stacked]
 
 
-@rule("while", gain=True)
+@rule("while", kind="call")
 def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -210,7 +215,7 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return carry.full(lax.while_loop(going, step, (start, carry.init))[1])
 
 
-@rule("cond", gain=True)
+@rule("cond", kind="call")
 def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
     settle = _agreement(walk, eqn, operands)
 
@@ -229,10 +234,6 @@ def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
     by_name = {name: walked for names, walked in pairs for name in names or ()}
     rest = next((walked for names, walked in pairs if names is None), None)
     return lax.platform_dependent(walk.next_key(), *operands, default=rest, **by_name)
-
-
-# These make an activation of a weight, whatever else they do.
-_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
 def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[..., list[Any]]:
@@ -255,7 +256,7 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
 
     def settle(outs: Sequence[Any]) -> list[Any]:
         return [
-            _like(plan, x) if plan else walk.arrays(eqn, [x])[0]
+            fitted(plan, x) if plan else walk.arrays(eqn, [x])[0]
             for plan, x in zip(plans, outs, strict=True)
         ]
 
@@ -264,30 +265,22 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
 
 def _settled(outs: Sequence[Any]) -> list[Any]:
     """Give each axis along which a weight was repeated a role, as for an equation's operands."""
-    return [x.settled() if isinstance(x, View) else x for x in outs]
-
-
-def _like(plan: Sequence[Any], x: Any) -> View:
-    """Make one branch's output a view like those that all branches' outputs are planned to be."""
-    views = [v for v in plan if isinstance(v, View)]
-    if not views[0].parts:
-        return summed([*views, *([x] if isinstance(x, View) else [])], getattr(x, "base", x))
-    (out,) = even((aligned([*views, x]) or [])[-1:], views)
-    return View(out.base, out.factors, out.roles, all_names(views))
+    return [x.settled() if isinstance(x, Weight) else x for x in outs]
 
 
 def _joinable(values: Sequence[Any]) -> bool:
     """Whether there are views that one view may stand for: weights of two gains are not one."""
-    views = [x for x in values if isinstance(x, View)]
+    views = [x for x in values if isinstance(x, Weight)]
     return bool(views) and all(x.gain is None for x in views)
 
 
 def _may_return_views(body: _compat.Body, operands: Sequence[Any]) -> bool:
     """Whether an output may still be a weight; read from the equations, nothing is traced."""
-    weights = {v for v, x in zip(body.invars, operands, strict=True) if isinstance(x, View)}
+    weights = {v for v, x in zip(body.invars, operands, strict=True) if isinstance(x, Weight)}
     for e in body.eqns:
-        if e.primitive.name not in _PRODUCTS and any(
-            not isinstance(v, Literal) and v in weights for v in e.invars
-        ):
+        found = _registry.find(e)
+        if found is not None and found.kind == "product":
+            continue
+        if any(not isinstance(v, Literal) and v in weights for v in e.invars):
             weights.update(e.outvars)
     return any(not isinstance(v, Literal) and v in weights for v in body.outvars)

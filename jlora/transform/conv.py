@@ -1,5 +1,6 @@
 """The rule for convolutions: a narrow one with the window, and a product at each position."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,20 +10,37 @@ from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import Gain, multiplied, placed
+from jlora.transform._inputs import EXACT, Sums, pulled, wide
 from jlora.transform._labeled import contract
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, plus
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight
 
 
-@rule("conv_general_dilated", equal=True, gain=True)
+def of_conv(eqn: JaxprEqn, x: Any, view: Any) -> Sums | None:
+    """Sum the patches that a kernel meets; those beyond the image are zeros, and count."""
+    if not isinstance(view, View) or sides_of(eqn, view) != (0, 0):
+        return None
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    groups, x = eqn.params["feature_group_count"], wide(x).astype(view.factors[0].dtype)
+
+    def narrow(a: Any) -> Any:
+        kernel = with_rank_at(dataclasses.replace(view, parts=(a, a)), 0, out_axis)
+        return convolve(eqn, x, jnp.concatenate([kernel] * groups, out_axis), groups, EXACT)
+
+    patches, second, total = pulled(narrow, view.factors[0])
+    return Sums(second, total, jnp.asarray(patches.size // view.rank, second.dtype))
+
+
+@rule("conv_general_dilated", kind="product", repeated=True, sums=of_conv)
 def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
-    if not isinstance(view, View):
+    if not isinstance(view, Weight):
         return NotImplemented
-    if isinstance(lhs, View):
+    if isinstance(lhs, Weight):
         lhs = walk.materialize(eqn, lhs)
     out_axis, in_axis, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    sides, gain = sides_of(eqn, view) if view.parts else (0, 0), _gain(eqn, view)
+    sides, gain = sides_of(eqn, view) if isinstance(view, View) else (0, 0), _gain(eqn, view)
     if sides is None or gain is None:
         return NotImplemented
     result: Any = eqn.outvars[0].aval
@@ -31,12 +49,10 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     def product(x: Any) -> Any:
         return walk.bind(eqn, x, view)[0]
 
-    def updated(base: Any, x: Any) -> Any:
-        if not view.parts:
-            return base
+    def updated(view: View, base: Any, x: Any) -> Any:
         return plus(base, _narrow_conv(eqn, x.astype(dtype), view, base.shape, sides))
 
-    out = multiplied(walk, eqn.invars[0], lhs, gain, dtype, product, updated)
+    out = multiplied(walk, view, eqn.invars[0], lhs, gain, dtype, product, updated)
     window = math.prod(view.shape) // view.shape[out_axis]
     narrow = out.size // view.shape[out_axis] * view.rank
     cost = 2 * narrow * (window + view.shape[out_axis])
@@ -44,7 +60,7 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     return [out]
 
 
-def _gain(eqn: JaxprEqn, view: View) -> Gain | None:
+def _gain(eqn: JaxprEqn, view: Weight) -> Gain | None:
     """Find which channels DoRA's gain scales: the outputs', or a transposed kernel's inputs'."""
     dn = eqn.params["dimension_numbers"]
     w_labels: list[Any] = [("w", k) for k in range(view.ndim)]

@@ -19,16 +19,17 @@ from jlora import _compat
 from jlora.transform._registry import rule
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight
 
 
-def _plain(x: Any) -> Any:
+def _struct(x: Any) -> Any:
     """Return what JAX's rules see of an operand: its shape and dtype."""
-    x = x.base if isinstance(x, View) else x
+    x = x.base if isinstance(x, Weight) else x
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def _trained(operands: Sequence[Any]) -> list[int]:
-    return [k for k, x in enumerate(operands) if jnp.issubdtype(_plain(x).dtype, jnp.inexact)]
+    return [k for k, x in enumerate(operands) if jnp.issubdtype(_struct(x).dtype, jnp.inexact)]
 
 
 def _filled(operands: Sequence[Any], where: Sequence[int], values: Sequence[Any]) -> list[Any]:
@@ -38,13 +39,13 @@ def _filled(operands: Sequence[Any], where: Sequence[int], values: Sequence[Any]
     return out
 
 
-@rule("custom_vjp_call")
+@rule("custom_vjp_call", kind="custom", body="call_jaxpr")
 def _custom_vjp(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     inner = walk.inside(eqn, None)
     n = eqn.params["num_consts"]  # closed over: JAX refuses to differentiate these, and so it stays
     consts, args = operands[:n], operands[n:]
     moved = _trained(args)
-    shapes = [_plain(x) for x in operands]
+    shapes = [_struct(x) for x in operands]
 
     @functools.cache
     def forward() -> tuple[Any, Any]:
@@ -93,7 +94,7 @@ def _pull(
     grads = walk.arrays(eqn, outs[: len(body.outvars)])
     for j, view in targets.items():
         pair = [next(found), next(found)] if j in ends else []
-        if pair and not any(isinstance(x, View) for x in pair):
+        if pair and not any(isinstance(x, Weight) for x in pair):
             parts = _factor_grads(walk, chains[j], pair[0], pair[1], view)
         else:
             parts = _through(view, grads[j])
@@ -130,9 +131,9 @@ def _factor_grads(walk: Walk, chain: list[JaxprEqn], p: Any, q: Any, view: View)
         return out
 
     def transposed(p: Any, w: Any) -> Any:
-        return jax.linear_transpose(functools.partial(through, p), _plain(q))(w)[0]
+        return jax.linear_transpose(functools.partial(through, p), _struct(q))(w)[0]
 
-    jaxpr = jax.make_jaxpr(transposed)(_plain(p), _plain(view))
+    jaxpr = jax.make_jaxpr(transposed)(_struct(p), _struct(view))
 
     def paired(parts: Any) -> Any:
         seen = walk.evaluate(jaxpr, [p, dataclasses.replace(view, parts=parts)])[0]
@@ -151,11 +152,11 @@ def _through(view: View, cotangent: Any) -> Any:
     return pull(cotangent.astype(out.dtype))[0]
 
 
-@rule("custom_jvp_call")
+@rule("custom_jvp_call", kind="custom", body="call_jaxpr")
 def _custom_jvp(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     inner = walk.inside(eqn, None)
     moved = _trained(operands)
-    shapes = [_plain(x) for x in operands]
+    shapes = [_struct(x) for x in operands]
 
     half = len(eqn.outvars)
 
@@ -192,14 +193,12 @@ def _tangent(x: Any, tangent: Any, moving: int) -> Any:
     """Return a part of an operand's tangent, dW + dA·B + A·dB: each product is itself a view."""
     if not isinstance(x, View):
         return tangent if moving == 0 else jnp.zeros_like(tangent)
-    if not x.parts:
-        return x
     factors = tuple(tangent.factors[k] if k == moving else x.factors[k] for k in (0, 1))
     base = tangent.base if moving == 0 else jnp.zeros_like(x.base)
     return View(base, factors, x.roles, x.names)
 
 
-@rule("custom_vmap_call")
+@rule("custom_vmap_call", kind="custom", body="call")
 def _custom_vmap(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     inner = walk.inside(eqn, None)
 
@@ -215,7 +214,7 @@ def _custom_vmap(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
             for x, f, axis in zip(args, flags, axes, strict=True)
         ]
         run = jax.vmap(functools.partial(_compat.bind, eqn), in_axes=axes, axis_size=size)
-        jaxpr = jax.make_jaxpr(run)(*(_plain(x) for x in lifted))
+        jaxpr = jax.make_jaxpr(run)(*(_struct(x) for x in lifted))
         outs = inner.arrays(eqn, inner.evaluate(jaxpr, lifted))
         return outs, [True] * len(outs)
 
@@ -229,4 +228,4 @@ def _lifted(x: Any, flags: Any, size: int) -> Any:
         return leaf if flag else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
 
     x = jax.tree.map(lift, x, flags)
-    return View(x.base, x.factors, (x.new_role, *x.roles), x.names) if isinstance(x, View) else x
+    return x.remade(x.base, x.components, (x.new_role, *x.roles)) if isinstance(x, Weight) else x

@@ -4,43 +4,46 @@ A sum of low-rank updates is a low-rank update: A's side by side and B's below o
 ranks added. So each operand's update is placed where it belongs in the result, and all are summed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
+from jlora.transform._join import aligned, of_one_rank, summed
 from jlora.transform._registry import rule
-from jlora.transform._view import View, aligned, all_names, even, on_factor, summed, varying_sides
+from jlora.transform._view import View, on_factor
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight, all_names
 
 
-@rule("concatenate")
+@rule("concatenate", kind="join")
 def _concatenate(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
-    axis = int(eqn.params["dimension"])
     views = aligned(operands)
     if views is None:
         return NotImplemented
-    base = walk.bind(eqn, *operands)[0]
-    like = next(x for x in views if isinstance(x, View))
-    if not like.parts:
-        return [summed(views, base)]
-    if like.roles[axis] == "s":
-        return [_stacked(views, base, lambda pieces, k: lax.concatenate(pieces, k), axis)]
+    return [_joined(views, walk.bind(eqn, *operands)[0], int(eqn.params["dimension"]))]
+
+
+def _joined(operands: Sequence[Any], base: Any, axis: int) -> Weight:
+    """Join aligned weights, and arrays, along an axis."""
+    if next(x.roles for x in operands if isinstance(x, Weight))[axis] == "s":
+        return _stacked(operands, base, axis)
     placed, start = [], 0
-    for x in views:
+    for x in operands:
         stop = start + x.shape[axis]
-        if isinstance(x, View):
+        if isinstance(x, Weight):
             placed.append(_placed(x, axis, start, base.shape[axis] - stop))
         start = stop
-    return [summed(placed, base)]
+    return summed(placed, base)
 
 
-def _placed(view: View, axis: int, before: int, after: int) -> View:
+def _placed(view: Weight, axis: int, before: int, after: int) -> Weight:
     """Surround a view's update by zeros along an axis of one side."""
 
-    def move(f: Any, axes: list[int]) -> Any:
+    def move(f: Array, axes: list[int]) -> Array:
         if axis not in axes:
             return f
         width = [(0, 0, 0)] * f.ndim
@@ -50,78 +53,71 @@ def _placed(view: View, axis: int, before: int, after: int) -> View:
     return view.moved(view.base, view.roles, move)
 
 
-def _stacked(
-    views: Sequence[Any], base: Any, join: Callable[[list[Any], int], Any], axis: int
-) -> View:
+def _stacked(operands: Sequence[Any], base: Any, axis: int) -> View:
     """Join along an axis that both factors have, at one rank; an array's update is zero."""
-    pieces = even(views)
+    views = of_one_rank(operands)
     factors = tuple(
-        join([x.factors[k] for x in pieces], sum(n < axis for n in pieces[0].axes(k)))
-        for k in (0, 1)
+        lax.concatenate([x.factors[k] for x in views], views[0].axes(k).index(axis)) for k in (0, 1)
     )
-    return View(base, factors, pieces[0].roles, all_names(views))
+    return View(base, factors, views[0].roles, all_names(operands))
 
 
-@rule("stack")
+@rule("stack", kind="join")
 def _stack(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     axis = int(eqn.params["axis"])
     views = aligned(operands)
     if views is None:
         return NotImplemented
-    base = walk.bind(eqn, *operands)[0]
-    like = next(x for x in views if isinstance(x, View))
-    roles = [*like.roles[:axis], like.new_role, *like.roles[axis:]]
-    if not like.parts:
-        joined = summed(views, base)
-        roles = [*joined.roles[:axis], like.new_role, *joined.roles[axis:]]
-        return [View(base, (), tuple(roles), joined.names)]
-    joined = _stacked(views, base, lambda pieces, k: jnp.stack(pieces, axis=k), axis)
-    return [View(base, joined.factors, tuple(roles), joined.names)]
+    return [_joined([_raised(x, axis) for x in views], walk.bind(eqn, *operands)[0], axis)]
 
 
-@rule("add", "sub", "add_any")
+def _raised(x: Any, axis: int) -> Any:
+    """Give a weight a stack axis of size 1; of an array, and of a base, only the shape counts."""
+    shape = jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis:]), jnp.result_type(x.dtype))
+    if not isinstance(x, Weight):
+        return shape
+    roles = [*x.roles[:axis], x.new_role, *x.roles[axis:]]
+    return x.moved(shape, roles, lambda f, axes: lax.expand_dims(f, [sum(n < axis for n in axes)]))
+
+
+@rule("add", "sub", "add_any", kind="join")
 def _add(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
     views = aligned((left, right))
-    base = walk.bind(eqn, left, right)[0]
-    if views is None or any(isinstance(x, View) and x.shape != base.shape for x in views):
+    result: Any = eqn.outvars[0].aval
+    if views is None or any(isinstance(x, Weight) and x.shape != result.shape for x in views):
         return NotImplemented
-    if eqn.primitive.name == "sub" and isinstance(views[1], View):
-        negative = views[1]
-        factors = (*negative.factors[:1], *(-f for f in negative.factors[1:]))
-        views[1] = View(negative.base, factors, negative.roles, negative.names)
-    return [summed(views, base)]
+    if eqn.primitive.name == "sub" and isinstance(views[1], Weight):
+        views[1] = views[1].on_side(views[1].base, 1, lax.neg)
+    return [summed(views, walk.bind(eqn, left, right)[0])]
 
 
-@rule("select_n")
+@rule("select_n", kind="join")
 def _select(walk: Walk, eqn: JaxprEqn, which: Any, *cases: Any) -> Any:
     """Choose by what varies along one side only, or along the stack: the factors choose too."""
     views = aligned(cases)
-    if isinstance(which, View) or views is None:
+    if isinstance(which, Weight) or views is None:
         return NotImplemented
-    base = walk.bind(eqn, which, *cases)[0]
-    like = next(x for x in views if isinstance(x, View))
-    if not like.parts:
-        return [summed(views, base)]
+    like = next(x for x in views if isinstance(x, Weight))
     narrow = walk.narrowest(eqn.invars[0], which)
-    sides = varying_sides(like, narrow)
+    sides = like.sides_of(narrow)
     if not sides:
         return NotImplemented
+    base = walk.bind(eqn, which, *cases)[0]
     if len(sides) == 2:  # a scalar, or a stack's mask
-        return [_selected(narrow, even(views), base)]
-    masked = []
-    for n, x in enumerate(views):
-        if isinstance(x, View):
+        return [_selected(narrow, of_one_rank(views), base)]
+
+    def masked(n: int, x: Weight) -> Weight:
+        def choose(f: Array) -> Array:
             chosen = on_factor(like, sides[0], narrow) == jnp.asarray(n, narrow.dtype)
-            factors = tuple(
-                jnp.where(chosen, f, jnp.zeros((), f.dtype)) if k == sides[0] else f
-                for k, f in enumerate(x.factors)
-            )
-            masked.append(View(x.base, factors, x.roles, x.names))
-    return [summed(masked, base)]
+            return jnp.where(chosen, f, jnp.zeros((), f.dtype))
+
+        return x.on_side(x.base, sides[0], choose)
+
+    return [summed([masked(n, x) for n, x in enumerate(views) if isinstance(x, Weight)], base)]
 
 
 def _selected(which: Any, views: list[View], base: Any) -> View:
-    def choose(k: int) -> Any:
+    def choose(k: int) -> Array:
         fs = [x.factors[k] for x in views]
         mask = jnp.broadcast_to(on_factor(views[0], k, which), fs[0].shape)
         return lax.select_n(mask, *fs)

@@ -3,87 +3,49 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jlora.transform._form import choose, low_rank
-from jlora.transform._gain import multiplied, placed
+from jlora.transform._inputs import Sums, of_dot
 from jlora.transform._labeled import contract
+from jlora.transform._product import product
 from jlora.transform._registry import rule
-from jlora.transform._view import RANK, View, all_names
+from jlora.transform._view import View
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight, all_names
 
 
-@rule("dot_general", whole=True, gain=True)
+def _sums(eqn: JaxprEqn, lhs: Any, rhs: Any) -> Sums | None:
+    return of_dot(eqn.params["dimension_numbers"], lhs, rhs)
+
+
+@rule("dot_general", kind="product", own=True, sums=_sums)
 def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
-    lhs, rhs = (x.settled() if isinstance(x, View) and "e" in x.roles else x for x in (lhs, rhs))
-    if isinstance(lhs, View) and isinstance(rhs, View):
+    if isinstance(lhs, Weight) and isinstance(rhs, Weight):
         both = _of_weights(walk, eqn, lhs.settled(), rhs.settled())
         if both is not NotImplemented:
             return both
-        lhs = walk.materialize(eqn, lhs)
-    view, x = (lhs, rhs) if isinstance(lhs, View) else (rhs, lhs)
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    w_sum, x_sum = (lhs_sum, rhs_sum) if view is lhs else (rhs_sum, lhs_sum)
-    w_batch, x_batch = (lhs_batch, rhs_batch) if view is lhs else (rhs_batch, lhs_batch)
-    w_labels = [("w", k) for k in range(view.ndim)]
-    x_labels: list[Any] = [("x", k) for k in range(x.ndim)]
-    for w_axis, x_axis in zip([*w_sum, *w_batch], [*x_sum, *x_batch], strict=True):
-        x_labels[x_axis] = w_labels[w_axis]
-    x_free = [k for n, k in enumerate(x_labels) if n not in (*x_sum, *x_batch)]
-    w_free = [k for k in range(view.ndim) if k not in (*w_sum, *w_batch)]
-    kept = [w_labels[k] for k in w_free]
-    out_labels = [w_labels[k] for k in w_batch] + (kept + x_free if view is lhs else x_free + kept)
-
-    gain = placed(view, w_labels, x_labels, out_labels)
-    if gain is None:
-        return NotImplemented
-    result: Any = eqn.outvars[0].aval
-    dtype = walk.narrow_dtype(jnp.result_type(x), result.dtype)
-    form, cost = None, 0
-    if view.parts:
-        sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
-        labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
-        form, cost = choose(jax.typeof(x), sizes, *labels, dtype, eqn.params["precision"])
-
-    def product(x: Any) -> Any:
-        return walk.bind(eqn, *((view, x) if view is lhs else (x, view)))[0]
-
-    def updated(base: Any, x: Any) -> Any:
-        return base if form is None else low_rank(base, x, view.parts, form)
-
-    atom = eqn.invars[1 if view is lhs else 0]
-    out = multiplied(walk, atom, x, gain, dtype, product, updated)
-    walk.used(eqn, view, cost, w_sum, w_free)
-    return [out]
+    numbers, precision = eqn.params["dimension_numbers"], eqn.params["precision"]
+    return product(walk, eqn, (lhs, rhs), numbers, precision=precision)
 
 
-def _factor_labels(view: View, w_labels: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    a, b = (view.labels(k, w_labels) for k in (0, 1))
-    if view.whole:  # B as it lies: (*stack, rank, *out)
-        stack = view.roles.count("s")
-        b = [*b[:stack], RANK, *b[stack:-1]]
-    return tuple(a), tuple(b)
-
-
-def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: View, rhs: View) -> Any:
+def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: Weight, rhs: Weight) -> Any:
     """Multiply two weights: (W + AB)(V + CD) = WV + [WC + A(BC) | A] [D ; BV], again a view."""
     if lhs.gain is not None or rhs.gain is not None:
         return NotImplemented
     (l_sum, r_sum), (l_batch, r_batch) = eqn.params["dimension_numbers"]
     l_free = [k for k in range(len(lhs.roles)) if k not in (*l_sum, *l_batch)]
     r_free = [k for k in range(len(rhs.roles)) if k not in (*r_sum, *r_batch)]
-    base = walk.bind(eqn, lhs, rhs)[0]
-    if not lhs.parts:
+    if not isinstance(lhs, View) or not isinstance(rhs, View):
         walk.used(eqn, lhs, 0, l_free, l_sum)
         walk.used(eqn, rhs, 0, r_sum, r_free)
-        return [base]
+        return walk.bind(eqn, lhs, rhs)
     l_side = _side(lhs, l_sum, l_batch, l_free)
     r_side = _side(rhs, r_sum, r_batch, r_free)
     if l_side is None or r_side is None:
         return NotImplemented
+    base = walk.bind(eqn, lhs, rhs)[0]
     ln: list[Any] = [("l", k) for k in range(len(lhs.roles))]
     rn: list[Any] = [("r", k) for k in range(len(rhs.roles))]
     for k, n in zip([*r_sum, *r_batch], [*l_sum, *l_batch], strict=True):

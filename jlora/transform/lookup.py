@@ -4,20 +4,21 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import times
-from jlora.transform._labeled import contract, spread
+from jlora.transform._labeled import contract, expanded
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, RANK, View, narrowed, plus
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight
 
 
-@rule("gather", gain=True)
+@rule("gather", kind="rearrange")  # or a product, of the rows; it scales those by the gain
 def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
-    if not isinstance(view, View) or isinstance(indices, View):
+    if not isinstance(view, Weight) or isinstance(indices, Weight):
         return NotImplemented
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     # An axis that is taken whole is kept, wherever it would start: vmap of dynamic_slice asks so.
@@ -43,36 +44,40 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     out_labels: list[Any] = [
         ("w", next(kept)) if p in dn.offset_dims else ("n", next(batch)) for p in range(base.ndim)
     ]
-    stack_only = all(view.roles[k] == "s" for k in looked_up)
-    if stack_only or (not view.parts and indices.ndim == 1):
-        repeated = view.new_role if looked_up or not view.parts else "e"
-        roles = [repeated if kind == "n" else view.roles[k] for kind, k in out_labels]
-        laid = []
-        for k in range(len(view.laid)):
-            f, labels = _rows(eqn, view, k, indices, looked_up)
+
+    def rows(k: int) -> tuple[Array, list[Any]]:
+        # Out of bounds the base has its own fill: the delta adds nothing, and the gain is 1.
+        return _rows(eqn, view.components[k], view.axes(k), indices, looked_up, fill=int(k == GAIN))
+
+    if view.stays(looked_up, several=indices.ndim > 1):
+        new = view.new_role if looked_up else view.repeated_role
+        roles = [new if kind == "n" else view.roles[k] for kind, k in out_labels]
+        components = []
+        for f, labels in map(rows, range(len(view.components))):
             order = [p for p in out_labels if p in labels] + [RANK]
-            laid.append(lax.transpose(f, [labels.index(p) for p in order]))
-        return [view.remade(base, laid, roles)]
-    cost, out = 0, base
-    if view.parts:
+            components.append(lax.transpose(f, [labels.index(p) for p in order]))
+        return [view.remade(base, components, roles)]
+
+    def updated() -> Array:
         dtype = walk.narrow_dtype(base.dtype, base.dtype)
-        (a, la), (b, lb) = (_rows(eqn, view, k, indices, looked_up) for k in (0, 1))
+        (a, la), (b, lb) = rows(0), rows(1)
         wide = base if view.gain is None else narrowed(base, accumulator(base.dtype))
         out = plus(wide, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
-        cost = 2 * base.size * a.shape[-1]
-        if view.gain is not None:
-            by, labels = _rows(eqn, view, GAIN, indices, looked_up)
-            out = narrowed(times(out, spread(by[..., 0], labels[:-1], out_labels)), base.dtype)
-    walk.used(eqn, view, cost, sorted(looked_up), [k for kind, k in out_labels if kind == "w"])
-    return [out]
+        if view.gain is None:
+            return out
+        by, labels = rows(GAIN)
+        return narrowed(times(out, expanded(by[..., 0], labels[:-1], out_labels)), base.dtype)
+
+    cost, free = 2 * base.size * view.rank, [k for kind, k in out_labels if kind == "w"]
+    walk.used(eqn, view, cost, sorted(looked_up), free)
+    return [updated() if isinstance(view, View) else base]
 
 
 def _rows(
-    eqn: JaxprEqn, view: View, k: int, indices: Any, looked_up: set[int]
-) -> tuple[Any, list[Any]]:
-    """Look the same indices up in one factor, as far as it has the indexed axes."""
+    eqn: JaxprEqn, f: Array, axes: list[int], indices: Any, looked_up: set[int], fill: int
+) -> tuple[Array, list[Any]]:
+    """Look the same indices up in one component, as far as it has the indexed axes."""
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    f, axes = view.laid[k], view.axes(k)
     columns = [n for n, d in enumerate(dn.start_index_map) if d in axes and d in looked_up]
     batching = [
         (axes.index(d), n)
@@ -99,7 +104,6 @@ def _rows(
         numbers,
         slice_sizes=(*(sizes[d] for d in axes), f.shape[-1]),
         mode=eqn.params["mode"],
-        # Out of bounds the base has its own fill: the delta adds nothing, and the gain is 1.
-        fill_value=int(k == GAIN),
+        fill_value=fill,
     )
     return rows, [("n", n) for n in range(lead)] + [("w", d) for d in kept] + [RANK]

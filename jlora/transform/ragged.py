@@ -1,6 +1,6 @@
 """The rule for ragged products: rows grouped by expert meet that expert's A, then its B."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,15 +9,33 @@ from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import NONE, Gain, multiplied
-from jlora.transform._labeled import spread
+from jlora.transform._inputs import EXACT, Sums, pulled, wide
+from jlora.transform._labeled import expanded
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight
 
 
-@rule("ragged_dot_general", gain=True)
+def of_ragged(eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Sums | None:
+    """Sum each expert's rows."""
+    if not isinstance(view, View) or meeting(eqn, view)[0] != 0:
+        return None
+    a, axes = view.factors[0], view.axes(0)
+    x = wide(x).astype(a.dtype)
+
+    def narrow(x: Any) -> Callable[[Any], Any]:
+        return lambda a: into_rank(eqn, x, a, axes, group_sizes, EXACT)
+
+    _, second, total = pulled(narrow(x), a)
+    rows = pulled(narrow(jnp.ones_like(x)), a)[2]
+    ins = [n for n, k in enumerate(axes) if view.roles[k] == "i"]
+    return Sums(second, total, rows.max(ins, keepdims=True))
+
+
+@rule("ragged_dot_general", kind="product", sums=of_ragged)
 def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Any:
-    if not isinstance(view, View) or isinstance(x, View):
+    if not isinstance(view, Weight) or isinstance(x, Weight):
         return NotImplemented
     first, w_sum, free = meeting(eqn, view)
     if first is None:
@@ -28,18 +46,16 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
     def product(x: Any) -> Any:
         return walk.bind(eqn, x, view, group_sizes)[0]
 
-    def updated(base: Any, x: Any) -> Any:
-        if not view.parts:
-            return base
+    def updated(view: View, base: Any, x: Any) -> Any:
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
     gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes)
-    out = multiplied(walk, eqn.invars[0], x, gain, dtype, product, updated)
+    out = multiplied(walk, view, eqn.invars[0], x, gain, dtype, product, updated)
     walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
 
 
-def meeting(eqn: JaxprEqn, view: View) -> tuple[int | None, Sequence[int], Sequence[int]]:
+def meeting(eqn: JaxprEqn, view: Weight) -> tuple[int | None, Sequence[int], Sequence[int]]:
     """Return the factor that meets the input, None if neither, and the axes summed and kept."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
@@ -47,7 +63,7 @@ def meeting(eqn: JaxprEqn, view: View) -> tuple[int | None, Sequence[int], Seque
     free = [k for k in range(len(view.roles)) if k not in (*w_sum, *w_batch, *groups)]
     sides = {view.roles[k] for k in w_sum}, {view.roles[k] for k in free}
     fits = bool(groups) and not set(ragged) & {*x_sum, *x_batch}
-    if view.parts:
+    if isinstance(view, View):
         stacks = {view.roles[k] for k in (*groups, *w_batch)}
         fits &= stacks == {"s"} and sides in (({"i"}, {"o"}), ({"o"}, {"i"}))
     return int(sides[0] == {"o"}) if fits else None, w_sum, free
@@ -76,18 +92,18 @@ def _narrow(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> 
 
 
 def _out_of_rank(
-    eqn: JaxprEqn, z: Any, view: View, k: int, group_sizes: Any, row: int, precision: Any = None
+    eqn: JaxprEqn, z: Any, view: Weight, k: int, group_sizes: Any, row: int, precision: Any = None
 ) -> Any:
     """Multiply (batch, ..., rows, ..., rank) by what has the rank last: a factor, or the gain."""
     dn, axes = eqn.params["ragged_dot_dimension_numbers"], view.axes(k)
     _, (x_batch, w_batch) = dn.dot_dimension_numbers
-    batch, factor = list(range(len(x_batch))), view.laid[k].astype(z.dtype)
+    batch, factor = list(range(len(x_batch))), view.components[k].astype(z.dtype)
     numbers = (([z.ndim - 1], [len(axes)]), (batch, _at(axes, w_batch)))
     groups = _at(axes, dn.rhs_group_dimensions)
     return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
 
 
-def _gain(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Gain:
+def _gain(eqn: JaxprEqn, x: Any, view: Weight, first: int, group_sizes: Any) -> Gain:
     """Give every row its expert's gain: of the outputs, or of the inputs where it meets them."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
@@ -100,10 +116,10 @@ def _gain(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Ga
     x_labels: list[Any] = list(range(x.ndim))
     if first == 0:
         x_free = [k for k in x_labels if k not in (*x_sum, *x_batch)]
-        return Gain(after=spread(rows, labels, [*x_batch, *x_free, *labels[batch + 1 :]]))
+        return Gain(after=expanded(rows, labels, [*x_batch, *x_free, *labels[batch + 1 :]]))
     for k, n in zip(x_sum, w_sum, strict=True):
         x_labels[k] = ("w", n)
-    return Gain(before=spread(rows, labels, x_labels))
+    return Gain(before=expanded(rows, labels, x_labels))
 
 
 def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:

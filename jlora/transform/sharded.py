@@ -15,22 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 from jlora import _compat
 from jlora.transform._registry import rule
-from jlora.transform._view import View
 from jlora.transform._walk import Walk
+from jlora.transform._weight import W, Weight
 
 
-def _spread(view: View, spec: Any) -> View:
+def _spread(view: W, spec: Any) -> W:
     """Return the partition specs of a view's parts, given the base's."""
     spec = P(*spec, *(None,) * (len(view.roles) - len(spec)))
-    laid = [view.along(k, spec) for k in range(len(view.laid))]
-    return view.remade(spec, laid, view.roles)
+    components = [view.along(k, spec) for k in range(len(view.components))]
+    return view.remade(spec, components, view.roles)
 
 
-@rule("shard_map", gain=True)
+@rule("shard_map", kind="call")
 def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
     specs = [
-        _spread(x, spec) if isinstance(x, View) else spec
+        _spread(x, spec) if isinstance(x, Weight) else spec
         for x, spec in zip(operands, p["in_specs"], strict=True)
     ]
 
@@ -47,16 +47,16 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     )(walk.next_key(), list(operands))
 
 
-@rule("pvary", gain=True)
-def _pvary(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+@rule("pvary", kind="rearrange")
+def _pvary(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     def move(f: Any, axes: list[int]) -> Any:
         return _compat.bind(eqn, f)[0]
 
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
-@rule("ppermute", gain=True)
-def _ppermute(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+@rule("ppermute", kind="rearrange")
+def _ppermute(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     along, told = eqn.params["axis_name"], _compat.varying_axes(view.base)
     along = {along} if isinstance(along, str) else {*along}
 
@@ -68,8 +68,8 @@ def _ppermute(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
-@rule("all_gather", gain=True)
-def _all_gather(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+@rule("all_gather", kind="rearrange")
+def _all_gather(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     p = eqn.params
     axis, groups = p["all_gather_dimension"], p["axis_index_groups"]
 
@@ -87,12 +87,12 @@ def _all_gather(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
     return [view.moved(base, roles, lambda f, axes: gather(f, sum(n < axis for n in axes)))]
 
 
-@rule("reshard", gain=True)
-def _reshard(walk: Walk, eqn: JaxprEqn, view: View) -> Any:
+@rule("reshard", kind="rearrange")
+def _reshard(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     target = eqn.params["dst_sharding"]
     parts = _spread(view, target.spec)
     laid = [
         jax.reshard(f, NamedSharding(target.mesh, spec))
-        for f, spec in zip(view.laid, parts.laid, strict=True)
+        for f, spec in zip(view.components, parts.components, strict=True)
     ]
     return [view.remade(walk.bind(eqn, view)[0], laid, view.roles)]

@@ -1,0 +1,93 @@
+"""A `Probe`: a plain weight whose axes are followed through the program.
+
+The role of an axis is the set of (parameter, axis) that went into it. `jlora.layouts` reads from
+where they go which side each axis of a parameter is on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from jlora._arrays import Axes
+from jlora.transform._weight import Move, Names, Role, Weight
+
+Origins = frozenset[tuple[str, int]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("base",), meta_fields=("roles", "names")
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe(Weight):
+    """A weight without factors: what is done to it is noted in the roles of its axes."""
+
+    base: Any
+    roles: tuple[Any, ...]  # an Origins each
+    names: Names
+
+    gain = None
+    new_role = repeated_role = Origins()
+
+    @classmethod
+    def of(cls, base: Any, name: str) -> "Probe":
+        """Begin to follow a parameter."""
+        return cls(base, tuple(Origins([(name, k)]) for k in range(base.ndim)), Names([name]))
+
+    @property
+    def components(self) -> tuple[Array, ...]:
+        return ()
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    @property
+    def two_sided(self) -> bool:
+        return False  # nothing is built, so nothing is reported
+
+    def axes(self, component: int) -> list[int]:
+        return []
+
+    def along(self, component: int, of_base: Axes, rank: Any = None) -> Axes:
+        return of_base[:0]
+
+    def remade(self, base: Any, components: Sequence[Any], roles: Sequence[Role]) -> "Probe":
+        return Probe(base, tuple(roles), self.names)
+
+    def moved(self, base: Any, roles: Sequence[Role], move: Move) -> "Probe":
+        return Probe(base, tuple(roles), self.names)
+
+    def on_side(self, base: Any, side: int, change: Callable[[Array], Array]) -> "Probe":
+        return Probe(base, self.roles, self.names)
+
+    def sides_of(self, x: ArrayLike) -> list[int]:
+        return [0]
+
+    def settled(self, roles: Sequence[Role] = ()) -> "Probe":
+        return self
+
+    def of_one_role(self, axes: Sequence[int]) -> "Probe":
+        return self
+
+    def merged_role(self, axes: Sequence[int]) -> Role:
+        return Origins().union(*(self.roles[k] for k in axes))
+
+    def stays(self, looked_up: set[int], several: bool) -> bool:
+        return not several or not looked_up
+
+    def origins(self, axes: Sequence[int]) -> set[tuple[str, int]]:
+        return {origin for k in axes for origin in self.roles[k]}
+
+    def dense(self) -> Array:
+        return self.base
+
+    @staticmethod
+    def sum(probes: Sequence["Probe"], base: Any, names: Names) -> "Probe":
+        """Follow the axes of all at once."""
+        groups = zip(*(x.roles for x in probes), strict=True)
+        return Probe(base, tuple(Origins().union(*group) for group in groups), names)

@@ -1,0 +1,97 @@
+"""A product of an activation and a weight, whichever primitive makes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import JaxprEqn
+
+from jlora.transform._form import choose, low_rank
+from jlora.transform._gain import multiplied, placed
+from jlora.transform._labeled import Labels
+from jlora.transform._view import RANK, View
+from jlora.transform._walk import Walk
+from jlora.transform._weight import Weight
+
+
+def product(
+    walk: Walk,
+    eqn: JaxprEqn,
+    operands: Sequence[Any],
+    dimension_numbers: lax.DotDimensionNumbers,
+    *,
+    at: tuple[int, int] = (0, 1),
+    precision: Any = None,
+) -> Any:
+    """Apply an equation that multiplies two of its operands: x·W becomes x·W + (x·s·A)·B.
+
+    The body of a rule for a kernel of one's own that computes what `jax.lax.dot_general` does. The
+    kernel runs on the base weight; dropout, the dtype of the narrow products, DoRA's gain,
+    `jlora.layouts` and `jlora.explain` are taken care of.
+
+    Args:
+        walk: the walk that the rule was called with.
+        eqn: the equation that the rule was called with.
+        operands: its operands. Where both factors are weights the first one is built.
+        dimension_numbers: of the two factors, as for `jax.lax.dot_general`:
+            `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
+        at: which two of the operands are multiplied, left and right.
+        precision: of the narrow products, as for `jax.lax.dot_general`.
+
+    Returns:
+        The equation's one output in a list; NotImplemented where no factored form exists.
+
+    Example: see `jlora.transform.rule`.
+    """
+    operands, (lhs, rhs) = list(operands), (operands[k] for k in at)
+    left = not isinstance(rhs, Weight)
+    view, x, where = (lhs, rhs, at[1]) if left else (rhs, lhs, at[0])
+    if not isinstance(view, Weight):
+        return NotImplemented
+    if view.repeated_role in view.roles:
+        view = view.settled()
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
+    w_sum, x_sum = (lhs_sum, rhs_sum) if left else (rhs_sum, lhs_sum)
+    w_batch, x_batch = (lhs_batch, rhs_batch) if left else (rhs_batch, lhs_batch)
+    w_labels = [("w", k) for k in range(view.ndim)]
+    x_labels: list[Any] = [("x", k) for k in range(x.ndim)]
+    for w_axis, x_axis in zip([*w_sum, *w_batch], [*x_sum, *x_batch], strict=True):
+        x_labels[x_axis] = w_labels[w_axis]
+    x_free = [k for n, k in enumerate(x_labels) if n not in (*x_sum, *x_batch)]
+    w_free = [k for k in range(view.ndim) if k not in (*w_sum, *w_batch)]
+    kept = [w_labels[k] for k in w_free]
+    out_labels = [w_labels[k] for k in w_batch] + (kept + x_free if left else x_free + kept)
+
+    gain = placed(view, w_labels, x_labels, out_labels)
+    if gain is None:
+        return NotImplemented
+    if isinstance(x, Weight):
+        x = walk.materialize(eqn, x)
+    result: Any = eqn.outvars[0].aval
+    dtype = walk.narrow_dtype(jnp.result_type(x), result.dtype)
+    form: Any = None
+    cost = 0
+    if isinstance(view, View):
+        sizes = (*zip(w_labels, view.shape, strict=True), (RANK, view.rank))
+        labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
+        form, cost = choose(jax.typeof(x), sizes, *labels, dtype, precision)
+
+    def of_base(x: Any) -> Any:
+        return walk.bind(eqn, *operands[:where], x, *operands[where + 1 :])[0]
+
+    def updated(view: View, base: Array, x: Any) -> Array:
+        return low_rank(base, x, view.parts, form)
+
+    out = multiplied(walk, view, eqn.invars[where], x, gain, dtype, of_base, updated)
+    walk.used(eqn, view, cost, w_sum, w_free)
+    return [out]
+
+
+def _factor_labels(view: View, w_labels: Sequence[Any]) -> tuple[Labels, Labels]:
+    a, b = (view.labels(k, w_labels) for k in (0, 1))
+    if view.own:  # B as it is stored: (*stack, rank, *out)
+        stack = view.roles.count("s")
+        b = [*b[:stack], RANK, *b[stack:-1]]
+    return tuple(a), tuple(b)
