@@ -1,7 +1,8 @@
 """Every fact that differs between JAX releases, and the seams where jlora touches JAX's tracing.
 
-Jaxpr parameters are not a stable interface (in 2026 `scan` replaced `num_consts`/`num_carry` by
-`ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`), so nothing else in jlora reads them by name.
+Jaxpr parameters are not a stable interface: in 2026 `scan` replaced `num_consts`/`num_carry` by
+`ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`. A parameter that has changed between the
+releases that jlora supports is read here; a rule reads the other parameters of its own primitive.
 """
 
 import contextlib

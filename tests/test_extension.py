@@ -1,4 +1,4 @@
-"""Rules from outside: a primitive and a Pallas kernel of one's own, through the public names only."""
+"""Rules from outside: a primitive and a Pallas kernel of one's own, through public names."""
 
 import itertools
 
@@ -186,7 +186,9 @@ def test_without_a_rule_the_fallback_names_the_way(matmul):
     def model(p, x):
         return call(x, p["w"])
 
-    with pytest.raises(ValueError, match=r'register a rule, `jlora.transform.rule\(".*", \.\.\.\)`'):
+    with pytest.raises(
+        ValueError, match=r'register a rule, `jlora.transform.rule\(".*", \.\.\.\)`'
+    ):
         jlora.lora(model, fallback="error")(params(), X)
     close(jlora.lora(model, fallback="materialize")(params(), X), model(jlora.merge(params()), X))
 

@@ -31,6 +31,7 @@ def adapted(shape, layout, key=0, **kw):
 W, V = adapted((5, 7), "io"), adapted((5, 7), "io", 1)
 STACK, SIDES = adapted((2, 5, 7), "io"), adapted((2, 5, 7), "ioo")
 GAIN, HEADS = adapted((5, 7), "io", dora=True), adapted((5, 2, 3), "ioo", dora=True)
+EXPERTS = adapted((2, 7, 3), "io")
 KERNEL = adapted((3, 1, 2, 2), "oiii")
 REFUSED = {
     "_concatenate": [lambda: ((STACK, SIDES), lambda a, b: lax.concatenate([a, b], 0))],
@@ -52,7 +53,10 @@ REFUSED = {
     "_sum": [lambda: ((GAIN,), lambda a: a.sum(1))],
     "_gather": [lambda: ((GAIN,), lambda a: jnp.take(a, ROWS, 0, mode="fill", fill_value=0.0))],
     "_ragged_dot": [
-        lambda: ((W, adapted((2, 7, 3), "io")), lambda a, b: lax.ragged_dot(a, b, jnp.array([2, 3])))
+        lambda: (
+            (W, adapted((2, 7, 3), "io")),
+            lambda a, b: lax.ragged_dot(a, b, jnp.array([2, 3])),
+        )
     ],
     "_conv": [
         lambda: (

@@ -46,18 +46,27 @@ def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
     A function of its own under jit: layers of one shape share its trace, its derivative and its
     lowering, which is most of what an adapter costs to trace.
     """
-    return _plain(form, base, x, parts)
+    return _forward(form, base, x, parts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _plain(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
-    """Take the factors as they lie: a decoded token is mostly overhead."""
+def _forward(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+    """Use the factors without transposing: for one decoded token, setup dominates.
+
+    There are two forms of one product. This one, s·(x·A)·B with the scaling between the factors,
+    makes the fewest operations, and runs where nothing is differentiated. Where something is, its
+    derivative rule replaces it by the other one, x·(s·A)·B with A turned rank first and the last
+    product written out in terms: more operations forward, but its gradient is a faster product
+    (see `_turned`) and keeps one array less (see `in_terms`). Differentiating this form would give
+    its own gradient, so the rule runs and differentiates the other one; both have the same value,
+    up to the rounding of a product, and so the same derivative.
+    """
     return _product(form._replace(turned=False, terms=False), base, x, parts)
 
 
-@functools.partial(_plain.defjvp, symbolic_zeros=True)
+@functools.partial(_forward.defjvp, symbolic_zeros=True)
 def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
-    """Differentiate the form that is fastest together with its gradient, for what moves."""
+    """Run and differentiate the form that is fastest together with its gradient."""
     leaves, tree = jax.tree.flatten(at)
     moves = dict(enumerate(tree.flatten_up_to(along)))
     moves = {n: dx for n, dx in moves.items() if not isinstance(dx, SymbolicZero)}

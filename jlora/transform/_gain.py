@@ -67,9 +67,10 @@ def multiplied(
     product: Callable[[Any], Any],
     updated: Callable[[View, Any, Any], Any],
 ) -> Any:
-    """Return x·(g ∘ V), given `product(x) = x·W` and `updated(weight, x·W, x) = x·V`, V = W + s·A·B.
+    """Return x·(g ∘ V), given `product(x) = x·W` and `updated(weight, x·W, x) = x·V`.
 
-    Without a gain, x·W + x̃·(s·A·B), where dropout drops x, the value of `atom`, to x̃ of `dtype`.
+    Here V = W + s·A·B. Without a gain, return x·W + x̃·(s·A·B), where dropout drops x, the value of
+    `atom`, to x̃ of `dtype`.
     With one, x·W + x̃·(g ∘ V - W), as in PEFT: what the gain changes of the base product is an
     update too, so it sees the dropped input, at the cost of a product. Between the sum and the gain
     nothing is rounded.

@@ -43,7 +43,11 @@ def product(
     Returns:
         The equation's one output in a list; NotImplemented where no factored form exists.
 
-    Example: see `jlora.transform.rule`.
+    Example:
+        >>> import jlora
+        >>> @jlora.transform.rule("example_of_x_times_w_transposed", kind="product")
+        ... def example(walk, eqn, x, w):
+        ...     return jlora.transform.product(walk, eqn, (x, w), (((1,), (1,)), ((), ())))
     """
     operands, (lhs, rhs) = list(operands), (operands[k] for k in at)
     left = not isinstance(rhs, Weight)

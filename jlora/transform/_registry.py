@@ -48,7 +48,7 @@ class Rule:
 
 _RULES: dict[str, Rule] = {}
 # Of primitives that many functions share, such as `pallas_call`: by the function's name.
-_KERNELS: dict[str, dict[str, Rule]] = {}
+_KERNELS: dict[str, dict[str | None, Rule]] = {}
 
 
 def find(eqn: JaxprEqn) -> Rule | None:
@@ -63,7 +63,7 @@ def find(eqn: JaxprEqn) -> Rule | None:
 
 def register(rule: Rule, primitive: str, kernel: str | None = None, replace: bool = False) -> None:
     """Enter a rule; another one's place is taken only where `replace` says so."""
-    table: dict[str, Rule] = _RULES if kernel is None else _KERNELS.setdefault(primitive, {})
+    table: dict[Any, Rule] = _RULES if kernel is None else _KERNELS.setdefault(primitive, {})
     key = primitive if kernel is None else kernel
     if key in table and not replace:
         of = f'"{primitive}"' + ("" if kernel is None else f' and the kernel "{kernel}"')

@@ -18,6 +18,7 @@ from jax.extend.core import JaxprEqn
 from jlora import _compat
 from jlora.transform import _registry
 from jlora.transform._inputs import Sums
+from jlora.transform._loops import Scan, While, carried_on, peeled
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
 
@@ -109,57 +110,50 @@ class Sites:
         self._notes.append(Sums(*((x.astype(a.dtype) * a).sum() for x in fixed)))
 
     def _scan(self, walk: Walk, eqn: JaxprEqn, *operands: Any) -> list[Any]:
-        p, body = eqn.params, _compat.body(eqn.params["jaxpr"])
-        n_consts, n_carry = _compat.scan_arity(p)
-        first = n_consts + n_carry
-        views = {k: x for k, x in enumerate(operands) if isinstance(x, View)}
-        kept = _held(operands, body, n_consts, first)
-        inner, sliced = walk.inside(eqn, None), {k: views[k] for k in views if k >= first}
+        loop, inner = Scan.of(eqn, operands), walk.inside(eqn, None)
+        n, first = len(loop.init), len(loop.consts) + len(loop.init)
+        held = _held(loop)
+        sliced = {first + k: x for k, x in enumerate(loop.xs) if isinstance(x, View)}
         by_step = {k for k, x in sliced.items() if 0 in x.axes(0)}
+        scanned, rebuild = peeled(loop.xs)
 
-        def step(state: Any, inputs: Any) -> Any:
-            (carry, sums), (pieces, probes) = state, inputs
-            args = [*_arrays(operands[:n_consts]), *carry, *pieces]
-            for k, x in kept.items():
+        def step(state: Any, pieces: Any) -> Any:
+            carry, sums = state
+            args = [*_arrays(loop.consts), *carry, *rebuild(pieces)]
+            for k, x in held.items():
                 args[k] = x
-            for k, x in sliced.items():
-                args[k] = _piece(x, args[k], probes.get(k, x.parts[0]))
-            outs, found = self.pulled(inner, p["jaxpr"], args)
+            outs, found = self.pulled(inner, loop.jaxpr, args)
             sums = {k: jax.tree.map(jnp.add, sums[k], found[k]) for k in sums}
-            return (outs[:n_carry], sums), (outs[n_carry:], {k: found[k] for k in by_step})
+            return (outs[:n], sums), (outs[n:], {k: found[k] for k in by_step})
 
-        probes = {k: sliced[k].parts[0] for k in by_step}
-        xs = lax.stop_gradient((_arrays(operands[first:]), probes))
-        start = {k: _zeros(x) for k, x in (*kept.items(), *sliced.items()) if k not in by_step}
-        init = (_arrays(operands[n_consts:first]), start)
-        (carry, sums), (ys, stacked) = lax.scan(
-            step, init, xs, p["length"], reverse=p["reverse"], unroll=p["unroll"]
-        )
+        views = {**held, **sliced}
+        start = {k: _zeros(x) for k, x in views.items() if k not in by_step}
+        xs = lax.stop_gradient(scanned)
+        (carry, sums), (ys, stacked) = loop.run(step, (_arrays(loop.init), start), xs)
         for k, found in (*sums.items(), *stacked.items()):
-            self._note(views[k], found)
+            self._note(operands[k], found)
         return [*carry, *ys]
 
     def _while(self, walk: Walk, eqn: JaxprEqn, *operands: Any) -> list[Any]:
-        p, body = eqn.params, _compat.body(eqn.params["body_jaxpr"])
-        n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-        cond_consts, operands = operands[:n_cond], operands[n_cond:]
-        kept = _held(operands, body, n_body, len(operands))
-        inner, condition = walk.inside(eqn, None), _compat.body(p["cond_jaxpr"])
+        loop, inner = While.of(eqn, operands), walk.inside(eqn, None)
+        condition, held = _compat.body(loop.condition), _held(loop)
 
         def going(state: Any) -> Any:
-            return walk.quiet().evaluate(condition, [*_arrays(cond_consts), *state[0]])[0]
+            args = [*_arrays(loop.condition_consts), *state[0]]
+            return walk.quiet().evaluate(condition, args)[0]
 
         def step(state: Any) -> Any:
-            args = [*_arrays(operands[:n_body]), *state[0]]
-            for k, x in kept.items():
+            args = [*_arrays(loop.consts), *state[0]]
+            for k, x in held.items():
                 args[k] = x
-            outs, found = self.pulled(inner, p["body_jaxpr"], args)
+            outs, found = self.pulled(inner, loop.jaxpr, args)
             return outs, {k: jax.tree.map(jnp.add, x, found[k]) for k, x in state[1].items()}
 
-        start = {k: _zeros(x) for k, x in kept.items()}
-        carry, sums = lax.while_loop(going, step, (_arrays(operands[n_body:]), start))
+        start = {k: _zeros(x) for k, x in held.items()}
+        carry, sums = lax.while_loop(going, step, (_arrays(loop.init), start))
+        seen = [*loop.consts, *loop.init]
         for k, found in sums.items():
-            self._note(operands[k], found)
+            self._note(seen[k], found)
         return carry
 
     def _cond(self, walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
@@ -187,20 +181,11 @@ def _fixed(view: View) -> View:
     return _with(view, lax.stop_gradient(view.parts[0]))
 
 
-def _held(operands: Sequence[Any], body: _compat.Body, first: int, end: int) -> dict[int, View]:
-    """Return the views that every step of a loop sees: constants, or carried on as they came."""
-    return {
-        k: _fixed(x)
-        for k, x in enumerate(operands[:end])
-        if isinstance(x, View) and (k < first or body.invars[k] is body.outvars[k - first])
-    }
-
-
-def _piece(view: View, base: Any, a: Any) -> View:
-    """See one step's slice of a view along its first axis; B, which is zero, is made anew."""
-    b = view.parts[1]
-    shape = b.shape[1:] if 0 in view.axes(1) else b.shape
-    return View(base, (a, jnp.zeros(shape, b.dtype)), view.roles[1:], view.names)
+def _held(loop: Scan | While) -> dict[int, View]:
+    """Return the views that every step of a loop sees, by their place in its body."""
+    first = len(loop.consts)
+    held = {**dict(enumerate(loop.consts)), **{first + k: x for k, x in carried_on(loop).items()}}
+    return {k: _fixed(x) for k, x in held.items() if isinstance(x, View)}
 
 
 def _zeros(view: View) -> Sums:

@@ -148,7 +148,7 @@ class View(Weight):
             for side in "io"
         )
         if stack and view.rank * blocks > most:
-            return None  # one rank for all the stack's blocks would be no less than the weight's
+            return None  # a rank for each of the blocks would be no less than the weight's own
         for k in stack:
             view = view.folded(k, "io".index(role))
         return view
@@ -163,7 +163,13 @@ class View(Weight):
         return set()
 
     def folded(self, axis: int, side: int) -> "View":
-        """Make a stack axis one of a side's: a block per stack element, the ranks added up."""
+        """Make a stack axis one of a side's: a block per stack element, the ranks added up.
+
+        For the inputs, with n the stack axis: the update is Σ_r A[n,i,r] B[n,r,o]. As a matrix with
+        rows (n, i) it is Σ_(m,r) A'[(n,i),(m,r)] B'[(m,r),o], where A'[(n,i),(m,r)] = A[n,i,r] if
+        n = m, else 0, and B'[(m,r),o] = B[m,r,o]. So A becomes block diagonal, B's stack axis goes
+        next to its rank, and the rank is n·r. The outputs are the same with A and B exchanged.
+        """
         n, rank = self.shape[axis], self.rank * self.shape[axis]
         one, other = self.factors[side], self.factors[1 - side]
         where = [1] * one.ndim

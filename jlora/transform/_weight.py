@@ -7,7 +7,7 @@ remembers which axis came from where.
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -44,12 +44,18 @@ class Weight:
         repeated_role: the role of an axis along which the weight is repeated.
     """
 
-    base: Any
-    roles: tuple[Role, ...]
-    names: Names
-    gain: Any
     new_role: Role
     repeated_role: Role
+    if TYPE_CHECKING:  # fields of frozen dataclasses, which for a type checker are read-only
+
+        @property
+        def base(self) -> Any: ...
+        @property
+        def roles(self) -> tuple[Any, ...]: ...
+        @property
+        def names(self) -> Names: ...
+        @property
+        def gain(self) -> Any: ...
 
     @property
     def shape(self) -> tuple[int, ...]:

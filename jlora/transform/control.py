@@ -15,9 +15,10 @@ from jax.sharding import Sharding
 from jlora import _compat
 from jlora.transform import _registry
 from jlora.transform._join import aligned, fitted
+from jlora.transform._loops import Scan, While, carried_on, peeled
 from jlora.transform._registry import rule
 from jlora.transform._walk import Walk
-from jlora.transform._weight import W, Weight
+from jlora.transform._weight import Weight
 
 
 @rule("jit", kind="call", own=True, body="jaxpr")
@@ -57,41 +58,27 @@ def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     )
 
 
-def _peel(view: W) -> tuple[Any, Callable[[Any], W]]:
-    """Split a view into what a scan over its first axis slices, and how to see one slice."""
-    laid = view.components
-    has = [0 in view.axes(k) for k in range(len(laid))]
-    scanned = [f for f, h in zip(laid, has, strict=True) if h]
-
-    def rebuild(piece: Any) -> W:
-        base, sliced = piece[0], iter(piece[1])
-        pieces = [next(sliced) if h else f for f, h in zip(laid, has, strict=True)]
-        return view.remade(base, pieces, view.roles[1:])
-
-    return (view.base, scanned), rebuild
-
-
 class _Carry:
-    """A loop's carry. A view stays one where the body hands on a view of the same kind.
+    """A loop's carry: a weight stays one where the body hands on a weight of the same kind.
 
-    What the body hands on as it came is a constant of the loop; what it changes is carried.
+    What the body hands on as it came is a constant of the loop. Of the rest, what starts as a view
+    has to come back as one with the same roles, rank and dtypes, for a loop's carry has one type.
+    Which do depends on the others: once one is built, a product with it is no view any more. So
+    one step is tried on the shapes, what came back as another thing is built before the loop, and
+    the step is tried again. Each round builds one or more, so there are at most as many rounds as
+    weights, and what is left is the largest set of weights that the step maps to itself.
     """
 
     def __init__(
         self,
         walk: Walk,
         eqn: JaxprEqn,
-        init: Sequence[Any],
-        body: _compat.Body,
-        first: int,
+        loop: Scan | While,
         step: Callable[[Sequence[Any]], Sequence[Any]],
     ) -> None:
-        ins, outs = body.invars[first:], body.outvars
-        self.fixed = {
-            k: x for k, x in enumerate(init) if isinstance(x, Weight) and ins[k] is outs[k]
-        }
-        self.size, self.walk, self.eqn = len(init), walk, eqn
-        self.init = [x for k, x in enumerate(init) if k not in self.fixed]
+        self.fixed = carried_on(loop)
+        self.size, self.walk, self.eqn = len(loop.init), walk, eqn
+        self.init = self._moving(loop.init)
         while any(isinstance(x, Weight) for x in self.init):
             after = jax.eval_shape(lambda xs: self._moving(step(self.full(xs))), self.init)
             stays = [_alike(x, y) for x, y in zip(self.init, after, strict=True)]
@@ -128,39 +115,32 @@ def _alike(x: Any, y: Any) -> bool:
 
 @rule("scan", kind="call")
 def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
-    p = eqn.params
-    body = _compat.body(p["jaxpr"])
-    n_consts, n_carry = _compat.scan_arity(p)
-    consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
-    xs = operands[n_consts + n_carry :]
-    for x in xs:
+    loop = Scan.of(eqn, operands)
+    body, n_carry = _compat.body(loop.jaxpr), len(loop.init)
+    for x in loop.xs:
         if isinstance(x, Weight):
             walk.doubt_stack(eqn, x)
-    peeled = {k: _peel(x) for k, x in enumerate(xs) if isinstance(x, Weight)}
-    scanned = [peeled[k][0] if k in peeled else x for k, x in enumerate(xs)]
+    scanned, rebuild = peeled(loop.xs)
     quiet = walk.quiet()
 
     def once(full: Sequence[Any]) -> list[Any]:
         slices = jax.tree.map(  # a scan over nothing has no first slice, but its shape
             lambda x: x[0] if len(x) else jnp.zeros(x.shape[1:], x.dtype), scanned
         )
-        pieces = [peeled[k][1](x) if k in peeled else x for k, x in enumerate(slices)]
-        return quiet.evaluate(body, [*consts, *full, *pieces])[:n_carry]
+        return quiet.evaluate(body, [*loop.consts, *full, *rebuild(slices)])[:n_carry]
 
-    carry = _Carry(walk, eqn, init, body, n_consts, once)
+    carry = _Carry(walk, eqn, loop, once)
     key = walk.next_key()
-    steps = None if key is None else jnp.arange(p["length"])
+    steps = None if key is None else jnp.arange(loop.length)
 
     def step(moving: Any, inputs: Any) -> tuple[Any, Any]:
         step_number, pieces = inputs
         inner = walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
-        pieces = [peeled[k][1](x) if k in peeled else x for k, x in enumerate(pieces)]
-        outs = inner.evaluate(p["jaxpr"], [*consts, *carry.full(moving), *pieces])
+        args = [*loop.consts, *carry.full(moving), *rebuild(pieces)]
+        outs = inner.evaluate(loop.jaxpr, args)
         return carry.moving(outs[:n_carry]), outs[n_carry:]
 
-    final, ys = lax.scan(
-        step, carry.init, (steps, scanned), p["length"], reverse=p["reverse"], unroll=p["unroll"]
-    )
+    final, ys = loop.run(step, carry.init, (steps, scanned))
     stacked = [
         y.remade(y.base, y.components, (y.new_role, *y.roles)) if isinstance(y, Weight) else y
         for y in ys
@@ -170,20 +150,17 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 @rule("while", kind="call")
 def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
-    p = eqn.params
-    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
-    body = _compat.body(p["body_jaxpr"])
-    quiet, init = walk.quiet(), operands[n_cond + n_body :]
+    loop = While.of(eqn, operands)
+    body, quiet = _compat.body(loop.jaxpr), walk.quiet()
     # Under `vmap` each lane has a condition of its own: it goes on while any does, and the others
     # stay as they are, so what changes is an array.
-    lanes = bool(_compat.body(p["cond_jaxpr"]).outvars[0].aval.shape)
+    lanes = bool(_compat.body(loop.condition).outvars[0].aval.shape)
 
     def once(full: Sequence[Any]) -> list[Any]:
-        outs = quiet.evaluate(body, [*body_consts, *full])
+        outs = quiet.evaluate(body, [*loop.consts, *full])
         return quiet.arrays(eqn, outs) if lanes else outs
 
-    carry = _Carry(walk, eqn, init, body, n_body, once)
+    carry = _Carry(walk, eqn, loop, once)
     keys = walk.next_key(), walk.next_key()  # condition and body draw apart
 
     def inside(key: Any, step_number: Any) -> Walk:
@@ -191,18 +168,16 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
     def condition(state: Any) -> Any:
         step_number, moving = state
-        inner = inside(keys[0], step_number)
-        return inner.evaluate(p["cond_jaxpr"], [*cond_consts, *carry.full(moving)])[0]
+        args = [*loop.condition_consts, *carry.full(moving)]
+        return inside(keys[0], step_number).evaluate(loop.condition, args)[0]
 
     def going(state: Any) -> Any:
         return jnp.any(condition(state)) if lanes else condition(state)
 
     def step(state: Any) -> Any:
         step_number, moving = state
-        outs = inside(keys[1], step_number).evaluate(
-            p["body_jaxpr"], [*body_consts, *carry.full(moving)]
-        )
-        moved = carry.moving(outs)
+        args = [*loop.consts, *carry.full(moving)]
+        moved = carry.moving(inside(keys[1], step_number).evaluate(loop.jaxpr, args))
         if lanes:
             goes = condition(state)
             moved = [

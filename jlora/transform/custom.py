@@ -84,7 +84,13 @@ def _custom_vjp(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 def _pull(
     walk: Walk, eqn: JaxprEqn, jaxpr: Any, values: Sequence[Any], targets: dict[int, View]
 ) -> list[Any]:
-    """Walk a backward rule; a weight's cotangent that is a product reaches A and B factored."""
+    """Walk a backward rule; a weight's cotangent that is a product reaches A and B factored.
+
+    The rule was written for a weight V and returns its cotangent G. With V = W + A·B (s is in B)
+    the cotangent of W is G itself, and those of A and B are G·Bᵀ and Aᵀ·G, the gradients of the
+    number <G, A·B>. W is frozen, so in a compiled step G is only needed for these two. Where G is
+    p·q, as xᵀ·dy is, they are p·(q·Bᵀ) and (Aᵀ·p)·q, and G is never built.
+    """
     body = _compat.body(jaxpr)
     chains = {j: _product_chain(body, body.outvars[j]) for j in targets}
     ends = {j: chain[0].invars for j, chain in chains.items() if chain}
@@ -120,8 +126,10 @@ def _product_chain(body: _compat.Body, out: Any) -> list[JaxprEqn]:
 def _factor_grads(walk: Walk, chain: list[JaxprEqn], p: Any, q: Any, view: View) -> Any:
     """Return the gradients of A and B for the cotangent `chain(p, q)`, without building it.
 
-    <chain(p, q), AB> = <q, T(AB)> where T, linear, is the transpose of chain(p, ·): a product of
-    p with the view, which the walk factors.
+    For a given p the chain is linear in q. Let T be its transpose; then <chain(p, q), A·B> =
+    <q, T(A·B)>. T multiplies by p what the chain's rearrangements, undone, make of a weight: JAX
+    transposes the program, and the walk factors it like any other. So the number is <q, (p·A)·B>,
+    two narrow products, and its gradient takes two more. The view's W adds a constant to it.
     """
 
     def through(p: Any, q: Any) -> Any:
@@ -190,7 +198,12 @@ def _custom_jvp(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 
 def _tangent(x: Any, tangent: Any, moving: int) -> Any:
-    """Return a part of an operand's tangent, dW + dA·B + A·dB: each product is itself a view."""
+    """Return a part of an operand's tangent, dW + dA·B + A·dB.
+
+    The tangent of W + A·B has rank 2r. Cut in two it has the form of a weight of rank r twice,
+    dW + dA·B (`moving` A) and 0 + A·dB (`moving` B), so the rule that was traced for one tangent
+    of a plain weight is walked with each, and by linearity the results add up.
+    """
     if not isinstance(x, View):
         return tangent if moving == 0 else jnp.zeros_like(tangent)
     factors = tuple(tangent.factors[k] if k == moving else x.factors[k] for k in (0, 1))

@@ -90,7 +90,7 @@ def _all_gather(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
 @rule("reshard", kind="rearrange")
 def _reshard(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     target = eqn.params["dst_sharding"]
-    parts = _spread(view, target.spec)
+    parts: Any = _spread(view, target.spec)
     laid = [
         jax.reshard(f, NamedSharding(target.mesh, spec))
         for f, spec in zip(view.components, parts.components, strict=True)

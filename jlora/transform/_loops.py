@@ -1,0 +1,90 @@
+"""Loops, opened: what the operands of a scan or a while are in its body, and how it runs again.
+
+The rules of `control` and the sums of `jlora.capture` walk the same bodies for different ends: the
+one carries weights from step to step, the other one sums up. What a loop is made of is said here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from jlora import _compat
+from jlora.transform._weight import W, Weight
+
+
+class Scan(NamedTuple):
+    """A scan: `jaxpr` maps constants, carry and one slice of each of `xs` to carry and results."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    init: Sequence[Any]
+    xs: Sequence[Any]
+    length: int
+    reverse: bool
+    unroll: int
+
+    @classmethod
+    def of(cls, eqn: JaxprEqn, operands: Sequence[Any]) -> "Scan":
+        """Open an equation."""
+        p, (consts, carry) = eqn.params, _compat.scan_arity(eqn.params)
+        first = consts + carry
+        groups = operands[:consts], operands[consts:first], operands[first:]
+        return cls(p["jaxpr"], *groups, p["length"], p["reverse"], p["unroll"])
+
+    def run(self, step: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
+        """Scan as the equation does, with another body."""
+        return lax.scan(step, init, xs, self.length, reverse=self.reverse, unroll=self.unroll)
+
+
+class While(NamedTuple):
+    """A while loop: `jaxpr` maps constants and carry to the carry, while `condition` holds."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    init: Sequence[Any]
+    condition: Any
+    condition_consts: Sequence[Any]
+
+    @classmethod
+    def of(cls, eqn: JaxprEqn, operands: Sequence[Any]) -> "While":
+        """Open an equation."""
+        p, n = eqn.params, eqn.params["cond_nconsts"]
+        first = n + p["body_nconsts"]
+        bodies = p["body_jaxpr"], p["cond_jaxpr"]
+        return cls(bodies[0], operands[n:first], operands[first:], bodies[1], operands[:n])
+
+
+def carried_on(loop: Scan | While) -> dict[int, Weight]:
+    """Return the weights of a loop's carry that each step hands on as they came, by their place."""
+    body, first = _compat.body(loop.jaxpr), len(loop.consts)
+    return {
+        k: x
+        for k, x in enumerate(loop.init)
+        if isinstance(x, Weight) and body.invars[first + k] is body.outvars[k]
+    }
+
+
+def peeled(xs: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
+    """Split operands into what a scan slices, and how one slice of each is seen."""
+    pairs = [_peel(x) if isinstance(x, Weight) else (x, lambda piece: piece) for x in xs]
+
+    def rebuild(pieces: Sequence[Any]) -> list[Any]:
+        return [see(piece) for (_, see), piece in zip(pairs, pieces, strict=True)]
+
+    return [scanned for scanned, _ in pairs], rebuild
+
+
+def _peel(weight: W) -> tuple[Any, Callable[[Any], W]]:
+    """Split a weight into its base and the components that have its first axis, and the others."""
+    components = weight.components
+    has = [0 in weight.axes(k) for k in range(len(components))]
+    scanned = [f for f, h in zip(components, has, strict=True) if h]
+
+    def see(piece: Any) -> W:
+        base, sliced = piece[0], iter(piece[1])
+        pieces = [next(sliced) if h else f for f, h in zip(components, has, strict=True)]
+        return weight.remade(base, pieces, weight.roles[1:])
+
+    return (weight.base, scanned), see
