@@ -101,8 +101,9 @@ def test_a_refusal_binds_the_primitive_once(make, monkeypatch):
             bound[id(eqn), eqn.primitive.name] += 1
         return bind(eqn, *operands)
 
-    with pytest.raises(ValueError, match="no factored form"):
-        jlora.lora(fn, fallback="error")(*args)
+    if make not in REFUSED["_pad"]:  # a scalar is no weight any more, so nothing is told
+        with pytest.raises(ValueError, match="no factored form"):
+            jlora.lora(fn, fallback="error")(*args)
     monkeypatch.setattr(_compat, "bind", counting)
     got = jlora.lora(fn, fallback="materialize")(*args)
     monkeypatch.undo()
