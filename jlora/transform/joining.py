@@ -73,7 +73,8 @@ def _stack(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 def _raised(x: Any, axis: int) -> Any:
     """Give a weight a stack axis of size 1; of an array, and of a base, only the shape counts."""
-    shape = jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis:]), jnp.result_type(x.dtype))
+    dtype = (x.base if isinstance(x, Weight) else x).dtype
+    shape = jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis:]), dtype)
     if not isinstance(x, Weight):
         return shape
     roles = [*x.roles[:axis], x.new_role, *x.roles[axis:]]
