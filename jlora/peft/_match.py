@@ -1,41 +1,117 @@
 """PEFT's way of matching module names: suffixes, whole regular expressions, layer indices.
 
-Configurations may come from anywhere, so a pattern that could take exponential time is refused.
+Configurations may come from anywhere, so a pattern that could take very long is refused.
 """
 
 import functools
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-_REPEATS, _CHOICES = 5, 1e6
+_WIDTH, _TRIES = 40, 2e8  # the length of a name, and how many ways of matching it are too many
 
 
 @functools.lru_cache(maxsize=2**16)
 def _compile(pattern: str, before: str, after: str) -> re.Pattern[str] | str:
     """Compile a pattern between two of PEFT's own, or say why it is not to be tried.
 
-    Backtracking is exponential where a group repeats or many groups have alternatives; otherwise
-    it is a polynomial of the name's length, of the degree of the number of repeats.
+    Backtracking is exponential where a group repeats. Otherwise the ways of matching are counted:
+    each repeat of one character multiplies them by the length of a name, and alternatives add up.
     """
     try:
         re.compile(pattern)
         whole = re.compile(f"{before}{pattern}{after}")
     except (re.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression here: {error}"
-    groups, bars = pattern.count("("), pattern.count("|")
-    if re.search(r"\)(?:[*+]|\{)", pattern):
-        why = "repeats a group"
-    elif len(re.findall(r"(?<!\\)(?:[*+{]|(?<![(*+}])\?)", pattern)) > _REPEATS:
-        why = f"repeats in more than {_REPEATS} places"
-    elif groups > 1 and groups * math.log((bars + groups) / groups) > math.log(_CHOICES):
-        why = "has too many groups of alternatives"
-    else:
-        return whole
-    return f"{why}; matching it could take for ever. Write the names out"
+    try:
+        slow = _alternatives(_tokens(pattern)).ways > _TRIES
+        why = "has too many repeats and alternatives that multiply" if slow else None
+    except (_Refused, RecursionError) as error:
+        why = str(error) or "is nested too deep"
+    return whole if why is None else f"{why}; matching it could take for ever. Write the names out"
+
+
+class _Refused(Exception):
+    """Why a pattern is not to be tried."""
+
+
+class _Ways(NamedTuple):
+    """How many ways a part of a pattern has to match at one place; its texts if it is but text."""
+
+    ways: float
+    texts: frozenset[str] | None = None
+
+
+_TOKEN = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|\(\?P=\w+\)|\(\?[aiLmsux-]+\)|\(\?\(\w+\)"
+    r"|\((?:\?(?:P<\w+>|<[=!]|[aiLmsux-]*:|[=!>]))?|(?:[*+?]|\{\d*,?\d*\})[?+]?|.",
+    re.DOTALL,
+)
+_QUANTIFIER = re.compile(r"([*+?])[?+]?|\{(\d*)(,?)(\d*)\}[?+]?")
+
+
+def _tokens(pattern: str) -> list[str]:
+    """Split a pattern, the last token first."""
+    tokens = _TOKEN.findall(pattern)
+    if any(re.match(r"\(\?[aiLmsux-]*x", token) for token in tokens):
+        raise _Refused("has the flag x, under which it reads otherwise")
+    return tokens[::-1]
+
+
+def _alternatives(tokens: list[str]) -> _Ways:
+    """Count the ways of what is between two parentheses.
+
+    Of texts only those that begin alike match at one place.
+    """
+    branches = [_sequence(tokens)]
+    while tokens and tokens[-1] == "|":
+        tokens.pop()
+        branches.append(_sequence(tokens))
+    if len(branches) == 1:
+        return branches[0]
+    texts = [(text, branch.ways) for branch in branches for text in branch.texts or ()]
+    alike = max((sum(n for t, n in texts if text.startswith(t)) for text, _ in texts), default=0)
+    ways = alike + sum(branch.ways for branch in branches if branch.texts is None)
+    is_text = all(branch.texts is not None for branch in branches)
+    return _Ways(ways, frozenset(text for text, _ in texts) if is_text else None)
+
+
+def _sequence(tokens: list[str]) -> _Ways:
+    """Multiply the ways of what follows one another, up to a bar, a parenthesis or the end."""
+    ways, parts = 1.0, []
+    while tokens and tokens[-1] not in ("|", ")"):
+        token, one = tokens.pop(), _Ways(1.0)
+        is_group = token.startswith("(?(") or (token[0] == "(" and token[-1] != ")")
+        if is_group:
+            one = _alternatives(tokens)
+            tokens.pop()
+            one = one if token in ("(", "(?:") else _Ways(one.ways)
+        elif re.fullmatch(r"\w|\\\W|[ /-]", token):
+            one = _Ways(1.0, frozenset([token[-1].casefold()]))
+        if tokens and (quantifier := _QUANTIFIER.fullmatch(tokens[-1])):
+            tokens.pop()
+            one = _repeated(one, is_group, quantifier)
+        ways *= one.ways
+        parts.append(one.texts)
+    if all(texts is not None and len(texts) == 1 for texts in parts):
+        return _Ways(ways, frozenset(["".join(t for texts in parts for t in texts or ())]))
+    return _Ways(ways, parts[0] if len(parts) == 1 else None)
+
+
+def _repeated(one: _Ways, is_group: bool, quantifier: re.Match[str]) -> _Ways:
+    """Multiply the ways of one part by those of its quantifier."""
+    sign, least, comma, most = quantifier.groups()
+    if sign == "?":
+        return _Ways(one.ways + 1)
+    if sign is None and not (least or comma):
+        return _Ways(one.ways)  # "{}" is text
+    if is_group and (sign or comma or int(least) > 1):
+        raise _Refused("repeats a group")
+    if sign is None and not comma:
+        return one if least == "1" else _Ways(one.ways)
+    return _Ways(one.ways * (min(_WIDTH, int(most) - int(least or 0) + 1) if most else _WIDTH))
 
 
 def compiled(pattern: str, call: str, before: str = "", after: str = "") -> re.Pattern[str]:
