@@ -169,7 +169,7 @@ def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
         raise ValueError(
             f"`{call}`: {PICKLE} is a pickle, which can run any program when it is read, so jlora "
             "never reads one. Convert it in PyTorch: `safetensors.torch.save_file(torch.load("
-            f'"{PICKLE}", weights_only=True), "{TENSORS}")`.'
+            f'"{PICKLE}", map_location="cpu", weights_only=True), "{TENSORS}")`.'
         )
     others = sorted(p.parent.name for p in root.glob(f"*/{TENSORS}")) if root.is_dir() else []
     hint = f" Its sub-folders have the adapters {others}: give `adapter=`." if others else ""

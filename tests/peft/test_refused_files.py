@@ -227,7 +227,9 @@ def test_a_hostile_safetensors_file_is_refused(tmp_path, content):
 def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     (tmp_path / "adapter_config.json").write_text(json.dumps(entries()))
-    with pytest.raises(ValueError, match=says("is a pickle", "weights_only=True")):
+    with pytest.raises(
+        ValueError, match=says("is a pickle", 'map_location="cpu", weights_only=True')
+    ):
         load(tmp_path)
 
 
