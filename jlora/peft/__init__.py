@@ -3,6 +3,7 @@
 Where jlora means to give another answer than PEFT: `tests/parity/test_peft_differences.py`.
 """
 
+from jlora.peft._by_value import match as match
 from jlora.peft._load import load as load
 from jlora.peft._ready import llama_names as llama_names
 from jlora.peft._ready import tunix_gemma3_names as tunix_gemma3_names

@@ -143,6 +143,23 @@ def test_every_weight_has_its_name_and_an_adapter_its_numbers(family, tmp_path):
 
 
 @every
+def test_names_and_layouts_are_found_by_value(family, tmp_path):
+    graph, state = model(family, embed_dim=WIDTH)
+    net = theirs(family)
+    sides = layouts(family, graph, state)
+    state = filled(family, net, state, sides)
+    net.save_pretrained(tmp_path)
+    names, found = jlora.peft.match(state, tmp_path)
+    assert names == {path: NAMES[family](path) for path, _ in leaves_with_paths(state)}
+    # Keys and values in one leaf have a name each, and so an A each.
+    fused = {path for path, name in names.items() if isinstance(name, list)}
+    assert {p: x for p, x in found.items() if p not in fused} == {
+        p: x for p, x in sides.items() if p not in fused
+    }
+    assert all(found[path] == sides[path][1:] for path in fused) and len(fused) % 2 == 0
+
+
+@every
 def test_an_adapter_of_every_matrix_loads_in_peft(family, tmp_path):
     graph, state = model(family, embed_dim=WIDTH)
     sides = layouts(family, graph, state)
