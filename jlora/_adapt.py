@@ -1,14 +1,16 @@
 """Taking an adapter off and putting it on again, merging it and taking it out: of whole trees."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
-from jlora._paths import leaves_with_paths
+from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
 def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
@@ -96,8 +98,9 @@ def _check(params: PyTree, call: str) -> None:
 def merge(params: PyTree) -> PyTree:
     """Build the plain weights, `W + s · A B`, rounded once, to W's dtype.
 
-    They are summed in float32 or wider. DoRA's are `m · (W + s · A B) / ‖W + s · A B‖`, whose norm
-    is a constant to the gradient.
+    They are summed in float32 or wider; a float8 saturates at its range. Where rounding to 16 bits
+    or less loses more than half of an update, a warning says so (not under `jax.jit`). DoRA's are
+    `m · (W + s · A B) / ‖W + s · A B‖`, whose norm is a constant to the gradient.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
@@ -119,13 +122,52 @@ def merge(params: PyTree) -> PyTree:
     under `safe_merge` rounds the delta and the sum separately.
     """
     _check(params, "jlora.merge")
+    lost: dict[str, Array] = {}
 
-    def whole(node: Any) -> Any:
+    def whole(path: str, node: Any) -> Any:
         if isinstance(node, FullArray):
             return node.value
-        return forms.weight(node).astype(node.dtype) if isinstance(node, LoraArray) else node
+        if not isinstance(node, LoraArray):
+            return node
+        summed = forms.weight(node)
+        merged = _rounded(summed, node.dtype)
+        if jnp.finfo(node.dtype).bits < 32 and not isinstance(merged, jax.core.Tracer):
+            lost[path] = _lost_share(node.base, summed, merged)
+        return merged
 
-    return _map(whole, params)
+    tree = map_with_paths(whole, params, is_adapted)
+    _warn_of_loss(params, lost)
+    return tree
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """Round to a dtype; what is beyond the range of a float8 becomes the largest that it has."""
+    if jnp.finfo(dtype).bits <= 8:
+        x = jnp.clip(x, -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).max))
+    return x.astype(dtype)
+
+
+def _lost_share(base: Array, summed: Array, merged: Array) -> Array:
+    """Return ‖merged - summed‖ / ‖summed - base‖; 0 for an update of nothing but rounding."""
+    update, error = summed - base.astype(summed.dtype), merged.astype(summed.dtype) - summed
+    whole, size, lost = (jnp.sqrt(jnp.sum(x * x)) for x in (summed, update, error))
+    return jnp.where(size > 1e-5 * whole, lost / size, 0.0)
+
+
+def _warn_of_loss(params: PyTree, lost: dict[str, Array]) -> None:
+    """Say where a narrow dtype keeps less than half of the update."""
+    shares = {path: float(x) for path, x in jax.device_get(lost).items()}
+    most = {path: share for path, share in shares.items() if share > 0.5}
+    if most:
+        path = max(most, key=most.__getitem__)
+        node = dict(leaves_with_paths(params, is_adapted))[path]
+        warnings.warn(
+            f"`jlora.merge`: rounding to the base's dtype loses {most[path]:.0%} of the update of "
+            f"{describe(path, node.base)}, and more than half of that of {len(most)} weights in "
+            "all: the merged model is nearer to the base model than to the adapted one. Run the "
+            "adapter unmerged, `jlora.lora`, or merge into a base cast to a wider dtype.",
+            stacklevel=3,
+        )
 
 
 def unmerge(merged: PyTree, params: PyTree) -> PyTree:
@@ -174,6 +216,6 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
             return node.base
         if not isinstance(node, LoraArray):
             return whole
-        return forms.base_of(whole, node).astype(whole.dtype)
+        return _rounded(forms.base_of(whole, node), whole.dtype)
 
     return bind(_map(base, merged, params), adapter)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora._adapt import bind, detach
@@ -31,11 +32,14 @@ def load(
     slices: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
     target_parameters: Sequence[str] | None = None,
     alpha: float | int | None = None,
+    dtype: DTypeLike | None = jnp.float32,
 ) -> PyTree:
     """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
 
     DoRA's m is `lora_magnitude_vector`. A bias of lora_B (`lora_bias`) becomes a part of the
-    layer's own, a `FullArray` of value bias + s · b. What is read keeps the dtype of the file.
+    layer's own, a `FullArray` of value bias + s · b. A, B and m become float32, in which they
+    train, as in PEFT: a step of 1e-5 changes few elements of a bfloat16 A. What is trained whole
+    has the file's dtype or the base's, the wider of the two.
     Weights stay in Flax's orientation: kernels (in, out) or HWIO, embeddings (vocab, d); attention
     kernels of three dimensions are reshaped by layout.
     PEFT's update of a convolution with groups fills the whole kernel: write the layer without.
@@ -58,6 +62,7 @@ def load(
         target_parameters: the adapted parameters of one module (experts), in the order in which
             PyTorch declares them; needed only where their shapes do not tell.
         alpha: α of all, for files without adapter_config.json, such as loralib's.
+        dtype: of A, B and m; None keeps the file's.
 
     Returns:
         The adapted parameters; the base weights are the very arrays that were given, but for
@@ -68,7 +73,8 @@ def load(
         ValueError: keys missing, unexpected or of another shape; a damaged file; a pickle; another
             method than LoRA, or a variant that jlora does not have; `params` over a residual.
         KeyError: `names`, `layouts` or `kinds` speak of a leaf that is not there.
-        TypeError: a name that is no string.
+        TypeError: a name that is no string, or of a leaf that is no array; a dtype that is not
+            floating.
 
     Example:
         See `save`.
@@ -76,11 +82,17 @@ def load(
     Reference: PEFT's `PeftModel.from_pretrained`; loralib's `lora_state_dict`.
     """
     call = f"jlora.peft.load({str(directory)!r}, params)"
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{call}`: dtype={jnp.dtype(dtype).name} is not a floating type, and A and B train. "
+            "Leave it out for float32, or give None for the file's own."
+        )
     folder = _folder(directory, adapter, call)
     config = _config(folder, alpha, call)
     _refuse_residuals(params, call)
     base = detach(params)[0]
     leaves = leaves_with_paths(base)
+    by_path = dict(leaves)
     given = {"names": names, "layouts": layouts, "kinds": kinds, "slices": slices}
     for argument, value in given.items():
         check_keys(value, [path for path, _ in leaves], argument, call)
@@ -91,16 +103,16 @@ def load(
     tensors = read(folder / TENSORS, call)
     plan = assign(tensors, config, found, target_parameters or (), call)
     _refuse_idle_slices(plan, slices or {}, call)
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    shapes = {place.path: tuple(np.shape(by_path[place.path])) for place in where.values()}
     nodes: dict[str, Any] = {
-        path: _lora(parts, shapes[path], path, call) for path, parts in plan.lora.items()
+        path: _lora(parts, shapes[path], path, dtype, call) for path, parts in plan.lora.items()
     }
-    _same_base(plan, dict(leaves), call)
+    _same_base(plan, by_path, call)
     if isinstance(config, Config) and str(config.init_lora_weights).lower() in REPEATED:
         nodes = {path: dataclasses.replace(x, residual=True) for path, x in nodes.items()}
         base = _residuals(base, nodes, plan, config.init_lora_weights, call)
-    nodes |= {path: _full(parts, shapes[path]) for path, parts in plan.full.items()}
-    nodes |= _biases(plan, dict(leaves), nodes)
+    nodes |= {path: _full(parts, by_path[path]) for path, parts in plan.full.items()}
+    nodes |= _biases(plan, by_path, nodes)
     adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base)
     return bind(base, adapter_tree)
 
@@ -190,7 +202,9 @@ def _config(folder: Path, alpha: float | int | None, call: str) -> Config | floa
     return alpha
 
 
-def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str) -> LoraArray:
+def _lora(
+    found: list[Assignment], shape: tuple[int, ...], path: str, dtype: Any, call: str
+) -> LoraArray:
     """Build one node, without its base, from the tensors of all its places."""
     first = found[0]
     for one in found:
@@ -205,7 +219,7 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     lead = shape[: len(first.place.index)]
     parts = {
         name: jnp.asarray(
-            np.stack([x[name] for x in arranged]).reshape(*lead, *arranged[0][name].shape)
+            np.stack([x[name] for x in arranged]).reshape(*lead, *arranged[0][name].shape), dtype
         )
         for name in arranged[0]
     }
@@ -217,13 +231,15 @@ def _lora(found: list[Assignment], shape: tuple[int, ...], path: str, call: str)
     return LoraArray(None, None, None, scaling, layout, slices).with_parts(parts)
 
 
-def _full(found: list[Assignment], shape: tuple[int, ...]) -> FullArray:
+def _full(found: list[Assignment], leaf: Any) -> FullArray:
     """Build one parameter that is trained whole, without its original."""
     values = [
         whole_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
         for one in found
     ]
-    return FullArray(base=None, value=jnp.asarray(np.stack(values).reshape(shape)))
+    value = np.stack(values).reshape(leaf.shape)
+    kinds = [x.dtype for x in (value, leaf) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return FullArray(None, jnp.asarray(value, max(kinds, key=lambda kind: jnp.finfo(kind).bits)))
 
 
 def _biases(plan: Any, leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> dict[str, FullArray]:

@@ -45,6 +45,11 @@ def places(leaves: Sequence[tuple[str, Any]], names: Names, call: str) -> dict[s
         name = names.get(path) if isinstance(names, Mapping) else names(path)
         if name is None:
             continue
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"`{call}`: `names` gives {name!r} to {describe(path, leaf)}, which is no array. "
+                "Give its path None."
+            )
         for index, full in _unroll(name, path, leaf, tuple(leaf.shape), call):
             if full in found:
                 raise ValueError(
@@ -70,8 +75,9 @@ def name_of(names: Names, path: str) -> Name | None:
 def check_keys(given: Any, paths: Sequence[str], argument: str, call: str) -> None:
     """Refuse a mapping that speaks of a leaf that is not there."""
     if isinstance(given, Mapping):
+        known = set(paths)
         for path in given:
-            if path not in set(paths):
+            if path not in known:
                 raise KeyError(
                     f'`{call}`: `{argument}` has "{path}", which is no parameter. '
                     f"{near_misses(path, paths)}"

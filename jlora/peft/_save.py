@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora import forms
@@ -17,7 +18,7 @@ from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import even, unrolled
+from jlora.peft._forms import even, shape_of, unrolled
 from jlora.peft._keys import BIAS, PREFIX, Found, in_order
 from jlora.peft._names import (
     Names,
@@ -31,7 +32,7 @@ from jlora.peft._names import (
     places,
     refuse_variants,
 )
-from jlora.peft._tensors import check_dtypes, parts_of, to_torch, whole_to_torch, write
+from jlora.peft._tensors import in_dtype, parts_of, to_torch, whole_to_torch, write
 
 
 def save(
@@ -41,6 +42,7 @@ def save(
     names: Names,
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
+    dtype: DTypeLike | None = None,
     **config: Any,
 ) -> None:
     """Write an adapter as PEFT's files: adapter_model.safetensors and adapter_config.json.
@@ -59,6 +61,9 @@ def save(
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) where neither the path
             (".../embedding") nor the layout ("iiio") tells; anything else is "linear". "grouped"
             is a convolution with groups in PyTorch, whose kernel here is written without them.
+        dtype: float32, float16 or bfloat16 for every tensor of the file; None writes each as it is
+            in `params`, which loses nothing. To halve the file once training is over, give
+            `dtype=jnp.bfloat16`; a file read as bfloat16 and not trained is written as it was.
         **config: entries of adapter_config.json that the parameters do not tell:
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
             `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
@@ -70,7 +75,7 @@ def save(
         ValueError: nothing is adapted; an adapted leaf without a name, or over a residual;
             parameters trained whole that make up no module; magnitudes in some adapted layers
             only, or of experts or MultiheadAttention; an entry of `config` that the parameters
-            tell.
+            tell; values that `dtype` cannot hold.
         TypeError: a name that is no string.
 
     Example:
@@ -132,8 +137,7 @@ def save(
         for ending, x in one.tensors.items()
     }
     tensors |= {PREFIX + spelled[place.name]: x for place, x in wholes.items()}
-    check_dtypes(tensors, call)
-    _write(Path(directory), tensors, entries)
+    _write(Path(directory), in_dtype(tensors, dtype, call), entries)
 
 
 def _check(path: str, node: Any, call: str) -> None:
@@ -184,21 +188,6 @@ class _Shaped:
         self.shape, self.ndim, self.dtype = shape, len(shape), ""
 
 
-def shape_of(node: Any) -> tuple[int, ...]:
-    """Return the shape of a weight, of a detached adapter's too."""
-    if not isinstance(node, LoraArray):
-        return tuple(np.shape(node.value if isinstance(node, FullArray) else node))
-    if node.slices is not None:  # B is narrower than the weight
-        return tuple(node.base.shape)
-    ins, outs = node.layout.count("i"), node.layout.count("o")
-    stack = node.lora_a.shape[: node.lora_a.ndim - ins - 1]
-    sides = {
-        "i": iter(node.lora_a.shape[len(stack) : len(stack) + ins]),
-        "o": iter(node.lora_b.shape[node.lora_b.ndim - outs :]),
-    }
-    return (*stack, *(next(sides[letter]) for letter in node.layout))
-
-
 def _parts(
     where: Found, adapted: Mapping[str, Any], config: Mapping[str, Any], call: str
 ) -> dict[Place, Adapted]:
@@ -212,8 +201,8 @@ def _parts(
     bias = bool(config.get("lora_bias"))
     kinds = {p: kind_of(p, layout[p.path], where.kinds) for p in nodes}
     sides = {p: geometry_of(p, layout[p.path], kinds[p], call) for p in nodes}
-    parameters = [p for p in nodes if is_parameter(p, sides[p])]
-    spelled = _spelled(list(nodes), parameters, config.get("target_parameters") or (), call)
+    parameters = {p: None for p in nodes if is_parameter(p, sides[p])}  # in order
+    spelled = _spelled(list(nodes), list(parameters), config.get("target_parameters") or (), call)
     parts = {}
     for place, node in nodes.items():
         dora = forms.has_gain(node)
@@ -262,8 +251,10 @@ def _spelled(
                 f'"{first.module}.out_proj.weight" too.'
             )
         spelled[second] = (f"{first.module}.base_layer.out_proj", first.module)
-    for module in dict.fromkeys(p.module for p in parameters):
-        inside = [p for p in parameters if p.module == module]
+    by_module: dict[str, list[Place]] = {}
+    for place in parameters:
+        by_module.setdefault(place.module, []).append(place)
+    for module, inside in by_module.items():
         given = in_order(inside, order) if len(inside) > 1 else inside
         if given is None:
             raise ValueError(

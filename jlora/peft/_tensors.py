@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from jlora._arrays import Geometry
 
@@ -58,14 +59,30 @@ def read(file: Path, call: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check_dtypes(tensors: Mapping[str, np.ndarray], call: str) -> None:
-    """Refuse what `read` would refuse."""
-    for key, x in tensors.items():
+def in_dtype(
+    tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None, call: str
+) -> dict[str, np.ndarray]:
+    """Round tensors to a dtype, or leave theirs; refuse what `read` would refuse."""
+    made = {key: x if dtype is None else _cast(key, x, dtype, call) for key, x in tensors.items()}
+    for key, x in made.items():
         if x.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
             raise ValueError(
                 f'`{call}`: "{key}" would be of dtype {x.dtype.name}; an adapter is float32, '
                 "float16 or bfloat16. Cast it first."
             )
+    return made
+
+
+def _cast(key: str, x: np.ndarray, dtype: DTypeLike, call: str) -> np.ndarray:
+    """Round a tensor to a narrower dtype, and refuse what is beyond its range."""
+    with np.errstate(over="ignore"):
+        y = x.astype(jnp.dtype(dtype))
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        raise ValueError(
+            f'`{call}`: "{key}" has values beyond the range of {jnp.dtype(dtype).name}. Give '
+            "`dtype=jnp.bfloat16`, which has float32's, or leave it out."
+        )
+    return y
 
 
 def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
