@@ -72,8 +72,9 @@ def attach(
             f'`jlora.attach`: two leaves have the path "{twice[0]}", so no rule and no file could '
             'tell them apart. Rename the key that has a "/" in it.'
         )
+    known = set(paths)
     for path in layouts:
-        if path not in set(paths):
+        if path not in known:
             raise KeyError(
                 f'`jlora.attach(layouts=...)`: no parameter "{path}". {near_misses(path, paths)}'
             )

@@ -1,10 +1,11 @@
 """What to adapt and how: `LoraSpec`, and rules from regular expressions to specs."""
 
 import dataclasses
+import itertools
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -163,8 +164,9 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
             )
     chosen: dict[str, Any] = {}
     decided: set[str] = set()
+    first = _first_match(compiled)
     for path in paths:
-        key = next((k for k, pattern in compiled.items() if pattern.fullmatch(path)), None)
+        key = first(path)
         if key is not None:
             chosen[path] = rules[key]
             decided.add(key)
@@ -181,6 +183,29 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
             f'match a whole path, e.g. r".*/kernel". {near_misses(key, paths)}'
         )
     return chosen
+
+
+def _first_match(compiled: Mapping[str, re.Pattern[str]]) -> Callable[[str], str | None]:
+    """Return the function from a path to the first key that matches it.
+
+    Keys that are paths, such as those of `jlora.peft.rules`, one a leaf, are looked up; only the
+    others are tried one by one.
+    """
+    literal: dict[str, tuple[int, str]] = {}
+    tried: list[tuple[int, str]] = []
+    for k, key in enumerate(compiled):
+        path = re.sub(r"\\(\W)", r"\1", key)
+        if re.escape(path) == key or not re.search(r"[^\w/ -]", key):
+            literal.setdefault(path, (k, key))
+        else:
+            tried.append((k, key))
+
+    def first(path: str) -> str | None:
+        known = literal.get(path, (len(compiled), None))
+        earlier = itertools.takewhile(lambda pair: pair[0] < known[0], tried)
+        return next((key for _, key in earlier if compiled[key].fullmatch(path)), known[1])
+
+    return first
 
 
 def _compile(key: str, call: str) -> re.Pattern[str]:

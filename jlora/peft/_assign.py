@@ -11,7 +11,7 @@ from jlora._paths import near_misses
 from jlora.peft._config import Config
 from jlora.peft._forms import Slices, of_loralib, of_peft
 from jlora.peft._keys import BIAS, PREFIX, Found, Groups, Owner, Tensors, owners, sort
-from jlora.peft._match import first_match, targeted
+from jlora.peft._match import first_match, is_saved, targeted
 from jlora.peft._names import Place, bias_of, is_parameter, kind_of, refuse_variants
 from jlora.peft._tensors import parts_of, whole_shape
 
@@ -215,9 +215,7 @@ def _asks_lora(place: Place, config: Config | float | int, call: str) -> bool:
 def _asks_whole(place: Place, config: Config | float | int, found: Found, call: str) -> bool:
     if not isinstance(config, Config):
         return False
-    parts = place.module.split(".")
-    modules = [".".join(parts[: k + 1]) for k in range(len(parts))]
-    if any(m.endswith(tuple(config.modules_to_save)) for m in modules if config.modules_to_save):
+    if is_saved(config.modules_to_save, place.module):
         return True
     if place.parameter != "bias":
         return False

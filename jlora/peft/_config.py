@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora._paths import near_misses
+from jlora.peft._match import Patterns
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -59,7 +60,7 @@ class Config:
     exclude_modules: str | frozenset[str] = frozenset()
     layers_to_transform: Sequence[int] | None = None
     layers_pattern: Sequence[str] = ()
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: Collection[str] = ()
     bias: str = "none"
     init_lora_weights: bool | str = True
     task_type: str | None = None
@@ -176,6 +177,8 @@ def _typed(key: str, value: Any, call: str) -> Any:
     }.get(key, (lambda v: _is_list(v, str), "a list of strings"))
     if not good(value):
         raise ValueError(f"`{call}`: the configuration's {key} is {value!r}; it must be {wanted}.")
+    if key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        return Patterns(value if isinstance(value, Mapping) else dict.fromkeys(value))
     if key in ("target_modules", "target_parameters", "exclude_modules"):
         return value if isinstance(value, str) else frozenset(value)
     return value

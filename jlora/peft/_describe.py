@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora._paths import near_misses
-from jlora.peft._match import ends_with
+from jlora.peft._match import Patterns, ends_with, parents
 from jlora.peft._names import Place
 from jlora.peft._tensors import MAGNITUDE
 
@@ -83,13 +83,13 @@ def describe_adapter(
     entries = {
         **_GIVEN,
         **given,
-        "alpha_pattern": _pattern(alphas, alpha),
+        "alpha_pattern": _pattern(alphas, alpha, call),
         "bias": bias,
         "lora_alpha": alpha,
         "modules_to_save": whole_modules or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": _pattern(ranks, rank),
+        "rank_pattern": _pattern(ranks, rank, call),
         "target_modules": _targets(modules, found),
         "target_parameters": _parameters(parameters, found, call),
         "use_dora": _dora(parts, call),
@@ -113,33 +113,47 @@ def _dora(parts: Mapping[Place, Adapted], call: str) -> bool:
     return bool(parts) and not without
 
 
+def _around(
+    places: Iterable[Place], modules: set[str]
+) -> tuple[dict[str, list[Place]], dict[str, list[str]]]:
+    """Return what is below each module, and the other modules whose names end with its name."""
+    below, ending = collections.defaultdict(list), collections.defaultdict(list)
+    for place in places:
+        for module in parents(place.module):
+            below[module].append(place)
+        if place.module not in modules:
+            for k in range(len(place.module)):
+                ending[place.module[k:]].append(place.module)
+    return below, ending
+
+
 def _commonest(values: Iterable[Any], default: Any) -> Any:
     counts = collections.Counter(values).most_common()
     return min((v for v, n in counts if n == counts[0][1]), default=default)
 
 
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+def _pattern(values: Mapping[str, Any], default: Any, call: str) -> dict[str, Any]:
     """Return the entries that differ from the default; a key is a name, anchored if ambiguous."""
-    pattern = {}
-    for name, value in sorted(values.items()):
-        if value != default:
-            hit = [n for n in values if re.match(rf"(.*\.)?({name})$", n)]
-            pattern[name if hit == [name] else "^" + re.escape(name)] = value
-    return pattern
+    odd = Patterns(sorted((name, value) for name, value in values.items() if value != default))
+    hits = collections.Counter(key for name in values for key in odd.matching(name, call))
+    return {
+        name if hits[name] == 1 else "^" + re.escape(name): value for name, value in odd.items()
+    }
 
 
 def _targets(modules: set[str], found: Mapping[str, Place]) -> list[str] | str | None:
     """Return the modules' full names; where these are suffixes of others, an exact pattern."""
     others = {place.module for place in found.values()} - modules
-    if any(ends_with(other, sorted(modules)) for other in others):
+    if any(ends_with(other, modules) for other in others):
         return "|".join(re.escape(m) for m in sorted(modules))
     return sorted(modules) or None
 
 
 def _parameters(names: Sequence[str], found: Mapping[str, Place], call: str) -> list[str] | None:
     """Return the full names of adapted parameters, which must be no suffixes of others."""
+    adapted = set(names)
     for other in found:
-        if other not in names and ends_with(other, names):
+        if other not in adapted and ends_with(other, adapted):
             raise ValueError(
                 f'`{call}`: PEFT would adapt "{other}" too, because its name ends with that of an '
                 "adapted parameter. Adapt it too."
@@ -152,26 +166,18 @@ def _whole_modules(
 ) -> tuple[list[str], str]:
     """Put what is trained whole into PEFT's words: whole modules, and which biases."""
     modules = sorted({p.module for p in wholes if p.parameter != "bias"})
+    below, ending = _around(found.values(), set(modules))
     for module in modules:
-        inside = [p for p in found.values() if f"{p.module}.".startswith(f"{module}.")]
-        lacking = sorted(p.name for p in inside if p not in wholes)
-        alike = sorted(
-            p.module
-            for p in found.values()
-            if p.module.endswith(module) and p.module not in modules
-        )
+        lacking = sorted(p.name for p in below[module] if p not in wholes)
+        alike = sorted(ending[module])
         if not module or lacking or alike:
             raise ValueError(
                 f'`{call}`: PEFT saves whole modules, by the ends of their names: for "{module}" '
                 f"also {(lacking + alike)[:3]} must be trained whole. Give them the rule "
                 '"full" too, or none of them.'
             )
-    inside_whole = tuple(f"{module}." for module in modules)
-    biases = {
-        p.name
-        for p in found.values()
-        if p.parameter == "bias" and not f"{p.module}.".startswith(inside_whole)
-    }
+    inside = {p.name for module in modules for p in below[module]}
+    biases = {p.name for p in found.values() if p.parameter == "bias"} - inside
     left = {p.name for p in wholes} & biases
     if not left:
         return modules, "none"

@@ -4,8 +4,9 @@ Configurations may come from anywhere, so a pattern that could take very long is
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -122,23 +123,82 @@ def compiled(pattern: str, call: str, before: str = "", after: str = "") -> re.P
     return made
 
 
+def endings(name: str) -> list[str]:
+    """Return the name and all its last components: "a.b.c", "b.c", "c"."""
+    return [name, *(name[k + 1 :] for k, letter in enumerate(name) if letter == ".")]
+
+
 def ends_with(name: str, entries: Collection[str]) -> bool:
     """Whether an entry is the name or its last components: "q_proj", "self_attn.q_proj"."""
-    starts = (0, *(k + 1 for k, letter in enumerate(name) if letter == "."))
-    return any(name[k:] in entries for k in starts)
+    return any(ending in entries for ending in endings(name))
+
+
+class Patterns(dict[str, Any]):
+    """Values by patterns, each of which must match a name's last components.
+
+    A file may have one for every module, so those that are names are looked up, not tried. Their
+    dots are not escaped and stand for any character; what is looked up is the text between.
+    """
+
+    @functools.cached_property
+    def tried(self) -> dict[str, int]:
+        """The keys that are no names, and their positions."""
+        return {key: k for k, key in enumerate(self) if not re.fullmatch(r"\^?[\w.-]+", key)}
+
+    @functools.cached_property
+    def _named(self) -> dict[tuple[int, ...], dict[tuple[str, ...], tuple[int, str]]]:
+        """The keys that are names: whether they begin with ^ and their widths, then their text."""
+        named: dict[tuple[int, ...], dict[tuple[str, ...], tuple[int, str]]] = {}
+        for k, key in enumerate(self):
+            if key not in self.tried:
+                pieces = tuple(key.removeprefix("^").split("."))
+                widths = (key[0] == "^", *map(len, pieces))
+                named.setdefault(widths, {})[pieces] = (k, key)
+        return named
+
+    def names(self, name: str) -> list[tuple[int, str]]:
+        """Return the keys that are names and match this one, with their positions."""
+        hits = []
+        for (anchored, *widths), keys in self._named.items():
+            start = len(name) - sum(widths) - len(widths) + 1
+            if start < 0 or (start > 0 and (anchored or name[start - 1] != ".")):
+                continue
+            starts = itertools.accumulate((width + 1 for width in widths), initial=start)
+            pieces = tuple(name[at : at + n] for at, n in zip(starts, widths, strict=False))
+            if pieces in keys:
+                hits.append(keys[pieces])
+        return hits
+
+    def matching(self, name: str, call: str) -> Iterator[str]:
+        """Yield the keys that match a name, in their order."""
+        for _, key in sorted([*((k, key) for key, k in self.tried.items()), *self.names(name)]):
+            if key not in self.tried or compiled(key, call, r"(.*\.)?(", ")$").match(name):
+                yield key
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T, call: str) -> T:
     """Return the value of the first key that matches the name's last components."""
-    for key, value in patterns.items():
-        if compiled(key, call, r"(.*\.)?(", ")$").match(name):
-            return value
-    return default
+    patterns = patterns if isinstance(patterns, Patterns) else Patterns(patterns)
+    key = next(patterns.matching(name, call), None)
+    return default if key is None else patterns[key]
 
 
-def holds(entries: Sequence[str], module: str, call: str) -> bool:
+def parents(module: str) -> list[str]:
+    """Return the modules around a module, and itself."""
+    return [*(module[:k] for k, letter in enumerate(module) if letter == "."), module]
+
+
+def holds(entries: Collection[str], module: str, call: str) -> bool:
     """Whether an entry of `modules_to_save` is the module, or a module around it."""
-    return any(compiled(e, call, r"(^|.*\.)", r"($|\..*)").match(module) for e in entries)
+    entries = entries if isinstance(entries, Patterns) else Patterns(dict.fromkeys(entries))
+    return any(entries.names(m) for m in parents(module)) or any(
+        compiled(e, call, r"(^|.*\.)", r"($|\..*)").match(module) for e in entries.tried
+    )
+
+
+def is_saved(entries: Collection[str], module: str) -> bool:
+    """Whether the name of a module or of one around it ends with an entry, as PEFT saves them."""
+    return bool(entries) and any(m[k:] in entries for m in parents(module) for k in range(len(m)))
 
 
 def excluded(config: Any, module: str, call: str) -> bool:

@@ -15,7 +15,15 @@ from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._forms import even
 from jlora.peft._initial import initializer, of_groups
-from jlora.peft._match import ends_with, excluded, first_match, targeted
+from jlora.peft._match import (
+    endings,
+    ends_with,
+    excluded,
+    first_match,
+    is_saved,
+    parents,
+    targeted,
+)
 from jlora.peft._names import (
     Names,
     Place,
@@ -136,13 +144,10 @@ def _choose(config: Config, found: Mapping[str, Place], call: str) -> dict[str, 
     if config.lora_bias:
         chosen |= {bias_of(found[name], found, call).name: "full" for name in list(chosen)}
     for place in found.values():
-        parents = place.module.split(".")
-        around = [".".join(parents[: k + 1]) for k in range(len(parents))]
-        saved = tuple(config.modules_to_save)
         is_bias = place.parameter == "bias" and (
             config.bias == "all" or (config.bias == "lora_only" and place.module in modules)
         )
-        if is_bias or (saved and any(module.endswith(saved) for module in around)):
+        if is_bias or is_saved(config.modules_to_save, place.module):
             chosen[place.name] = "full"
     return chosen
 
@@ -158,20 +163,22 @@ def _refuse_idle(
     config: Config, modules: set[str], chosen: list[str], found: Mapping[str, Place], call: str
 ) -> None:
     """Refuse entries that choose nothing, where PEFT would be silent."""
-    idle = [
-        e for e in sorted(config.target_parameters) if not any(ends_with(n, [e]) for n in chosen)
-    ]
+    hit = {ending for name in chosen for ending in endings(name)}
+    idle = [e for e in sorted(config.target_parameters) if e not in hit]
     targets = config.target_modules
     if isinstance(targets, str):
         idle += [] if modules else [targets]
     else:
-        idle += [e for e in sorted(targets or ()) if not any(ends_with(m, [e]) for m in modules)]
+        hit = {ending for module in modules for ending in endings(module)}
+        idle += [e for e in sorted(targets or ()) if e not in hit]
     every = {place.module for place in found.values()}
     # PEFT adds the usual names of a classifier's head itself, whichever the model has.
     own = _CLASSIFIERS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-    around = {module + "." for module in every}
     saved = [e for e in config.modules_to_save if e not in own]
-    idle += [e for e in saved if not any(f"{e}." in module for module in around)]
+    if saved:
+        around = {m for module in every for m in parents(module)}
+        hit = {m[k:] for m in around for k in range(len(m))}
+        idle += [e for e in saved if e not in hit]
     if idle:
         known = sorted({module.rpartition(".")[2] for module in every})
         raise ValueError(
