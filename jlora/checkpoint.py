@@ -1,14 +1,12 @@
 """Adapters on disk, through Orbax: what one task owns, a few MB, without the base weights.
 
-A checkpoint describes itself: beside the arrays it keeps each leaf's path, kind and layout, so it
-restores into plain base weights. It is written beside its place and renamed.
+A checkpoint describes itself: next to the arrays it keeps each leaf's path, kind and layout, so it
+restores into plain base weights. It is written to a hidden folder, then renamed into place. Orbax
+stores arrays without checksums; the index has one of each array and one of itself.
 """
 
 import dataclasses
-import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from jaxtyping import PyTree
 from jlora import forms
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, Geometry, LoraArray, Tied, is_adapted
+from jlora._disk import digest, replacing, seal, unseal
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._tie import untie
 
@@ -32,6 +31,7 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
 
     Args:
         directory: where; a checkpoint that is there already is replaced, at the end, in one step.
+            Hidden folders that a killed process left next to it are removed.
         params: adapted parameters, or an adapter from `jlora.detach`.
 
     Raises:
@@ -77,17 +77,16 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         else:
             index[path] = {"kind": "full", "leaf": str(n)}
             arrays[str(n)] = {"value": node.value}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new = beside / "new"  # with the permissions of any new folder; `beside` is its owner's alone
-    try:
-        new.mkdir()
+    checked = {leaf: {p: _entry(x) for p, x in parts.items()} for leaf, parts in arrays.items()}
+    with replacing(target) as new:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(new / _ARRAYS, arrays)
-        (new / _INDEX).write_text(json.dumps({"version": 2, "leaves": index}, indent=2))
-        _replace(new, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (new / _INDEX).write_text(seal({"version": 2, "leaves": index, "arrays": checked}))
+
+
+def _entry(x: Any) -> dict[str, Any]:
+    """Describe an array, so that what is read can be compared with what was written."""
+    return {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name, "sha256": digest(x)}
 
 
 def _refuse_target(target: Path, call: str) -> None:
@@ -121,24 +120,8 @@ def _parts(node: LoraArray) -> dict[str, Any]:
     return {p: x if isinstance(x, Tied) else jax.numpy.asarray(x) for p, x in parts.items()}
 
 
-def _replace(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; the old one is whole until the new one stands."""
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        target.rename(old / "old")
-        try:
-            new.rename(target)
-        except BaseException:
-            (old / "old").rename(target)  # if this fails too, it stays where it is
-            old.rmdir()
-            raise
-        shutil.rmtree(old)
-    else:
-        new.rename(target)
-
-
 def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
-    """Put a saved adapter on base weights, bit for bit as it was saved.
+    """Put a saved adapter on base weights, bit for bit as it was saved, which checksums confirm.
 
     Args:
         directory: what `save` wrote.
@@ -158,7 +141,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     """
     call = f"jlora.checkpoint.restore({str(directory)!r}, params)"
     source = Path(directory).absolute()
-    index = _read_index(source, call)
+    index, checked = _read_index(source, call)
     base = detach(params)[0]
     leaves = dict(leaves_with_paths(base))
     unknown = sorted(set(index) - set(leaves))
@@ -172,6 +155,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(source / _ARRAYS).item_metadata.tree
+            _check_shapes(metadata, checked)  # before anything of these sizes is made
             target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metadata)
             arrays = checkpointer.restore(source / _ARRAYS, target)
     except Exception as error:  # Orbax and tensorstore raise of many kinds for a damaged folder
@@ -179,6 +163,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
             f"`{call}`: the arrays cannot be read: {str(error).splitlines()[0]}. The checkpoint is "
             "damaged or was copied in part; copy the whole folder again."
         ) from error
+    _check_values(arrays, checked, index, call)
     nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
     adapter = map_with_paths(lambda path, _: nodes.get(path), base)
     restored = bind(base, adapter)
@@ -188,7 +173,33 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     return restored
 
 
-def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
+def _check_shapes(metadata: Any, checked: Any) -> None:
+    """Refuse arrays that are not those of the index; an older index does not list them."""
+    if checked is not None:
+        found = {
+            leaf: {p: (list(x.shape), np.dtype(x.dtype).name) for p, x in parts.items()}
+            for leaf, parts in metadata.items()
+        }
+        if found != {
+            leaf: {p: (x["shape"], x["dtype"]) for p, x in parts.items()}
+            for leaf, parts in checked.items()
+        }:
+            raise ValueError(f"their shapes and dtypes are not those of {_INDEX}")
+
+
+def _check_values(arrays: Any, checked: Any, index: dict[str, Any], call: str) -> None:
+    """Refuse values that are not those that were saved."""
+    for path, entry in index.items() if checked is not None else ():
+        for part, x in checked.get(entry["leaf"], {}).items():
+            if x["sha256"] not in (None, digest(arrays[entry["leaf"]][part])):
+                raise ValueError(
+                    f'`{call}`: the {part} of "{path}" is not what was saved: its checksum differs '
+                    f'from that in {_INDEX}, so a file in "{_ARRAYS}" is damaged. Copy the whole '
+                    "folder again, or take an earlier checkpoint."
+                )
+
+
+def _read_index(source: Path, call: str) -> tuple[dict[str, dict[str, Any]], Any]:
     file = source / _INDEX
     if not file.is_file():
         raise FileNotFoundError(
@@ -196,8 +207,8 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
             "`jlora.checkpoint.save` wrote."
         )
     try:
-        found = json.loads(file.read_text())
-        index = found["leaves"]
+        found = unseal(file.read_text())
+        index, checked = found["leaves"], found.get("arrays")
         for entry in index.values():
             if entry["kind"] not in ("lora", "full") or not isinstance(entry["leaf"], str):
                 raise KeyError("kind")
@@ -217,7 +228,7 @@ def _read_index(source: Path, call: str) -> dict[str, dict[str, Any]]:
             f"`{call}`: {_INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
             "Copy the whole folder again."
         ) from None
-    return index
+    return index, checked
 
 
 def _same_bases(index: dict[str, Any], nodes: dict[str, Any], call: str) -> None:

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jlora
-from jlora import checkpoint
+from jlora import _disk, checkpoint
 
 
 def base(d: int = 11):
@@ -89,7 +89,7 @@ def test_a_failed_save_keeps_the_old_one(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_replace", broken)
+    monkeypatch.setattr(_disk, "_exchange", broken)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path / "a", adapted(rank=3))
     assert checkpoint.restore(tmp_path / "a", base())["dense"]["kernel"].rank == 2
@@ -173,7 +173,9 @@ def test_damaged_arrays_are_refused(tmp_path):
 def test_missing_arrays_are_refused(tmp_path):
     checkpoint.save(tmp_path / "a", adapted())
     index = tmp_path / "a" / "jlora.json"
-    index.write_text(index.read_text().replace('"leaf": "1"', '"leaf": "9"'))
+    content = json.loads(index.read_text().replace('"leaf": "1"', '"leaf": "9"'))
+    del content["sha256"], content["arrays"]  # as an index had none at first
+    index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r'the arrays of "dense/kernel" are missing'):
         checkpoint.restore(tmp_path / "a", base())
 
@@ -262,6 +264,8 @@ def test_what_no_form_freezes_is_refused(tmp_path):
 def test_another_form_or_version_is_refused(tmp_path, old, new, match):
     checkpoint.save(tmp_path / "a", adapted())
     index = tmp_path / "a" / "jlora.json"
-    index.write_text(index.read_text().replace(old, new))
+    content = json.loads(index.read_text().replace(old, new))
+    del content["sha256"]
+    index.write_text(_disk.seal(content))  # as another release would write it
     with pytest.raises(ValueError, match=match):
         checkpoint.restore(tmp_path / "a", base())
