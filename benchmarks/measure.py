@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "peft")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "qwix", "quax", "torch", "peft")
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
-"""The same blocks, weights and adapters in other libraries: qwix over Flax, PEFT over PyTorch.
+"""The same blocks, weights and adapters in other libraries: qwix, quax, and PEFT in PyTorch.
 
-Both are used as their own documentation does, with their defaults. A variant's library is imported
-only when the variant is made.
+Each is used as its own documentation shows, with its defaults. A library is imported only when its
+variant is built.
 """
 
 import contextlib
@@ -15,25 +15,75 @@ import numpy as np
 from blocks import Sizes, loss
 from measure import cores
 
+Blocks = list[dict[str, tuple[Any, Any]]]  # for each projection of each block its A and B
+
 
 class Variant(NamedTuple):
-    """`run` computes loss and gradients once, waits for them, and returns the loss."""
+    """`run` computes loss and gradients once, waits for them, and returns the loss.
+
+    `gradients`, of a variant that trains A and B, returns those of every A and B, and the input's.
+    """
 
     run: Callable[[], Any]
     limit: str
     temp_bytes: int
     flops: float
+    gradients: Callable[[], list[Any]] | None = None
 
 
-def compiled(fn: Callable[..., jax.Array], argnums: tuple[int, ...], *args: Any) -> Variant:
-    """The variant that differentiates a JAX function, compiled for these very arguments."""
+def compiled(
+    fn: Callable[..., jax.Array],
+    argnums: tuple[int, ...],
+    *args: Any,
+    factors: Callable[[Any], Blocks] | None = None,
+) -> Variant:
+    """The variant that differentiates a JAX function, compiled for these arguments.
+
+    `factors` finds A's and B's gradients in that of the first argument.
+    """
     program = jax.jit(jax.value_and_grad(fn, argnums)).lower(*args).compile()
+
+    def gradients() -> list[Any]:
+        trained, x = program(*args)[1]
+        return in_order(factors(trained), x)
+
     return Variant(
         run=lambda: jax.block_until_ready(program(*args))[0],
         limit="limit",
         temp_bytes=program.memory_analysis().temp_size_in_bytes,
         flops=program.cost_analysis()["flops"],
+        gradients=gradients if factors else None,
     )
+
+
+def in_order(blocks: Blocks, x: Any) -> list[Any]:
+    """Each A and B of each block, by the projections' names, then the input."""
+    factors = (pair for block in blocks for _, pair in sorted(block.items()))
+    return [*(np.asarray(factor) for pair in factors for factor in pair), np.asarray(x)]
+
+
+def with_quax(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
+    """Quax's LoRA, each weight of the blocks a LoraArray of its own."""
+    import equinox as eqx
+    import quax
+    from quax.examples.lora import LoraArray
+
+    def fill(node: Any, a: jax.Array, b: jax.Array) -> Any:
+        return eqx.tree_at(lambda n: (n.a, n.b), node, (a, b))
+
+    key = jax.random.key(0)
+    nodes = [
+        {n: LoraArray(node.base, rank=sizes.rank, key=key) for n, node in block.items()}
+        for block in params
+    ]
+    trainable = [{n: (node.lora_a, node.lora_b) for n, node in block.items()} for block in params]
+    adapted = quax.quaxify(functools.partial(loss, head_dim=sizes.head_dim))
+
+    def value(trainable: Any, x: jax.Array, nodes: Any) -> jax.Array:
+        pairs = zip(nodes, trainable, strict=True)
+        return adapted([{n: fill(block[n], *new[n]) for n in block} for block, new in pairs], x)
+
+    return {"quax": compiled(value, (0, 1), trainable, x, nodes, factors=list)}
 
 
 def with_qwix(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
@@ -67,7 +117,12 @@ def with_qwix(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
     def value(trainable: Any, x: jax.Array, frozen: Any) -> jax.Array:
         return nnx.merge(graph, trainable, frozen)(x)
 
-    return {"qwix": compiled(value, (0, 1), trainable, x, frozen)}
+    def factors(state: Any) -> Blocks:
+        blocks = [state["blocks"][n] for n in range(sizes.blocks)]
+        sides = ("kernel_lora_a", "kernel_lora_b")
+        return [{n: tuple(b[n][side][...] for side in sides) for n in sizes.shapes} for b in blocks]
+
+    return {"qwix": compiled(value, (0, 1), trainable, x, frozen, factors=factors)}
 
 
 def with_peft(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
@@ -87,7 +142,7 @@ def with_peft(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
     model = torch_decoder(sizes).to(device=device, dtype=dtype).requires_grad_(False)
     inputs = tensor(x).to(dtype).requires_grad_()
 
-    def variant(model: Any) -> Variant:
+    def variant(model: Any, gradients: Callable[[], list[Any]] | None = None) -> Variant:
         trained = [*(p for p in model.parameters() if p.requires_grad), inputs]
 
         def run() -> float:
@@ -101,7 +156,7 @@ def with_peft(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
 
         with FlopCounterMode(display=False) as counter, live_bytes() as live:
             run()
-        return Variant(run, "peft_limit", max(live), counter.get_total_flops())
+        return Variant(run, "peft_limit", max(live), counter.get_total_flops(), gradients)
 
     with torch.no_grad():
         for block, nodes in zip(model.blocks, params, strict=True):
@@ -118,7 +173,17 @@ def with_peft(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
                 block[name].base_layer.weight = plain[name].weight
                 block[name].lora_A["default"].weight.copy_(tensor(node.lora_a).T)
                 block[name].lora_B["default"].weight.copy_(tensor(node.lora_b).T)
-    return {"peft": variant(adapted), "peft_limit": limit}
+
+    def gradients() -> list[Any]:
+        """Those of the last run."""
+        pairs = [
+            {n: (block[n].lora_A["default"], block[n].lora_B["default"]) for n in sizes.shapes}
+            for block in inner.blocks
+        ]
+        blocks = [{n: tuple(f.weight.grad.T for f in pair) for n, pair in b.items()} for b in pairs]
+        return in_order(blocks, inputs.grad)
+
+    return {"peft": variant(adapted, gradients), "peft_limit": limit}
 
 
 def torch_decoder(sizes: Sizes) -> Any:

@@ -5,13 +5,13 @@
 Decoder blocks of a preset's shapes (six of SmolLM2-135M's with 4 x 128 tokens in float32, or one
 layer of Llama-3 8B with 1 x 2048 in bfloat16), every projection adapted. Every variant computes a
 loss and its gradient with respect to what it trains and to the input (in a model there are layers
-below). Each runs once a round, in turn; a ratio is a median over the rounds of its seconds over its
-limit's. Expected on a CPU: `jlora` near 1.1, `naive` and `qwix` near 1.6.
+below). The variants take turns in every round, and a ratio is the median over the rounds of a
+variant's time over its limit's. Expected on a CPU: `jlora` near 1.1, `naive` and `qwix` near 1.6.
 
-`limit` and `full` train nothing and everything; `lora_fa` is `jlora` with A frozen, which keeps
-fewer inputs; `naive` is x W + (x A) B s by autodiff, `merged` builds W + s A B each step, `qwix`
-and `peft` are what benchmarks/peers.py says. `peft` is measured against its own limit, PyTorch's,
-and PyTorch's temporary memory includes the gradients.
+`limit` trains nothing and `full` everything; `lora_fa` is `jlora` with A frozen, which keeps fewer
+inputs; `naive` is x W + (x A) B s by autodiff; `merged` builds W + s A B in each step; `qwix`,
+`quax` and `peft` are in benchmarks/peers.py. `peft` is measured against PyTorch's own limit, and
+its temporary memory includes the gradients.
 """
 
 import argparse
@@ -42,12 +42,15 @@ def own_variants(sizes: Sizes, params: Any, x: jax.Array) -> dict[str, Variant]:
     plain = functools.partial(loss, head_dim=sizes.head_dim)
     naive = functools.partial(plain, mul=naive_product)
 
+    def factors(trainable: Any) -> peers.Blocks:
+        return [{n: (node.lora_a, node.lora_b) for n, node in b.items()} for b in trainable]
+
     def of(fn: Callable[..., jax.Array], params: Any = params) -> Variant:
         def value(t: Any, x: jax.Array, frozen: Any) -> jax.Array:
             return fn(jlora.combine(t, frozen), x)
 
         trainable, frozen = jlora.partition(params)
-        return compiled(value, (0, 1), trainable, x, frozen)
+        return compiled(value, (0, 1), trainable, x, frozen, factors=factors)
 
     def without_a(node: Any) -> Any:
         return dataclasses.replace(node, form="lora_fa")
@@ -70,7 +73,7 @@ def variants(sizes: Sizes, with_peers: bool = True) -> dict[str, Variant]:
     base, x = weights(sizes)
     params = attached(sizes, base)
     found = own_variants(sizes, params, x)
-    for make in (peers.with_qwix, peers.with_peft) if with_peers else ():
+    for make in (peers.with_qwix, peers.with_quax, peers.with_peft) if with_peers else ():
         try:
             found |= make(sizes, params, x)
         except ModuleNotFoundError as error:
