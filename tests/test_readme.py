@@ -1,41 +1,76 @@
-"""The README's programs run as they stand, and print what it says."""
+"""The programs in README.md and examples/README.md run as printed, and print what they say."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
+from flax import nnx
 
 import jlora
-from jlora import peft
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "examples" / "README.md").read_text()
 
 
-def test_every_block_runs(tmp_path, monkeypatch, capsys):
-    first, files, trainable, stacked = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def programs(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def where(tmp_path, monkeypatch):
+    """Programs write here, and Optax's Adam promotes."""
     monkeypatch.chdir(tmp_path)
-    names = {}
-    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam promotes
-        exec(first, names)
-    assert capsys.readouterr().out.strip() in first.replace("# ", "")
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_readme(tmp_path, capsys):
+    linen, in_nnx, files = programs(README)
+    names: dict[str, Any] = {}
+    exec(linen, names)
+    assert capsys.readouterr().out.strip() in linen.replace("# ", "")
     x, merged, model = names["x"], names["merged"], names["model"]
     assert jnp.allclose(names["apply"](names["params"], x), model.apply(merged, x), atol=1e-5)
+
+    first = float(names["loss"])
+    exec(in_nnx, names)
+    params, net = names["params"], names["net"]
+    assert isinstance(net, nnx.Module) and float(names["loss"]) != first
+    assert "trainable params: 12,288 " in jlora.summary(params)  # as in Linen
+    assert jnp.allclose(names["apply"](params, x), net(x), atol=1e-5)
 
     kernel = "layers/attn/q_proj/kernel"
     base = {"layers": {"attn": {"q_proj": {"kernel": jnp.ones((2, 8, 6))}}}}
     spec = jlora.LoraSpec(2, layout="io")
     params = jlora.attach(base, {kernel: spec}, key=jax.random.key(0))
-    torch = {kernel: "model.layers.{}.self_attn.q_proj.weight"}
-    peft.save("adapter", params, names=torch)
-    others = {"base": base}
+    others = {"base": base, "params": params, "jlora": jlora}
     exec(files, others)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, others["params"], params))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "exported"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "run"]
 
-    exec(trainable, names)
-    grads, trained = names["grads"], names["trainable"]
-    assert jax.tree.structure(grads) == jax.tree.structure(trained)
-    exec(stacked, names)
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130 and len(README.split()) <= 1000
+
+
+def test_recipes(capsys):
+    names: dict[str, Any] = {}
+    for program in programs(RECIPES):
+        exec(program, names)
+    assert "factored: 2, materialized: 0, unused: 0" in capsys.readouterr().out
+    x, apply = names["x"], names["apply"]
+    assert names["layouts"]["params/query/kernel"] == "ioo"
+    assert jlora.merge(names["adapted"])["params"]["query"]["kernel"].shape == (32, 2, 4)
+    trainable, frozen = names["trainable"], names["frozen"]
+    assert all(leaf.any() for leaf in jax.tree.leaves(trainable)), "B starts at zero"
+    combined = jlora.combine(trainable, frozen)
     for y in names["ys"]:
-        assert jnp.allclose(y, names["apply"](names["params"], x), atol=1e-5)
+        assert jnp.allclose(y, apply(combined, x), atol=1e-5)
+    # EVA starts at the model without an adapter: B is zero.
+    assert jnp.allclose(
+        apply(names["params"], x), names["model"].apply(names["base"], x), atol=1e-5
+    )
