@@ -243,7 +243,7 @@ def judge(case: "Case", adapt: Callable[["Case"], Adapted]) -> dict[str, Any]:
     try:
         adapted = adapt(case)
         random = np.random.default_rng(8)
-        draw = lambda x: (0.3 * random.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731
+        draw = lambda x: (0.3 * random.standard_normal(x.shape)).astype(x.dtype)
         factors = jax.tree.map(draw, adapted.factors)
         error = distance(case, adapted, factors)
         dense = builds_dense(case, adapted, factors)
