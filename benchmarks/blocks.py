@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
     @property
     def input_bytes(self) -> int:
-        """What LoRA must keep for the gradient of A: each adapted layer's input, once."""
+        """Bytes that A's gradient requires: each adapted layer's input, once."""
         inputs = {"qkv": self.width, "o": self.shapes["o"][0], "gate, up": self.width}
         inputs["down"] = self.mlp
         tokens = self.blocks * self.batch * self.time
@@ -79,7 +79,7 @@ def loss(
     mul: Callable[..., jax.Array] = product,
     remat: bool = False,
 ) -> jax.Array:
-    """A scalar of all the output; with `remat` each block's inside is computed again backward."""
+    """A scalar function of the output; with `remat`, blocks are recomputed in the backward pass."""
 
     def run(p: Any, x: jax.Array) -> jax.Array:
         return block(p, x, head_dim, mul)
@@ -104,7 +104,7 @@ def weights(sizes: Sizes) -> tuple[Any, jax.Array]:
 
 
 def attached(sizes: Sizes, base: Any) -> Any:
-    """Adapt every projection; B is random as well, so that what a variant computes shows."""
+    """Adapt every projection; B is random too, so that an error in a variant is visible."""
     spec = jlora.LoraSpec(sizes.rank, alpha=sizes.rank)
     params = jlora.attach(base, {".*": spec}, key=jax.random.key(1))
     trainable, frozen = jlora.partition(params)

@@ -1,12 +1,12 @@
-"""What does an adapter cost while a model speaks? One token from a cache, against the base model.
+"""What is the per-token cost of an unmerged adapter? One decoded token, against the base model.
 
     python benchmarks/decode.py [--rounds 40] [--json FILE]
 
 The examples' decoder at SmolLM2-135M's sizes with random weights, every projection adapted with
 rank 8, batch 1, 128 tokens in the cache. `base` runs the plain model, `jlora` the adapted one,
-`merged` the plain model on merged weights, which is the base's program and so must cost the same.
-Base, adapted and merged take turns; a ratio is a median over the rounds. Expected: `jlora` below
-1.15, `merged` 1.0.
+`merged` the plain model on merged weights: the same program as `base`, so it must cost the same.
+Runs are interleaved, and a ratio is the median over the rounds. Expected: `jlora` below 1.15,
+`merged` 1.0.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CACHE, RANK = 128, 8
 
 
 def programs(config: llama.Config) -> dict[str, Callable[[], Any]]:
-    """Per variant, a run of one compiled step of decoding."""
+    """For each variant, a function that runs one compiled decoding step."""
     model = llama.Llama(config)
     apply = lambda params, *args: model.apply({"params": params}, *args)
     token = jnp.ones((1, 1), jnp.int32)
@@ -38,7 +38,7 @@ def programs(config: llama.Config) -> dict[str, Callable[[], Any]]:
     rules = {r".*_proj/kernel": jlora.LoraSpec(RANK)}
     params = jlora.attach(base, rules, key=jax.random.key(1))
     cache = llama.init_cache(config, 1, CACHE)
-    # Full but for the slot that is written: of every key, a query sees all of its segment.
+    # Full except for the slot that is written, so that a query attends to every key.
     cache["segments"] = cache["segments"] + 1
     cache["slot"] = cache["slot"] + CACHE - 1
     position = jnp.full((1, 1), CACHE - 1, jnp.int32)

@@ -1,23 +1,23 @@
-"""Which form should an adapted product take? jlora's, against every fixed one, over a grid.
+"""Which form should an adapted product take? jlora's choice against fixed forms, over a grid.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/forms.py [--rounds 9] [--json FILE]
 
 One product y = x W + (x A)(s B) with the gradients of x, A and B, over tokens x (in, out) x rank.
 `limit` is the frozen product with the gradient of x. The fixed forms: `tokens` (batch and time
-apart, by autodiff), `flat` (tokens merged, by autodiff), `rank first` (and A's gradient held as
-dzᵀ x by a barrier), `terms` (and z B written out, a term for each rank), `dense` (x W' with W' =
-W + s A B built for the pass and for the gradient, A's and B's own gradients factored). All take
-turns; a ratio is a median over the rounds.
+separate, by autodiff), `flat` (tokens merged, by autodiff), `rank first` (A's gradient computed as
+dzᵀ x, enforced by a barrier), `terms` (z B as a sum with one term per rank), `dense` (x W', where
+W' = W + s A B is built in the forward and the backward pass; A's and B's gradients are factored).
+Runs are interleaved, and a ratio is the median over the rounds.
 
-jlora merges the tokens; over more tokens than ranks it takes A's gradient rank first, the scaling
-where the barrier stands here (batched, a barrier makes jaxlib 0.10.2's compiler for CPU abort); and
-it writes z B out up to rank 8.
+jlora merges the tokens. With more tokens than ranks it computes A's gradient rank first, with the
+scaling in place of the barrier (a batched barrier makes jaxlib 0.10.2's CPU compiler abort). Up to
+rank 8 it writes z B as a sum of terms.
 
-Where a program's buffers come to lie is chance, and costs several percent with pages of 4 KiB, less
-with the huge ones that the variable asks of Linux's C library: each form is compiled three times,
-and its figure is the fastest of the three, for bad luck only adds. Last come jlora against the best
-factored form of each cell, and how far the three of one form are apart. And where `dense` would
-win: it is never chosen, since jlora builds W + s A B in `merge` only.
+The placement of a program's buffers in memory is random and costs several percent with 4 KiB pages,
+less with the huge pages that the variable requests. So each form is compiled three times and its
+figure is the fastest. The summary compares jlora with the best factored form of each cell, and the
+three copies of each form with one another. It also counts the cells where `dense` wins; jlora never
+chooses it, because it builds W + s A B in `merge` only.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def in_terms(z, b):
 
 
 def by_hand(weight, last=product):
-    """A product and its gradient, rank first: factored, or through `weight(w, a, b)`."""
+    """A product with its own gradient, rank first: factored, or through `weight(w, a, b)`."""
 
     @jax.custom_vjp
     def run(x, w, a, b):
@@ -118,12 +118,12 @@ def programs(tokens, shape, rank):
 
 
 def repeats(tokens, shape):
-    """Return how often a program runs in its turn, so that a turn is not too short to time."""
+    """Return how often a program runs per turn, so that a turn is long enough to time."""
     return max(1, round(8e9 / (tokens * shape[0] * shape[1] * 4)))
 
 
 def cell(tokens, shape, rank, rounds):
-    """Return each form's time over the limit's, once for each time it was compiled."""
+    """Return each form's time over the limit's, for each compiled copy."""
     times = repeats(tokens, shape)
 
     def repeated(run, args):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, and saying where and with what a figure was measured."""
+"""Shared by the benchmarks: interleaved timing, and a record of the machine and the versions."""
 
 import datetime
 import importlib.metadata
@@ -17,9 +17,9 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "qwix", "quax", "torch", "peft")
 
 
 def take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return each run's seconds, one per round; they go in turn, so the machine's drift cancels.
+    """Return each run's seconds, one per round. Interleaved, so that the machine's drift cancels.
 
-    Their order is another in every round: what ran before leaves its mark on caches and memory.
+    The order is shuffled in every round, because what ran before affects caches and memory.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     shuffled = random.Random(0)
@@ -42,7 +42,7 @@ def cores() -> int:
 
 
 def surroundings() -> dict[str, Any]:
-    """The date, the machine and the versions: without these a figure says little."""
+    """The date, the machine and the versions: a figure means little without them."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -53,7 +53,7 @@ def surroundings() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "cores": cores(),
-        # Others' work beside ours: above a few tenths, absolute times are not to be trusted.
+        # Load from other processes: above a few tenths, do not trust absolute times.
         "load_before": round(os.getloadavg()[0], 2),
         "versions": versions,
     }

@@ -5,8 +5,8 @@
 1. GPT-3 175B and Llama-3 8B and 70B with LoRA rank 4 on q and v, two bytes for every number as in
    the paper (arXiv:2106.09685, section 4.2). attach, partition and the optimizer's init run on
    shapes under `jax.eval_shape`, so no weight is ever in memory. Activations are not counted.
-2. SmolLM2-135M trains for a few steps, whole and with rank 8 on all seven projections, each in a
-   process of its own, and the operating system says what the process took at most.
+2. SmolLM2-135M trains for a few steps, fully and with rank 8 on all seven projections, each in its
+   own process, and the operating system reports the peak memory of the process.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def size(count: int) -> str:
 
 
 def account(shapes: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of training whole and by LoRA, found by running jlora and optax on shapes."""
+    """Bytes of full fine-tuning and of LoRA, from running jlora and optax on shapes."""
     base = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float16), shapes, is_leaf=lambda s: type(s) is tuple
     )
@@ -134,7 +134,7 @@ def train(kind: str, model: str | None) -> dict[str, float]:
     job = finetune.prepare(finetune.parse(flags))
     config, batches, params = job.config, job.batches, job.params
     trainable, frozen = jlora.partition(params)
-    if kind == "full":  # the plain weights, all of them trained
+    if kind == "full":  # all plain weights train
         trainable, frozen = jlora.detach(params)[0], jax.tree.map(lambda _: None, params)
     del job, params
     note("loaded")
@@ -150,7 +150,7 @@ def train(kind: str, model: str | None) -> dict[str, float]:
 
 
 def peak_rss(kind: str, model: str | None = None) -> dict[str, float]:
-    """`train` in a fresh process: a peak never falls again, so that each kind needs its own."""
+    """Run `train` in a fresh process: a peak never falls, so each kind needs its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(train, kind, model).result()
 

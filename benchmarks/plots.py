@@ -2,7 +2,7 @@
 
     python benchmarks/plots.py [--rounds 7] [--out benchmarks/results]
 
-Two of the decoder blocks of benchmarks/step.py, first over the tokens of a step at rank 8, then
+Two of the decoder blocks of benchmarks/step.py: a sweep over the tokens of a step at rank 8, then
 over the rank at 4 x 128 tokens. Writes sweep.json, ratio_tokens.png and ratio_rank.png.
 """
 

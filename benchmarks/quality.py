@@ -1,20 +1,20 @@
-"""Which variant learns best in the same steps? Loss and phoneme error rate, beside time and bytes.
+"""Which variant learns best in the same number of steps? Loss, phoneme error rate, time, bytes.
 
-    python benchmarks/quality.py [--seeds 0 1 2] [--only NAME ...]    # does what is missing
+    python benchmarks/quality.py [--seeds 0 1 2] [--only NAME ...]    # runs what is missing
     python benchmarks/quality.py --time [--rounds 5]                  # times a step of each
-    python benchmarks/quality.py --table                              # what there is, as Markdown
+    python benchmarks/quality.py --table                              # prints the results
 
 Every variant does the job of examples/finetune.py: SmolLM2-135M learns to pronounce words from
 CMUdict in 120 steps. The model, the batches of a seed, the schedule and the evaluation are the
-job's own, and a row of variants.py says what differs from its defaults. A seed is that of A and B
-and of the order of the data.
+job's own; a row of variants.py lists what differs from its defaults. The seed determines A and B
+and the order of the data.
 
-Each run of a variant and a seed has a process of its own, so that no memory outlives it, and is
-written to benchmarks/results/quality.json as soon as it is done; Ctrl-C loses the one in progress.
-Results of other settings, or of a variant that was changed, are refused. Such runs may share a
-machine, so a step's time is measured apart: `--time` lets the steps of all variants take turns in
-one process. Expected, after "LoRA Without Regret" (Schulman et al. 2025): `lora` beats `lora_qv`,
-and learns as well as `full`, whose best learning rate is a tenth of its own.
+Each variant and seed runs in its own process and is written to benchmarks/results/quality.json when
+it finishes; Ctrl-C loses only the run in progress. Results with other settings, or of a variant
+that has changed, raise an error. Runs may share a machine, so the time of a step is measured
+separately: `--time` interleaves the steps of all variants in one process. Expected, after "LoRA
+Without Regret" (Schulman et al. 2025): `lora` beats `lora_qv`, and learns as well as
+`full`, whose best learning rate is a tenth of its own.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SMOKE = Path("runs") / "quality_smoke.json"
 
 
 def recipe(variant: Variant) -> dict[str, Any]:
-    """What a variant's numbers hang on, as JSON: of a spec what differs from the defaults."""
+    """What a variant's results depend on, as JSON; of a spec, what differs from the defaults."""
 
     def said(rule: Any) -> Any:
         if not isinstance(rule, jlora.LoraSpec):
@@ -67,7 +67,7 @@ def recipe(variant: Variant) -> dict[str, Any]:
 
 
 class Run(NamedTuple):
-    """A job adapted as a variant has it, and what trains it."""
+    """A job adapted by a variant, and what is needed to train it."""
 
     job: Job
     frozen: Any
@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
 
 def begin(variant: Variant, job: Job, args: argparse.Namespace) -> Run:
-    """Adapt the job of examples/finetune.py, and make what trains it."""
+    """Adapt the job of examples/finetune.py, and build its optimizer and state."""
     base = jlora.detach(job.params)[0]
     params = jlora.attach(base, variant.rules, key=jax.random.key(args.seed))
     job = job._replace(params=params)
@@ -86,7 +86,7 @@ def begin(variant: Variant, job: Job, args: argparse.Namespace) -> Run:
     tx = variant.optimizer(variant.lr, args.steps)
     state = training.State(trainable, tx.init(trainable), [], [])
     model = jlora.lora(make_apply(job.config))
-    # What is not tied, `untie` leaves as it is.
+    # `untie` returns untied parameters unchanged.
     return Run(job, frozen, state, tx, lambda params, *rest: model(jlora.untie(params), *rest))
 
 
@@ -110,10 +110,10 @@ def train(name: str, flags: list[str]) -> dict[str, Any]:
 
 
 def stepper(variant: Variant, job: Job, args: argparse.Namespace) -> Callable[[], Any]:
-    """Compile a variant's step; each call is the next one."""
+    """Compile a variant's step; each call runs the next one."""
     job, frozen, state, tx, apply = begin(variant, job, args)
     step = training.make_step(training.make_loss(apply), tx)
-    # A step donates what it trains, and `full` trains the base that all share.
+    # A step donates what it trains, and `full` trains the shared base.
     now = [jax.tree.map(jnp.copy, state.trainable), state.opt_state]
     step = step.lower(*now, frozen, job.batches[0]).compile()
 
@@ -128,14 +128,14 @@ def stepper(variant: Variant, job: Job, args: argparse.Namespace) -> Callable[[]
 
 
 def flags_of(args: argparse.Namespace, seed: int) -> list[str]:
-    """The command line of examples/finetune.py for one seed; the variant has the rest."""
+    """The command line of examples/finetune.py for one seed; the variant sets the rest."""
     flags = ["--seed", str(seed), *(["--smoke"] if args.smoke else [])]
     given = {"--model": args.model, "--data": args.data, "--steps": args.steps}
     return flags + [str(x) for k, v in given.items() if v is not None for x in (k, v)]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What all results of a file have in common."""
+    """The settings shared by all results of a file."""
     around, job = surroundings(), finetune.parse(flags_of(args, 0))
     shared = {k: getattr(job, k) for k in ("model", "data", "steps", "smoke")}
     shared |= {"rows": finetune.ROWS, "length": finetune.LENGTH, "scored": finetune.SCORED}
@@ -144,7 +144,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(path: Path, common: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Read what is there; refuse results of other settings, and of variants that were changed."""
+    """Read a file; raise if it has results with other settings, or of variants that changed."""
     if not path.exists():
         return {"settings": common, "variants": {}}
     found = json.loads(path.read_text())
@@ -153,15 +153,15 @@ def load(path: Path, common: dict[str, Any], names: list[str]) -> dict[str, Any]
     if other:
         differ = ", ".join(f"{k}={begun.get(k)} (now {common.get(k)})" for k in other)
         raise ValueError(
-            f"{path} holds results of other settings: {differ}. Results are only compared under "
-            "the same ones: give those, or another file to --json."
+            f"{path} holds results of other settings: {differ}. Results are comparable only with "
+            "equal settings: pass the same ones, or another file to --json."
         )
     for name in set(names) & set(found["variants"]):
         before, now = found["variants"][name]["recipe"], recipe(VARIANTS[name])
         if before != now:
             raise ValueError(
                 f'{path} holds results of another "{name}": {before}, now {now}. Give the variant '
-                "another name, or take its results out of the file."
+                "another name, or remove its results from the file."
             )
     return found
 
@@ -173,7 +173,7 @@ def save(path: Path, found: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace, found: dict[str, Any]) -> int:
-    """Do what is missing, all variants of a seed before the next; a failure stops no other run."""
+    """Run what is missing, seed by seed; a failed run does not stop the others."""
     failed = []
     todo = [(seed, name) for seed in args.seeds for name in args.only]
     done = {name: row["seeds"] for name, row in found["variants"].items()}
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace, found: dict[str, Any]) -> int:
 
 
 def measure_time(args: argparse.Namespace, found: dict[str, Any]) -> int:
-    """Let a step of each variant take turns, over one base model."""
+    """Time a step of each variant, interleaved, over one base model."""
     job_args = finetune.parse(flags_of(args, 0))
     job, runs = finetune.prepare(job_args), {}
     for name in tqdm(args.only, desc="compile", unit="variant"):
@@ -217,7 +217,7 @@ def measure_time(args: argparse.Namespace, found: dict[str, Any]) -> int:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A row of Markdown for each variant: means over the seeds, ± the standard deviation."""
+    """A Markdown row for each variant: mean over the seeds ± standard deviation."""
     heads = ["variant", "learning rate", "held-out loss", "phoneme error rate"]
     heads += ["s / step", "trained", "adapter", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -247,13 +247,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     add("--steps", type=finetune.positive, help="default: the job's, 120, or 4 with --smoke")
-    add("--smoke", action="store_true", help="4 layers, 4 steps: the path, not the result")
+    add("--smoke", action="store_true", help="4 layers and 4 steps, to try the path")
     add("--model", help="as of examples/finetune.py")
     add("--data", help="as of examples/finetune.py")
     add("--json", type=Path, help=f"default: benchmarks/results/{RESULTS.name}, or {SMOKE}")
-    add("--time", action="store_true", help="time a step of each variant, and train none")
+    add("--time", action="store_true", help="time a step of each variant; train nothing")
     add("--rounds", type=finetune.positive, default=5, help="of --time (default: 5)")
-    add("--table", action="store_true", help="print what is there as Markdown, and run nothing")
+    add("--table", action="store_true", help="print the results as Markdown; run nothing")
     args = parser.parse_args(argv)
     args.json = args.json or (SMOKE if args.smoke else RESULTS)
     return args, parser
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = (measure_time if args.time else run)(args, found)
     except KeyboardInterrupt:
-        print(f"stopped; what was finished is in {args.json}", file=sys.stderr)
+        print(f"stopped; finished runs are in {args.json}", file=sys.stderr)
         return 130
     print(f"\n{table(found)}")
     return status

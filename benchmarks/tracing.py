@@ -3,11 +3,11 @@
     python benchmarks/tracing.py [--rounds 5] [--json FILE]
 
 Two decoders of 30 unrolled layers, every matrix adapted: the examples' Llama in Flax, and those
-of benchmarks/blocks.py in plain JAX, which trace faster and so show more of the walk. Of each
+of benchmarks/blocks.py in plain JAX, which trace faster and so show more of the walk. For each,
 the forward pass and a training gradient: with respect to all weights for the base, to A and B for
-jlora. Nothing is compiled or run; base and adapted take turns, and each ratio is a median over the
-rounds. The function is traced once more for jlora, so 1 is out of reach. On 2 cores, JAX 0.10.2:
-flax forward 1.30, flax gradient 1.31, plain forward 1.80, plain gradient 1.64.
+jlora. Nothing is compiled or run. Base and adapted are interleaved, and a ratio is the median over
+the rounds. The function is traced once more for jlora, so 1 is out of reach. On 2 cores, JAX
+0.10.2: flax forward 1.30, flax gradient 1.31, plain forward 1.80, plain gradient 1.64.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def programs(fn, base, x):
 def seconds(fn, params, x):
     jax.clear_caches()
     gc.collect()
-    gc.disable()  # as timeit does: a collection in one of the two would be most of the difference
+    gc.disable()  # as timeit does: a collection in one of the two would dominate the difference
     start = time.perf_counter()
     jax.jit(lambda params, x: fn(params, x)).lower(params, x)
     spent = time.perf_counter() - start

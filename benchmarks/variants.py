@@ -1,6 +1,6 @@
-"""The variants that quality.py compares: what is adapted, how fast it learns and by what.
+"""The variants that quality.py compares: rules, learning rate, optimizer and initialization.
 
-A row says what differs from the job of examples/finetune.py. An optimizer is a function of the
+A row lists what differs from the job of examples/finetune.py. An optimizer is a function of the
 learning rate and the number of steps.
 """
 
@@ -23,7 +23,7 @@ LR = 2e-3  # the job's own
 
 
 class Variant(NamedTuple):
-    """What is adapted, how fast it learns and by what, and what else is done before it begins."""
+    """Rules, learning rate, optimizer, and an optional step between `attach` and training."""
 
     rules: dict[str, Any]
     lr: float = LR
@@ -42,7 +42,7 @@ def share_factors(job: Job) -> Any:
 
 
 def from_inputs(job: Job) -> Any:
-    """Begin with EVA's directions, of the inputs in the first batches."""
+    """Initialize with EVA from the inputs of the first batches."""
     apply = make_apply(job.config)
 
     @jax.jit
@@ -90,18 +90,18 @@ VARIANTS = {
     "olora": Variant(linear(init=initializers.olora)),
     "orthogonal": Variant(linear(init=initializers.orthogonal)),
     "eva": Variant(linear(), begin=from_inputs),
-    # Each learns B at the high rate, or as fast as is right whatever the sizes of A and B.
+    # B at the higher rate, or steps that do not depend on how A·B is split.
     "lora_plus": Variant(linear(), LR / 4, plus),
     "riemannian": Variant(linear(), LR, preconditioned),
     "lora_rite": Variant(linear(), LR, rite),
     "lora_fa": Variant(linear(), LR, projected),
     "adalora": Variant(linear(form="adalora", rank=12, alpha=24), LR, allocated),
-    # Alpha is the rank and the rate 4e-3 in the scripts of its authors, who take rank 64.
+    # The authors' scripts use rank 64 with alpha equal to it, and a rate of 4e-3.
     "lora_xs": Variant(linear(form="lora_xs", rank=32, alpha=32), 2 * LR),
-    # The paper tunes Llama at ten times LoRA's rate. 192 is the width of the narrowest layer.
+    # The paper tunes Llama at ten times LoRA's rate. 192 is the narrowest layer's width.
     "vera": Variant(linear(form="vera", rank=192, alpha=192), 10 * LR, begin=share_factors),
-    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's: each of these
-    # is to `full` what its namesake is to `lora`.
+    # "LoRA Without Regret" finds full fine-tuning's best rate at a tenth of LoRA's. The others
+    # vary it as their `lora_lr_*` counterparts do.
     "full": Variant({".*": "full"}, LR / 10),
     "full_lr_low": Variant({".*": "full"}, LR / 10 / 4),
     "full_lr_high": Variant({".*": "full"}, LR / 10 * 4),

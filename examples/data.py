@@ -1,7 +1,7 @@
 """The data: CMUdict, a .jsonl of prompts and completions, or a plain .txt; split, packed, scored.
 
-All of it is a pure function of the file and the seed: a step's batch depends on its number alone,
-and a resumed run meets the very same batches.
+All of it is a pure function of the file and the seed. The batch of a step depends only on the
+step's number, so a resumed run gets the same batches.
 """
 
 import json
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 
 class Example(NamedTuple):
-    """Text as tokens: tokens[start:] are learned, tokens[:given] is the prompt to continue."""
+    """Text as tokens: tokens[start:] are targets, tokens[:given] is the prompt to continue."""
 
     prompt: str
     completion: str
@@ -25,7 +25,7 @@ class Example(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """`phonemes` says that the task is CMUdict's, so that a phoneme error rate means something."""
+    """`phonemes` is true for CMUdict, where a phoneme error rate is defined."""
 
     train: list[Example]
     held_out: list[Example]
@@ -33,7 +33,7 @@ class Dataset(NamedTuple):
 
 
 def load(path: str | None, tokenizer: Tokenizer, stop: int, context: int) -> Dataset:
-    """Read `--data`: CMUdict where it is None, or a .jsonl or .txt file."""
+    """Read `--data`: CMUdict if None, else a .jsonl or .txt file."""
     if path is None:
         examples = encode(cmudict_pairs(), tokenizer, stop)
     else:
@@ -52,7 +52,7 @@ def load(path: str | None, tokenizer: Tokenizer, stop: int, context: int) -> Dat
             raise ValueError(f"`--data {path}`: this is not UTF-8 text ({error}).") from error
     if len(examples) < 2:
         raise ValueError(f"`--data {path}`: two examples are needed, one of them to hold out.")
-    # Held out by a fixed seed: the figures of two runs with other seeds stay comparable.
+    # A fixed seed, so that runs with different seeds share their held-out examples.
     order = np.random.default_rng(0).permutation(len(examples))
     cut = min(2000, max(1, len(examples) // 10))
     held_out, train = ([examples[i] for i in part] for part in (order[:cut], order[cut:]))
@@ -60,7 +60,7 @@ def load(path: str | None, tokenizer: Tokenizer, stop: int, context: int) -> Dat
 
 
 def encode(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, stop: int) -> list[Example]:
-    """Tokenize prompts and completions apart, so that the border between them is exact."""
+    """Tokenize prompts and completions separately, so that the boundary between them is exact."""
     prompts = tokenizer.encode_batch_fast([prompt for prompt, _ in pairs])
     completions = tokenizer.encode_batch_fast([c for _, c in pairs], add_special_tokens=False)
     return [
@@ -84,16 +84,16 @@ def cmudict_pairs() -> list[tuple[str, str]]:
 
 
 def spell(word: str) -> str:
-    """`acoustic` -> `Say a c o u s t i c →`: pronunciation hangs on letters, not on word pieces.
+    """`acoustic` -> `Say a c o u s t i c →`: pronunciation depends on letters, not word pieces.
 
-    A decoder spends the first position of a text on a sink for attention, so that a leading word
-    costs one token and keeps the first letter readable (a tenth off the error rate).
+    A decoder uses the first position of a text as an attention sink. The leading word takes that
+    position, so the first letter stays readable; this lowers the error rate by a tenth.
     """
     return "Say " + " ".join(word) + " →"
 
 
 def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Levenshtein: the fewest insertions, deletions and substitutions that turn a into b."""
+    """Levenshtein distance: the fewest insertions, deletions and substitutions from a to b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         above, row[0] = row[0], i
@@ -103,7 +103,7 @@ def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def phoneme_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Edits over the references' length; of a hypothesis, the phonemes of its first line count."""
+    """Edits over the length of the references; only the first line of a hypothesis counts."""
     known = {phone for reference in references for phone in reference.split()}
     edits = length = 0
     for reference, hypothesis in zip(references, hypotheses, strict=True):
@@ -117,9 +117,9 @@ def phoneme_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> 
 
 
 def read_jsonl(path: Path, tokenizer: Tokenizer, stop: int, context: int) -> list[Example]:
-    """One {"prompt": ..., "completion": ...} a line; a complaint names the line."""
+    """Read one {"prompt": ..., "completion": ...} per line; errors name the line."""
     pairs = []
-    # Not splitlines: JSON may hold U+2028 and its like within a string.
+    # Not splitlines: JSON strings may contain U+2028 and other line separators.
     lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
@@ -136,7 +136,7 @@ def read_jsonl(path: Path, tokenizer: Tokenizer, stop: int, context: int) -> lis
         if len(example.tokens) > context:
             raise ValueError(
                 f"`--data {path}`: line {number} has {len(example.tokens)} tokens with its end "
-                f"mark, more than the model's context of {context}. Shorten it or split it up."
+                f"token, more than the model's context of {context}. Shorten it or split it up."
             )
     return examples
 
@@ -158,7 +158,7 @@ def read_pair(line: str) -> tuple[str, str]:
 
 
 def read_text(path: Path, tokenizer: Tokenizer, stop: int, context: int) -> list[Example]:
-    """Plain language modelling: windows of 128 tokens, each token learned from those before it."""
+    """Read plain text as windows of 128 tokens for language modeling."""
     text = path.read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) < 2:
@@ -186,10 +186,10 @@ class Rows(NamedTuple):
 
 
 def pack(examples: Iterator[Example], length: int, rows: int | None = None) -> Rows:
-    """Lay examples side by side in rows of `length`; stop after `rows` rows, or at the end.
+    """Pack examples into rows of `length`; stop after `rows` rows, or at the end.
 
-    Each goes into the first of a few open rows that has room for it; where none has, the fullest is
-    closed. Segments tell the neighbors of a row apart.
+    Each goes into the first of a few open rows that has room for it; if none has, the fullest is
+    closed. Segments separate the examples of a row.
     """
     open_rows: list[list[Example]] = []
     closed: list[list[Example]] = []
@@ -221,7 +221,7 @@ def pack(examples: Iterator[Example], length: int, rows: int | None = None) -> R
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
-    """The examples for ever, in a new order each time round."""
+    """Yield the examples forever, reshuffled in every epoch."""
     epoch = 0
     while True:
         for i in np.random.default_rng([seed, epoch]).permutation(len(examples)):
@@ -230,9 +230,9 @@ def shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
 
 
 def batches(rows: Rows, size: int) -> list[dict[str, np.ndarray]]:
-    """Rows in batches of one shape; logits are asked for where there is a target, only there.
+    """Group rows into batches of one shape; logits are computed only where there is a target.
 
-    `at` indexes the flattened tokens; `weight` is 0 where `at` is filler.
+    `at` indexes the flattened tokens; `weight` is 0 where `at` is padding.
     """
     count = -(-len(rows.tokens) // size)
     short = count * size - len(rows.tokens)
@@ -259,7 +259,7 @@ def batches(rows: Rows, size: int) -> list[dict[str, np.ndarray]]:
 
 
 def pad_prompts(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts padded on the right to one length: tokens and segments, both (B, T)."""
+    """Right-pad prompts to one length: tokens and segments, both (B, T)."""
     prompts = [example.tokens[: example.given] for example in examples]
     tokens = np.zeros((len(prompts), max(len(p) for p in prompts)), np.int32)
     segments = np.zeros_like(tokens)

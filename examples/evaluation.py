@@ -1,4 +1,4 @@
-"""What is measured before and after: the held-out loss, what the model says, and its score."""
+"""Evaluation before and after training: held-out loss, generated text, phoneme error rate."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Apply = Callable[..., Any]
 
 
 class Job(NamedTuple):
-    """Everything a run needs, made once."""
+    """Everything that a run needs."""
 
     config: llama.Config
     params: Any  # with the adapter attached
@@ -51,7 +51,7 @@ def compile_all(
 ) -> Programs:
     """Compile training step, held-out loss and generation ahead of time, behind a progress bar.
 
-    `apply` is the adapted model, where more is done to its params than jlora.lora does.
+    `apply` is the adapted model, if it is more than `jlora.lora` of the plain one.
     """
     apply = apply or jlora.lora(make_apply(job.config))
     loss = training.make_loss(apply)
@@ -71,10 +71,10 @@ def compile_all(
 
 
 def evaluate(job: Job, programs: Programs, params: Any) -> dict[str, Any]:
-    """The held-out loss, what the model says and, for CMUdict, its phoneme error rate."""
+    """The held-out loss, the generated text and, for CMUdict, the phoneme error rate."""
     tokens, segments = data.pad_prompts(job.prompts)
     group = min(GROUP, len(tokens))
-    short = -len(tokens) % group  # the last group is filled up, so that one program serves all
+    short = -len(tokens) % group  # pad the last group, so that one program serves all groups
     tokens, segments = (np.pad(a, ((0, short), (0, 0)), mode="edge") for a in (tokens, segments))
     total = weight = 0.0
     said: list[str] = []

@@ -1,16 +1,16 @@
 """Fine-tune a language model with LoRA on two CPU cores, and show that it learned.
 
-    python examples/finetune.py                         # SmolLM2-135M learns to pronounce; minutes
-    python examples/finetune.py --smoke                 # a few layers, a few steps, the same path
-    python examples/finetune.py --resume                # after Ctrl-C: on to the very same numbers
+    python examples/finetune.py                         # SmolLM2-135M learns to pronounce words
+    python examples/finetune.py --smoke                 # the same path: a few layers and steps
+    python examples/finetune.py --resume                # continue after Ctrl-C, bit for bit
     python examples/finetune.py --generate "Say j a x →"                      # the adapted model
     python examples/finetune.py --generate "The capital of France is" --weights base
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
-    python examples/finetune.py --export-peft DIR       # the trained adapter as PEFT's files, too
-    python examples/finetune.py --adapter DIR           # go on from an adapter of PEFT's
+    python examples/finetune.py --export-peft DIR       # write the adapter as PEFT files as well
+    python examples/finetune.py --adapter DIR           # start from a PEFT adapter
 
 `--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
-lines of {"prompt": ..., "completion": ...}, where the completion alone is learned, or plain .txt.
+lines of {"prompt": ..., "completion": ...}, where only the completion is learned, or plain .txt.
 The output directory gets adapter/ (the adapter alone), loss.png, report.json, and state/ to resume.
 """
 
@@ -39,8 +39,8 @@ import jlora
 from jlora import checkpoint, peft
 
 ROWS, LENGTH = 2, 128  # packed rows a step, tokens a row
-SCORED = 256  # held-out words that are spoken and scored
-# What a run's numbers hang on, and so what --resume must share with it.
+SCORED = 256  # held-out words that are generated and scored
+# What the results of a run depend on, so --resume requires the same values.
 SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
 
 
@@ -52,22 +52,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="a Hugging Face directory or a .gguf file (default: SmolLM2-135M-Instruct)")
     add("--data", help="a .jsonl or .txt file (default: CMUdict)")
-    add("--adapter", metavar="DIR", help="begin with, or --generate with, an adapter of PEFT's")
-    add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT's files")
+    add("--adapter", metavar="DIR", help="start from, or --generate with, a PEFT adapter")
+    add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT files")
     add("--rank", type=positive, help="of a new adapter; default: 8")
     add("--alpha", type=above_zero, help="of a new adapter; default: 16")
     add("--steps", type=positive, help="default: 120, or 4 with --smoke")
-    add("--lr", type=above_zero, default=2e-3, help="the highest learning rate; default: 0.002")
+    add("--lr", type=above_zero, default=2e-3, help="the peak learning rate; default: 0.002")
     add("--seed", type=not_below_zero, default=0, help="of A and the order of the data; default: 0")
     add("--out", type=Path, help="default: runs/finetune, or runs/smoke with --smoke")
     add("--smoke", action="store_true", help="the first 4 layers and 4 steps, to try the path")
-    add("--resume", action="store_true", help="go on from where Ctrl-C stopped")
+    add("--resume", action="store_true", help="continue a run stopped by Ctrl-C")
     add("--generate", metavar="TEXT", help="continue TEXT instead of training")
     kinds = ("base", "adapted", "merged")
     add("--weights", choices=kinds, default="adapted", help="which model --generate runs")
     args = parser.parse_args(argv)
     if args.adapter is not None and (args.rank or args.alpha):
-        parser.error("--rank and --alpha are of a new adapter; the one of --adapter has its own")
+        parser.error("--rank and --alpha describe a new adapter; the one of --adapter has its own")
     if args.generate is not None and (args.resume or args.export_peft is not None):
         parser.error("--generate trains nothing: leave --resume and --export-peft out")
     args.rank, args.alpha = args.rank or 8, args.alpha or 16.0
@@ -84,7 +84,7 @@ def positive(text: str) -> int:
 
 
 def not_below_zero(text: str) -> int:
-    """An argparse type: an integer from 0 on."""
+    """An argparse type: a non-negative integer."""
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return int(text)
@@ -98,7 +98,7 @@ def above_zero(text: str) -> float:
 
 
 def prepare(args: argparse.Namespace) -> Job:
-    """Load, attach and pack. What is wrong with the input shows here, before a file is written."""
+    """Load, attach and pack. Invalid input raises here, before any file is written."""
     for flag, folder in (("--out", args.out), ("--export-peft", args.export_peft)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
@@ -123,7 +123,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def adapt(args: argparse.Namespace, base: Any) -> Any:
-    """Attach a new adapter, or the one of PEFT's that --adapter names."""
+    """Attach a new adapter, or the PEFT adapter that --adapter names."""
     if args.adapter is not None:
         try:
             return peft.load(args.adapter, base, names=peft.llama_names)
@@ -137,7 +137,7 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
 
 
 def load_model(args: argparse.Namespace) -> weights.Model:
-    """The plain model; of a smoke test its first layers."""
+    """The plain model; for a smoke test, its first layers."""
     return weights.load(args.model, 4 if args.smoke else None)
 
 
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace, job: Job) -> int:
     notes = {"before": before, "settings": settings(args)}
     training.save_state(args.out / "state", state, notes)
     if state.step < args.steps:
-        print(f"stopped after step {state.step} of {args.steps}; go on with --resume")
+        print(f"stopped after step {state.step} of {args.steps}; continue with --resume")
         return 130
     params = jlora.combine(state.trainable, frozen)
     after = evaluate(job, programs, params)
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace, job: Job) -> int:
 
 
 def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str, Any]:
-    """Save the adapter; restored into fresh base weights, or merged, it gives the same logits."""
+    """Save the adapter, and compare the logits with those of the restored and the merged model."""
     folder = args.out / "adapter"
     checkpoint.save(folder, params)
     plain = make_apply(job.config)
@@ -197,7 +197,7 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     inputs = (batch["tokens"], batch["positions"], batch["segments"], None, batch["at"])
     logits = adapted(params, *inputs)
     restored = checkpoint.restore(folder, load_model(args)[1])
-    # NumPy's maximum is NaN where one of the numbers is.
+    # NumPy's maximum propagates NaN.
     differ = lambda other: float(np.max(np.abs(np.asarray(logits - other))))
     trainable = sum(leaf.size for leaf in jax.tree.leaves(jlora.partition(params)[0]))
     base = sum(leaf.size for leaf in jax.tree.leaves(jlora.detach(params)[0]))
@@ -222,30 +222,30 @@ def plot(path: Path, losses: list[float], before: float, after: float) -> None:
 
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write to a neighbor and rename, so that a half-written file never bears the name."""
+    """Write to a temporary sibling and rename, so that `path` is never half-written."""
     part = path.with_name(path.name + ".part")
     write(part)
     part.replace(path)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that a resumed run must share."""
+    """The flags that must not change when a run is resumed."""
     return {name: getattr(args, name) for name in SETTINGS}
 
 
 def check_resume(args: argparse.Namespace) -> None:
-    """Refuse to resume what is not there, or what was begun with other flags."""
+    """Raise if there is nothing to resume, or if the run was started with other flags."""
     notes = training.load_notes(args.out / "state")
     if notes is None:
         raise FileNotFoundError(
             f"`--resume`: there is no saved state in {args.out / 'state'}. Run without --resume."
         )
-    # States written before there was --adapter have no word of it: those runs began without one.
+    # States written before --adapter existed do not have the key: those runs used none.
     begun, now = {"adapter": None, **notes["settings"]}, settings(args)
     other = [name for name in SETTINGS if begun[name] != now[name]]
     if other:
         raise ValueError(
-            "`--resume`: the run was begun with "
+            "`--resume`: the run was started with "
             + ", ".join(f"{name}={begun[name]} (now {now[name]})" for name in other)
             + ". Give the same flags, or start again without --resume."
         )
@@ -261,7 +261,7 @@ def continue_text(args: argparse.Namespace) -> int:
     if not 0 < len(ids) < config.context:
         raise ValueError(
             f"`--generate`: the prompt has {len(ids)} tokens; the model takes 1 to "
-            f"{config.context - 1}, its context of {config.context} less one for the answer."
+            f"{config.context - 1}: its context of {config.context}, less one for the answer."
         )
     apply = make_apply(config)
     if args.weights != "base" and args.adapter is not None:
@@ -285,7 +285,7 @@ def continue_text(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; wrong input ends in one paragraph and status 2."""
+    """Run the command line; invalid input ends in a one-paragraph error and status 2."""
     args = parse(argv)
     try:
         if args.generate is not None:
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args, job)
     except KeyboardInterrupt:
-        print("stopped outside training: only a finished state is kept", file=sys.stderr)
+        print("stopped outside training: only saved states are kept", file=sys.stderr)
         return 130
 
 

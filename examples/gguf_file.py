@@ -1,4 +1,4 @@
-"""GGUF files, llama.cpp's format: dequantized weights, sizes and tokenizer, all from one file."""
+"""GGUF files (llama.cpp): dequantized weights, sizes and tokenizer from one file."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def read_gguf(path: Path, layers: int | None = None) -> Model:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(
-            f"`--model {path}`: this is not a whole GGUF file ({error}); it may be truncated. "
+            f"`--model {path}`: this is not a complete GGUF file ({error}); it may be truncated. "
             "Download it again."
         ) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -40,12 +40,12 @@ def read_gguf(path: Path, layers: int | None = None) -> Model:
 
 
 def gguf_config(path: Path, fields: dict, tensors: dict, layers: int | None) -> Config:
-    """The sizes, from the metadata; what this decoder does not compute is refused by name."""
+    """The sizes, from the metadata. Raises if the model needs what this decoder lacks."""
     kind = fields.get("general.architecture")
     if kind != "llama":
         raise ValueError(
-            f"`--model {path}`: architecture {kind!r} is unknown here; this example's decoder is "
-            "of the Llama family ('llama')."
+            f"`--model {path}`: architecture {kind!r} is unknown here; the decoder of this "
+            "example is of the Llama family ('llama')."
         )
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
@@ -68,25 +68,25 @@ def gguf_config(path: Path, fields: dict, tensors: dict, layers: int | None) -> 
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of q and k: the pairs (i, i + D/2) of a head side by side."""
+    """llama.cpp's order of the rows of q and k: the pair (i, i + D/2) of a head is adjacent."""
     rows = weight.reshape(heads, 2, -1, weight.shape[1])  # (H, 2, D/2, C)
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `permute`: back to the two halves that `llama.rope` turns."""
+    """The inverse of `permute`: the two halves that `llama.rope` rotates."""
     rows = weight.reshape(heads, -1, 2, weight.shape[1])  # (H, D/2, 2, C)
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
 def gguf_tokenizer(path: Path, fields: dict) -> Tokenizer:
-    """Byte-level BPE from the metadata, with the pre-tokenizers of the kinds it is sure of."""
+    """Byte-level BPE from the metadata; only the listed pre-tokenizers are supported."""
     model, kind = fields[f"{GGML}.model"], fields.get(f"{GGML}.pre")
     splits = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": []}
     if model != "gpt2" or kind not in splits:
         raise ValueError(
             f"`--model {path}`: its tokenizer ({model}, {kind}) is not one of those "
-            f"this example rebuilds: byte-level BPE of the kinds {', '.join(splits)}."
+            f"supported here: byte-level BPE with the pre-tokenizers {', '.join(splits)}."
         )
     tokens, types = fields[f"{GGML}.tokens"], fields[f"{GGML}.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields[f"{GGML}.merges"]]

@@ -10,7 +10,7 @@ from param_tree import Model, build
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-# What a Llama may switch on and this decoder does not compute: the key and its harmless values.
+# Options that this decoder does not implement: the key and the values that do not need it.
 ONLY = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -35,7 +35,7 @@ def read_directory(path: Path, layers: int | None = None) -> Model:
 
     def read(name: str) -> np.ndarray:
         if name not in places:
-            raise ValueError(f"`--model {path}`: {name} is in none of its *.safetensors.")
+            raise ValueError(f"`--model {path}`: {name} is in none of its *.safetensors files.")
         with open_shard(places[name]) as shard:
             return np.asarray(shard.get_tensor(name)).astype(np.float32)
 
@@ -43,12 +43,12 @@ def read_directory(path: Path, layers: int | None = None) -> Model:
 
 
 def open_shard(file: Path) -> Any:
-    """Open one file; `flax` because numpy alone has no bfloat16."""
+    """Open one file; framework "flax" because NumPy has no bfloat16."""
     try:
         return safe_open(file, framework="flax")
     except SafetensorError as error:
         raise ValueError(
-            f"`--model {file.parent}`: {file.name} is not a whole safetensors file ({error}); "
+            f"`--model {file.parent}`: {file.name} is not a complete safetensors file ({error}); "
             "it may be truncated. Download it again."
         ) from error
 
@@ -67,7 +67,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Read tokenizer.json, without the padding and the cutting that it may ask for."""
+    """Read tokenizer.json, with padding and truncation turned off."""
     read_json(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -79,7 +79,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[Config, int]:
-    """The sizes and the end token; what this decoder does not compute is refused by name."""
+    """The sizes and the end token. Raises if the model needs what this decoder lacks."""
     kind, classes = entries.get("model_type"), entries.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or "LlamaForCausalLM" not in classes:
         raise ValueError(
@@ -113,5 +113,5 @@ def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[
         return config, int(stop[0] if isinstance(stop, list) else stop)
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"`--model {path}`: config.json lacks an entry, or has one of a wrong kind ({error})."
+            f"`--model {path}`: config.json lacks an entry, or has one of the wrong type ({error})."
         ) from error

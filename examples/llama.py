@@ -1,11 +1,11 @@
 """The Llama family as one Flax module: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-The model knows nothing of LoRA. Shapes in the comments: B batch, T time, S keys (T, or the cache's
+The model knows nothing about LoRA. Shapes in comments: B batch, T time, S keys (T, or the cache's
 length), C width, H query heads, K key/value heads, G = H / K, D head width, V vocabulary, N asked.
 
-One mask serves packing, padding and the cache: a query sees the keys of its own segment at or
-before its own position. Segment 0 is padding, so padding on either side, and slots of the cache
-that are still empty, are never seen by a real token.
+One mask serves packing, padding and the cache: a query attends to the keys of its own segment at or
+before its own position. Segment 0 is padding, so a real token never attends to padding on either
+side or to empty slots of the cache.
 """
 
 import dataclasses
@@ -40,19 +40,19 @@ class Config:
 
 
 def frequencies(c: Config) -> jax.Array:
-    """theta^(-2i/D), and Llama 3's stretch: slow pairs turn slower, fast ones as ever."""
+    """theta^(-2i/D), with Llama 3's scaling: low frequencies are reduced, high ones kept."""
     half = c.head_dim // 2
     freq = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(c.rope_theta) / half))  # (D/2,)
     if c.rope_llama3 is None:
         return freq
     factor, low, high, context = c.rope_llama3
-    turns = context / (2 * math.pi) * freq  # how often a pair turns within the old context
+    turns = context / (2 * math.pi) * freq  # rotations of a pair within the old context
     keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return freq * (keep + (1.0 - keep) / factor)
 
 
 def rope(x: jax.Array, positions: jax.Array, freq: jax.Array) -> jax.Array:
-    """Turn each pair (i, i + D/2) of a head by position * freq[i], as Hugging Face does."""
+    """Rotate each pair (i, i + D/2) of a head by position * freq[i], as Hugging Face does."""
     half = x.shape[-1] // 2
     angle = positions.astype(jnp.float32)[:, :, None] * freq[None, None, :]  # (B, T, D/2)
     cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]  # (B, T, 1, D/2)
@@ -131,11 +131,11 @@ class Llama(nn.Module):
 
         Args:
             tokens: (B, T) token ids.
-            positions: (B, T), counted within each segment; 0, 1, 2, ... where None.
-            segments: (B, T), 0 for padding; a token sees its own segment only. All 1 where None.
-            cache: what `init_cache` made or an earlier call returned.
-            at: (N,) indices into the flattened (B*T) tokens; the head, by far the widest product,
-                is then computed for these alone.
+            positions: (B, T), counted within each segment; 0, 1, 2, ... if None.
+            segments: (B, T), 0 for padding; a token attends to its own segment. All 1 if None.
+            cache: from `init_cache` or an earlier call.
+            at: (N,) indices into the flattened (B*T) tokens; the head, by far the largest matmul,
+                is then computed for these only.
 
         Returns:
             Logits in float32, (B, T, V), or (N, V) with `at`; with a cache, (logits, cache).
@@ -176,7 +176,7 @@ class Llama(nn.Module):
 
 
 def init_cache(config: Config, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache of `length` slots; every slot is padding until it is written."""
+    """An empty cache of `length` slots; a slot is padding until it is written."""
     c, kv = config, (batch, length, config.kv_heads, config.head_dim)
     return {
         "layers": {
@@ -199,7 +199,7 @@ def generate(
     steps: int,
     stop: int,
 ) -> jax.Array:
-    """Continue each prompt greedily by up to `steps` tokens, with a cache; pure, so jit it.
+    """Continue each prompt greedily by up to `steps` tokens, with a cache. Pure: wrap it in jit.
 
     Args:
         apply: `apply(params, tokens, positions, segments, cache, at)`, plain or adapted by jlora.
@@ -208,7 +208,7 @@ def generate(
         tokens: (B, T) prompts, padded on the left or on the right.
         segments: (B, T), 1 for a token of the prompt and 0 for padding.
         steps: How many tokens to add at most.
-        stop: The token that ends a row; it fills the row from there on.
+        stop: The token that ends a row; the rest of the row is filled with it.
 
     Returns:
         (B, steps) token ids.

@@ -1,4 +1,4 @@
-"""The tree of weights that `llama.Llama` takes, and what its leaves are called elsewhere."""
+"""The parameters of `llama.Llama`, and the names of its leaves in other formats."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from tqdm import tqdm
 Params = dict[str, Any]
 Model = tuple[Config, Params, Tokenizer, int]  # the last is the token that ends a text
 
-# The name here: (llama.cpp's, Hugging Face's), within a layer.
+# Path within a layer: (llama.cpp's name, Hugging Face's name).
 LAYER_NAMES = {
     "attn/q_proj/kernel": ("attn_q", "self_attn.q_proj"),
     "attn/k_proj/kernel": ("attn_k", "self_attn.k_proj"),
@@ -39,7 +39,7 @@ def names(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def build(config: Config, read: Callable[[str], np.ndarray], which: int, source: Path) -> Params:
-    """Fill the tree with `read(name)`; `which` chooses among the names of `names`."""
+    """Build the tree from `read(name)`; `which` selects the name: 0 for llama.cpp, 1 for HF."""
     c, params = config, Params()
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     sizes = {"q_proj": (c.width, q), "k_proj": (c.width, kv), "v_proj": (c.width, kv)}

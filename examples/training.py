@@ -1,4 +1,4 @@
-"""Training: the loss, one jitted step over the adapter, a loop that stops, a state that resumes."""
+"""Training: the loss, a jitted step over the adapter, an interruptible loop, a resumable state."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 
 
 class State(NamedTuple):
-    """All that training changes. The step's number is the position in the data as well."""
+    """All that training changes. The step number is also the position in the data."""
 
     trainable: Any
     opt_state: Any
@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 def make_loss(apply: Callable[..., jax.Array]) -> Callable[[Any, Batch], jax.Array]:
-    """The mean cross-entropy over a packed batch's targets, with the head computed only there."""
+    """The mean cross-entropy over the targets of a packed batch; only their logits are computed."""
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
@@ -49,9 +49,9 @@ def make_loss(apply: Callable[..., jax.Array]) -> Callable[[Any, Batch], jax.Arr
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] of each row: (N, V) and (N,) -> (N,).
 
-    The vocabulary makes the logits the widest array of a step by far. Differentiated by JAX, their
-    exponentials are kept beside them; here the gradient is one expression of the logits, the target
-    and the row's normalizer, which XLA writes over the logits.
+    With a large vocabulary, the logits are by far the largest array of a step. JAX's autodiff would
+    also keep their exponentials. Here the gradient is one expression of the logits, the target and
+    the row's normalizer, and XLA writes it in place of the logits.
     """
     return _cross_entropy(logits, target)[0]
 
@@ -73,13 +73,13 @@ cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
 
 
 def make_schedule(lr: float, steps: int) -> optax.Schedule:
-    """A warm-up over the first tenth, a step at least, and a cosine to 2 %."""
+    """Linear warm-up over the first tenth (at least one step), then cosine decay to 2 %."""
     warm = max(1, steps // 10)
     return optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr * 0.02)
 
 
 def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
-    """AdamW on `make_schedule`, with clipping."""
+    """AdamW with `make_schedule`'s learning rate and gradient clipping."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(lr, steps)))
 
 
@@ -88,7 +88,7 @@ def make_step(
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss), jitted and donating.
 
-    The gradient is of the adapter alone: the frozen weights have none, and no optimizer state.
+    Only the adapter is differentiated: frozen weights have no gradient and no optimizer state.
     """
 
     def step(
@@ -110,7 +110,7 @@ def fit(
     frozen: Any,
     batches: Sequence[Batch],
 ) -> State:
-    """Run from `state` to the last batch, or to the first Ctrl-C: the state's step tells which."""
+    """Train from `state` to the last batch or the first Ctrl-C; see the step of the result."""
     trainable, opt_state, losses, seconds = state
     losses, seconds = [*losses], [*seconds]
     with interruptible() as asked, tqdm(total=len(batches), desc="train", unit="step") as bar:
@@ -130,12 +130,12 @@ def fit(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C only ask: a step that donates its inputs must not be cut in two."""
+    """Make the first Ctrl-C a request: a step that donates its inputs must run to its end."""
     asked = threading.Event()
 
     def ask(*_: Any) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, before)  # the second Ctrl-C is an ordinary one
+        signal.signal(signal.SIGINT, before)  # the second Ctrl-C interrupts as usual
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -145,7 +145,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def save_state(folder: Path, state: State, notes: dict[str, Any]) -> None:
-    """Write all under `folder`: Orbax writes beside, renames, and only then drops the old one."""
+    """Save under `folder`: Orbax writes a temporary directory and renames it, then drops the old."""
     leaves = jax.tree.leaves((state.trainable, state.opt_state))
     arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
     notes = {**notes, "losses": state.losses, "seconds": state.seconds}
@@ -157,7 +157,7 @@ def save_state(folder: Path, state: State, notes: dict[str, Any]) -> None:
 
 
 def load_notes(folder: Path) -> dict[str, Any] | None:
-    """The notes of `save_state`, or None where nothing was saved."""
+    """The notes of `save_state`, or None if nothing was saved."""
     if not folder.is_dir():
         return None
     with ocp.CheckpointManager(folder.resolve()) as manager:

