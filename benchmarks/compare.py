@@ -38,6 +38,7 @@ SHOWN = {
     "peft": "PEFT (PyTorch)",
     "naive": "by hand: x W + s (x A) B",
 }
+RESULTS = Path(__file__).parent / "results"
 FACTORED = Path(__file__).with_name("factored.py")
 Rows = dict[str, dict[str, Any]]
 
@@ -108,7 +109,7 @@ def draw(path: Path, rows: Rows, counts: Rows, where: str) -> None:
     bars = right.barh(labels, [n or 0 for n in numbers.values()], color=colors)
     right.bar_label(bars, [" –" if n is None else f" {n}" for n in numbers.values()])
     total = max(of["cases"] for of in counts.values())
-    right.set(title=f"programs adapted without W + A B, of {total}", xlim=(0, 1.12 * total))
+    right.set(title=f"factored, of {total} programs", xlim=(0, 1.12 * total))
     figure.savefig(path, dpi=120)
     print(f"written to {path}")
 
@@ -116,7 +117,7 @@ def draw(path: Path, rows: Rows, counts: Rows, where: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cases", type=Path, help="what factored.py wrote, instead of running it")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="some of the cases")
     args = parser.parse_args(argv)
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {**around, "sizes": sizes._asdict(), "rounds": args.rounds, "step": rows}
     kept = {"summary": found["summary"], "cases": found["cases"]}
     write_json(args.out / "compare.json", {**result, **kept})
-    where = f"{around['device']}, {around['cores']} cores, {around['date']}"
+    where = f"{around['device']}, cores: {around['cores']}, {around['date']}"
     draw(args.out / "compare.png", rows, found["summary"], where)
 
 

@@ -145,7 +145,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def save_state(folder: Path, state: State, notes: dict[str, Any]) -> None:
-    """Save under `folder`: Orbax writes a temporary directory and renames it, then drops the old."""
+    """Save under `folder`: Orbax writes a temporary directory, renames it and drops the old one."""
     leaves = jax.tree.leaves((state.trainable, state.opt_state))
     arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
     notes = {**notes, "losses": state.losses, "seconds": state.seconds}

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import blocks
+import compare
 import decode
+import factored
 import finetune
 import forms
 import jax
@@ -60,7 +62,7 @@ def test_the_account_of_llama3(name, parameters, trainable):
 @pytest.fixture
 def no_peers(monkeypatch):
     """As where the libraries are not installed."""
-    for library in ("qwix", "torch", "peft"):
+    for library in ("qwix", "quax", "torch", "peft"):
         monkeypatch.setitem(sys.modules, library, None)
 
 
@@ -69,7 +71,7 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY)
     step.main(["--rounds", "1", "--json", str(tmp_path / "step.json")])
     printed = capsys.readouterr().out
-    assert "left out: qwix" in printed and "left out: peft" in printed
+    assert all(f"left out: {library}" in printed for library in ("qwix", "quax", "peft"))
     result = json.loads((tmp_path / "step.json").read_text())
     assert {"jax", "jaxlib", "torch", "peft", "qwix"} <= set(result["versions"])
     assert result["device"] and result["date"] and result["sizes"]["width"] == 32
@@ -105,8 +107,77 @@ def test_a_peer_computes_the_same(library):
     assert losses["jlora"] != pytest.approx(losses["limit"], rel=1e-4)
     for variant in found.values():
         assert variant.temp_bytes > 0 and variant.flops > 0
+    for variant in (own["jlora"], own["naive"], found[library]):
+        assert compare.worst_error(variant.gradients(), own["merged"].gradients()) < 1e-4
+    assert len(own["jlora"].gradients()) == 2 * TINY.blocks * len(TINY.shapes) + 1
     if library == "peft":
         assert float(found["peft_limit"].run()) == pytest.approx(losses["limit"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_compare_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY)
+    counts = {"jlora": {"cases": 62, "right": 61, "factored": 60}}
+    (tmp_path / "cases.json").write_text(json.dumps({"summary": counts, "cases": {"jlora": {}}}))
+    flags = ["--rounds", "1", "--out", str(tmp_path), "--cases", str(tmp_path / "cases.json")]
+    compare.main(flags)
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert list(result["step"]) == ["jlora", "naive"] and result["summary"] == counts
+    assert all(0 < row["error"] < 1e-4 for row in result["step"].values())
+    table = compare.markdown(result["step"], counts)
+    assert table in capsys.readouterr().out and "| 61 of 62 | 60 of 62 |" in table
+    assert table.splitlines()[-1].startswith("| by hand") and "| – | – |" in table
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_has_the_table_of_compare():
+    result = json.loads((compare.RESULTS / "compare.json").read_text())
+    table = compare.markdown(result["step"], result["summary"])
+    assert table in (compare.RESULTS.parents[1] / "README.md").read_text()
+
+
+def judged(library, *names):
+    return {name: factored.best(factored.table()[name], library) for name in names}
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_cases_are_judged():
+    found = judged(factored.LIBRARIES["jlora"], "matmul", "tied", "nnx_linear", "normalized")
+    assert all(row["right"] and row["error"] < factored.FLOAT32 for row in found.values())
+    assert [row["factored"] for row in found.values()] == [True, True, True, False]
+    assert found["normalized"]["reason"].startswith("builds float32[11,7]")
+
+
+@pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_qwix_is_judged():
+    found = judged(factored.LIBRARIES["qwix"], "matmul", "linen_dense", "nnx_linear", "tied")
+    assert [row["factored"] for row in found.values()] == [True, True, True, False]
+    assert "without an adapter, silently: embedding" in found["tied"]["reason"]
+
+
+@pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.parametrize("case", ["matmul", "scan_stacked", "cond", "nnx_linear", "scan_carried"])
+def test_a_dense_update_is_seen_and_a_wrong_one(case):
+    def dense(case):
+        adapted = factored.with_jlora(case)
+
+        def fn(factors, *args):
+            pairs = zip(adapted.paths, factors["a"], factors["b"], strict=True)
+            base = factored.named(case.params)
+            new = {path: base[path] + adapted.product(path, a, b) for path, a, b in pairs}
+            return case.fn(factored.replaced(case.params, new), *args)
+
+        return adapted._replace(fn=fn)
+
+    def wrong(case):
+        adapted = factored.with_jlora(case)
+        return adapted._replace(product=lambda *args: 2 * adapted.product(*args))
+
+    (row,) = judged([dense], case).values()
+    assert row["right"] and not row["factored"] and row["reason"].startswith("builds")
+    (row,) = judged([wrong], case).values()
+    assert not row["right"] and row["reason"].startswith("differs from the merged model")
 
 
 def test_decode_runs():
