@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jlora import forms
-from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
+from jlora._base import built, is_stored
 from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
 def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
-    return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: x is None or is_adapted(x))
+    return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: x is None or is_leaf(x))
 
 
 def detach(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -77,7 +78,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
 
 def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
     def paths(tree: PyTree) -> set[str]:
-        return {p for p, _ in leaves_with_paths(tree, lambda x: x is None or is_adapted(x))}
+        return {p for p, _ in leaves_with_paths(tree, lambda x: x is None or is_leaf(x))}
 
     odd = sorted(paths(one) ^ paths(other))
     if odd:
@@ -90,7 +91,7 @@ def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
 
 
 def _check(params: PyTree, call: str) -> None:
-    for path, node in leaves_with_paths(params, is_adapted):
+    for path, node in leaves_with_paths(params, is_leaf):
         if isinstance(node, LoraArray):
             forms.check(path, node, call)
 
@@ -100,7 +101,8 @@ def merge(params: PyTree) -> PyTree:
 
     They are summed in float32 or wider; a float8 saturates at its range. Where rounding to 16 bits
     or less loses more than half of an update, a warning says so (not under `jax.jit`). DoRA's are
-    `m · (W + s · A B) / ‖W + s · A B‖`, whose norm is a constant to the gradient.
+    `m · (W + s · A B) / ‖W + s · A B‖`, whose norm is a constant to the gradient. Stored weights
+    are built, adapted or not.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
@@ -128,14 +130,14 @@ def merge(params: PyTree) -> PyTree:
         if isinstance(node, FullArray):
             return node.value
         if not isinstance(node, LoraArray):
-            return node
+            return built(node)
         summed = forms.weight(node)
         merged = _rounded(summed, node.dtype)
         if jnp.finfo(node.dtype).bits < 32 and not isinstance(merged, jax.core.Tracer):
-            lost[path] = _lost_share(node.base, summed, merged)
+            lost[path] = _lost_share(built(node.base), summed, merged)
         return merged
 
-    tree = map_with_paths(whole, params, is_adapted)
+    tree = map_with_paths(whole, params, is_leaf)
     _warn_of_loss(params, lost)
     return tree
 
@@ -186,7 +188,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
 
     Raises:
         ValueError: the trees have other paths; a "full" parameter whose original is taken out;
-            DoRA's weight whose base is.
+            DoRA's weight whose base is; a stored base, which a merged weight cannot give back.
 
     Example:
         >>> import jax.numpy as jnp
@@ -199,7 +201,13 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     """
     call = "jlora.unmerge(merged, params)"
     _same_paths(merged, params, call)
-    for path, node in leaves_with_paths(params, is_adapted):
+    for path, node in leaves_with_paths(params, is_leaf):
+        if isinstance(node, LoraArray) and is_stored(node.base):
+            raise ValueError(
+                f"`{call}`: the base of {describe(path, node)} is stored as "
+                f"`{type(node.base).__name__}`, and a merged weight less its update is not what "
+                "was stored. Take the adapter off instead: `base, adapter = jlora.detach(params)`."
+            )
         full = isinstance(node, FullArray)
         gain = isinstance(node, LoraArray) and forms.has_gain(node)
         if (full or gain) and node.base is None:

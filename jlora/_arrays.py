@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from jlora._base import is_stored
+
 Axes = TypeVar("Axes", str, PartitionSpec, tuple[Any, ...])
 
 
@@ -151,6 +153,11 @@ Adapted = LoraArray | FullArray
 def is_adapted(x: Any) -> bool:
     """Whether `x` is a node of jlora's (for `is_leaf=`)."""
     return isinstance(x, Adapted)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether `x` is one leaf of a tree of parameters (for `is_leaf=`)."""
+    return is_adapted(x) or is_stored(x)
 
 
 def accumulator(dtype: Any) -> Any:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora import forms
-from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
+from jlora._base import built, is_stored
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._spec import LoraSpec, check_layout, resolve
 
@@ -64,7 +65,7 @@ def attach(
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4. PEFT's `get_peft_model`.
     """
     layouts = layouts or {}
-    leaves = leaves_with_paths(params, is_adapted)
+    leaves = leaves_with_paths(params, is_leaf)
     paths = [path for path, _ in leaves]
     twice = [path for path, count in collections.Counter(paths).items() if count > 1]
     if twice:
@@ -95,12 +96,18 @@ def attach(
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return _node(path, leaf_key, leaf, *planned)
 
-    return map_with_paths(replace, params, is_adapted)
+    return map_with_paths(replace, params, is_leaf)
 
 
 def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> LoraArray:
     """Put an update on one weight that begins as nothing."""
     lora_a, lora_b, *rest = _factors(key, weight, spec, layout)
+    if rest and is_stored(weight):
+        raise ValueError(
+            f"`jlora.attach`: the initializer of {describe(path, weight)} takes A B out of the "
+            f"weight, but the weight is stored as `{type(weight).__name__}` and stays as it is. "
+            "Leave `init` out, or give the array itself, `leaf.dequantize()`."
+        )
     why = forms.named(spec.form).refusal("residual")
     if rest and why is not None:
         raise ValueError(
@@ -132,6 +139,11 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             "`base, adapter = jlora.detach(params)`, or give its path the rule None."
         )
     if rule == "full":
+        if is_stored(leaf):
+            raise TypeError(
+                f"`{call}`: {describe(path, leaf)} is stored as `{type(leaf).__name__}`, which has "
+                "no gradient. Give the array itself, `leaf.dequantize()`, or narrow the rule."
+            )
         if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
             raise TypeError(
                 f"`{call}`: {describe(path, leaf)} is not an array of real or complex numbers, so "
@@ -143,12 +155,13 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             f"`{call}`: {describe(path, leaf)} is not a floating-point array, so it has no "
             "low-rank update. Narrow the rule, or give this path the rule None."
         )
-    if leaf.ndim < 2:
+    ndim = len(leaf.shape)
+    if ndim < 2:
         raise ValueError(
             f"`{call}`: {describe(path, leaf)} has no input and output side, so it has no low-rank "
             'update. Train it whole with the rule "full", or narrow the rule: r".*/kernel".'
         )
-    layout = rule.layout or known or _DEFAULT_LAYOUTS.get(leaf.ndim)
+    layout = rule.layout or known or _DEFAULT_LAYOUTS.get(ndim)
     if layout is None:
         raise ValueError(
             f"`{call}`: which axes of {describe(path, leaf)} are input and which output? Give "
@@ -156,10 +169,10 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             '`LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
         )
     check_layout(layout, f"{call}: layout {layout!r} of {path!r}")
-    if len(layout) > leaf.ndim:
+    if len(layout) > ndim:
         raise ValueError(
             f"`{call}`: the layout {layout!r} has {len(layout)} letters, but "
-            f"{describe(path, leaf)} has {leaf.ndim} dimensions. One letter per dimension."
+            f"{describe(path, leaf)} has {ndim} dimensions. One letter per dimension."
         )
     geometry = Geometry.of(leaf.shape, layout)
     width = geometry.out_dims[0]
@@ -189,7 +202,7 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
     geometry = Geometry.of(weight.shape, layout)
     chosen = spec.init or forms.named(spec.form).init
     init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
-    matrices, keys = geometry.to_matrix(weight), key
+    matrices, keys = geometry.to_matrix(built(weight)), key
     if geometry.stack:
         keys = jax.random.split(key, geometry.stack)
     if spec.slices is not None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 from jax.sharding import AxisType
 
 
@@ -42,8 +42,13 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
 
 def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
     """Apply an equation's own primitive, its rules and parameters untouched, to `operands`."""
-    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
+    return apply(eqn.primitive, eqn.params, *operands)
+
+
+def apply(primitive: Primitive, params: dict[str, Any], *operands: Any) -> list[Any]:
+    """Apply a primitive with the parameters of an equation."""
+    out = primitive.bind(*operands, **primitive.get_bind_params(params))
+    return list(out) if primitive.multiple_results else [out]
 
 
 def named_like(eqn: JaxprEqn) -> Any:
@@ -60,6 +65,8 @@ def source_line(eqn: JaxprEqn) -> str:
 
 def varying_axes(x: Any) -> list[str]:
     """Return the mesh axes along which an array differs inside a shard_map, as far as is told."""
+    if not isinstance(x, jax.Array):  # a stored weight, which a shard_map meets built
+        return []
     aval = jax.typeof(x)
     kinds = getattr(aval, "manual_axis_type", None)  # `vma` before 0.10.2
     return sorted(getattr(aval, "vma", ()) if kinds is None else kinds.varying)

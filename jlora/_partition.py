@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora._base import is_stored
 
 
 def labels(params: PyTree) -> PyTree:
@@ -62,8 +63,12 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
         (True, True)
     """
     words = labels(params)
-    trainable = jax.tree.map(lambda x, word: x if word == "adapter" else None, params, words)
-    frozen = jax.tree.map(lambda x, word: None if word == "adapter" else x, params, words)
+    trainable = jax.tree.map(
+        lambda x, word: x if word == "adapter" else None, params, words, is_leaf=is_stored
+    )
+    frozen = jax.tree.map(
+        lambda x, word: None if word == "adapter" else x, params, words, is_leaf=is_stored
+    )
     return trainable, frozen
 
 

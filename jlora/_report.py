@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jlora._arrays import LoraArray, is_adapted
+from jlora._arrays import LoraArray, is_leaf
+from jlora._base import is_stored
 from jlora._partition import partition
 from jlora.transform._lora import argument_paths, call
 from jlora.transform._walk import Settings, Use
@@ -35,10 +36,14 @@ def summary(params: PyTree) -> str:
         return dataclasses.replace(x, scaling=None) if isinstance(x, LoraArray) else x
 
     trainable, _ = partition(params)
-    counted = jax.tree.map(unscaled, params, is_leaf=is_adapted)
+    counted = jax.tree.map(unscaled, params, is_leaf=is_leaf)
     trained, total = (
         # An Equinox module's leaves are functions and numbers as well.
-        sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+        sum(
+            math.prod(x.shape)
+            for x in jax.tree.leaves(tree, is_leaf=is_stored)
+            if hasattr(x, "shape")
+        )
         for tree in (trainable, counted)
     )
     percent = 100 * trained / total if total else 0.0
@@ -130,7 +135,7 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
 
     jax.eval_shape(run, *(leaves[k] for k in dynamic))
     given = ((params, *args), kwargs)
-    pairs = jax.tree_util.tree_leaves_with_path(given, is_leaf=is_adapted)
+    pairs = jax.tree_util.tree_leaves_with_path(given, is_leaf=is_leaf)
     names = argument_paths(pairs, given)
     adapted = [p for p, (_, x) in zip(names, pairs, strict=True) if isinstance(x, LoraArray)]
     order = {name: k for k, name in enumerate(adapted)}

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from jlora import forms
 from jlora._adapt import bind, detach
-from jlora._arrays import FullArray, Geometry, LoraArray, Tied, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, Tied, is_adapted, is_leaf
 from jlora._disk import digest, replacing, seal, unseal
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._tie import untie
@@ -143,7 +143,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     source = Path(directory).absolute()
     index, checked = _read_index(source, call)
     base = detach(params)[0]
-    leaves = dict(leaves_with_paths(base))
+    leaves = dict(leaves_with_paths(base, is_leaf))
     unknown = sorted(set(index) - set(leaves))
     if unknown:
         raise ValueError(
@@ -165,7 +165,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
         ) from error
     _check_values(arrays, checked, index, call)
     nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
-    adapter = map_with_paths(lambda path, _: nodes.get(path), base)
+    adapter = map_with_paths(lambda path, _: nodes.get(path), base, is_leaf)
     restored = bind(base, adapter)
     for path, node in leaves_with_paths(untie(restored), is_adapted):
         if isinstance(node, LoraArray):

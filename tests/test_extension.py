@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import equations
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
-from helpers import equations
 
 import jlora
 from jlora import LoraSpec

@@ -5,6 +5,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jlora._arrays import Geometry, LoraArray, Tied
+from jlora._base import built
 from jlora._paths import describe
 from jlora.forms import dora
 from jlora.forms._factors import delta, shapes
@@ -118,7 +119,7 @@ def weight(node: LoraArray) -> Float[Array, "..."]:
         2.0
     """
     update = delta(node, node.shape, node.dtype)
-    summed = node.base.astype(update.dtype) + update
+    summed = built(node.base).astype(update.dtype) + update
     by = gain(node)
     return summed if by is None else summed * Geometry.of(node.shape, node.layout).across(by)
 
@@ -148,7 +149,7 @@ def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
     by = Geometry.of(node.shape, node.layout).across(by).astype(update.dtype)
     lost = by == 0
     return jnp.where(
-        lost, node.base.astype(update.dtype), whole / jnp.where(lost, 1.0, by) - update
+        lost, built(node.base).astype(update.dtype), whole / jnp.where(lost, 1.0, by) - update
     )
 
 

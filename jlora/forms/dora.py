@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jlora import _compat
+from jlora import _base, _compat
 from jlora._arrays import AXES, Geometry, LoraArray, accumulator
 from jlora.forms._factors import factors
 from jlora.forms._form import Part
@@ -62,8 +62,13 @@ def _terms(node: LoraArray) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _squares(w: Array, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, Array]:
+def _squares(w: Any, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, Array]:
     """Return ‖W + s·AB‖² and ‖W‖² + ‖s·AB‖², against which the first is rounded."""
+    if _base.is_stored(w):
+        if getattr(w, "stack", 0):  # one layer is built at a time
+            s = jnp.broadcast_to(s, a.shape[:1]) if s.ndim == 0 else s
+            return lax.map(lambda layer: _squares(*layer, layout=layout), (w, a, b, s))
+        w = w.dequantize()
     dims = string.ascii_lowercase[: w.ndim]
     along = functools.partial(Geometry.of(w.shape, layout).along, of_base=dims)
     stack, out = along("s"), along("so")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jlora import forms
-from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, is_adapted, is_leaf
+from jlora._base import deferred
 from jlora._moments import Moments
 from jlora._paths import describe
 from jlora.transform._inputs import Sums
@@ -58,7 +59,7 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     2024, arXiv:2406.05223. PEFT's `get_eva_state_dict` and `preprocess_corda`, which hook modules.
     """
     given = ((params, *args), kwargs)
-    pairs, tree = jax.tree_util.tree_flatten_with_path(given, is_adapted)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(given, is_leaf)
     names = argument_paths(pairs, given)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
     plain = [x.base if isinstance(x, LoraArray) else x for x in leaves]
@@ -95,7 +96,7 @@ def _probe(node: LoraArray, name: str) -> View:
     a = jnp.broadcast_to(eye, (*geometry.stack, *eye.shape))
     b = jnp.zeros((*geometry.stack, n, *geometry.out_dims), wide)
     roles = ("s",) * len(geometry.stack) + tuple(node.layout)
-    return View(node.base, (a, b, jnp.ones((), wide)), roles, Names([name]), True)
+    return View(deferred(node.base), (a, b, jnp.ones((), wide)), roles, Names([name]), True)
 
 
 def _moments(node: LoraArray, sums: Sums) -> Moments:

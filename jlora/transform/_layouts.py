@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jlora._arrays import is_adapted
+from jlora._arrays import is_adapted, is_leaf
+from jlora._base import is_stored, standin
 from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._probe import Probe
 from jlora.transform._walk import Settings, Use, Walk
@@ -43,9 +44,9 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     params = jax.tree.map(
         lambda x: getattr(x, "base", getattr(x, "value", x)) if is_adapted(x) else x,
         params,
-        is_leaf=is_adapted,
+        is_leaf=is_leaf,
     )
-    given = ((params, *args), kwargs)
+    given = jax.tree.map(standin, ((params, *args), kwargs), is_leaf=is_stored)
     pairs, tree = jax.tree_util.tree_flatten_with_path(given)
     names = argument_paths(pairs, given)
     own = [

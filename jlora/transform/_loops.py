@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from jlora import _compat
+from jlora import _base, _compat
 from jlora.transform._weight import W, Weight
 
 
@@ -81,10 +81,11 @@ def _peel(weight: W) -> tuple[Any, Callable[[Any], W]]:
     components = weight.components
     has = [0 in weight.axes(k) for k in range(len(components))]
     scanned = [f for f, h in zip(components, has, strict=True) if h]
+    layers, layer_of = _base.peel(weight.base)
 
     def see(piece: Any) -> W:
-        base, sliced = piece[0], iter(piece[1])
+        base, sliced = layer_of(piece[0]), iter(piece[1])
         pieces = [next(sliced) if h else f for f, h in zip(components, has, strict=True)]
         return weight.remade(base, pieces, weight.roles[1:])
 
-    return (weight.base, scanned), see
+    return (layers, scanned), see

@@ -9,11 +9,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from jlora import forms
-from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora import _base, forms
+from jlora._arrays import FullArray, LoraArray, is_leaf
 from jlora._paths import path_strs
+from jlora.transform._probe import Probe
 from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
+from jlora.transform._weight import Weight
 
 _FALLBACKS = ("warn", "error", "materialize")
 
@@ -88,28 +90,34 @@ def lora(
 
 def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs: Any) -> Any:
     """Call `fn` with adapted arguments."""
-    pairs, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+    pairs, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
     names = argument_paths(pairs, (args, kwargs))
-    if not any(isinstance(x, LoraArray) for x in leaves):
+    if not any(isinstance(x, LoraArray) or _base.is_stored(x) for x in leaves):
         args, kwargs = tree.unflatten(leaves)
         return fn(*args, **kwargs)
     for name, x in zip(names, leaves, strict=True):
         if isinstance(x, LoraArray):
             forms.check(name, x, "jlora.lora")
     traced = Traced(fn, tree, [x.base if isinstance(x, LoraArray) else x for x in leaves])
-    values = [
-        View.of(leaves[k], names[k]) if isinstance(leaves[k], LoraArray) else leaves[k]
-        for k in traced.dynamic
-    ]
+    values = [_seen(leaves[k], names[k]) for k in traced.dynamic]
     untouched = {
-        id(v): leaves[k] for v, k in zip(values, traced.dynamic, strict=True) if isinstance(v, View)
+        id(v): leaves[k]
+        for v, k in zip(values, traced.dynamic, strict=True)
+        if isinstance(v, Weight)
     }
     walk = Walk(settings, key)
     outs = walk.evaluate(traced.jaxpr, values)
     return traced.result(
-        [(untouched.get(id(x)) or x.dense()) if isinstance(x, View) else x for x in outs]
+        [(untouched.get(id(x)) or x.dense()) if isinstance(x, Weight) else x for x in outs]
     )
+
+
+def _seen(x: Any, name: str) -> Any:
+    """Return what stands for an argument's leaf in the walk."""
+    if isinstance(x, LoraArray):
+        return View.of(x, name)
+    return Probe.of(_base.deferred(x), name) if _base.is_stored(x) else x
 
 
 def argument_paths(pairs: Sequence[tuple[Any, Any]], arguments: tuple[Any, Any]) -> list[str]:
@@ -121,7 +129,8 @@ class Traced:
     """A function traced on the arrays among its leaves; what is not an array stays Python."""
 
     def __init__(self, fn: Callable[..., Any], tree: Any, leaves: list[Any]) -> None:
-        arrays = (jax.Array, np.ndarray, np.generic)
+        leaves = [_base.standin(x) for x in leaves]
+        arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
         self.dynamic = [k for k, x in enumerate(leaves) if isinstance(x, arrays)]
         self._out: tuple[Any, list[Any]] = (None, [])
 

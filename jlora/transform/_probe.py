@@ -1,7 +1,8 @@
-"""A `Probe`: a plain weight whose axes are followed through the program.
+"""A `Probe`: a weight without factors, whose axes are followed through the program.
 
 The role of an axis is the set of (parameter, axis) that went into it. `jlora.layouts` reads from
-where they go which side each axis of a parameter is on.
+where they go which side each axis of a parameter is on. A stored weight without an adapter is one
+as well: the rules that rearrange weights rearrange it.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jlora._arrays import Axes
+from jlora._base import Deferred, built
 from jlora.transform._weight import Move, Names, Role, Weight
 
 Origins = frozenset[tuple[str, int]]
@@ -84,10 +86,15 @@ class Probe(Weight):
         return {origin for k in axes for origin in self.roles[k]}
 
     def dense(self) -> Array:
-        return self.base
+        return built(self.base)
 
     @staticmethod
     def sum(probes: Sequence["Probe"], base: Any, names: Names) -> "Probe":
         """Follow the axes of all at once."""
         groups = zip(*(x.roles for x in probes), strict=True)
         return Probe(base, tuple(Origins().union(*group) for group in groups), names)
+
+
+def unadapted(x: object) -> bool:
+    """Whether `x` is a stored weight without an adapter, not built yet."""
+    return isinstance(x, Probe) and isinstance(x.base, Deferred)

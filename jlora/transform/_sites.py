@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jlora import _compat
+from jlora._base import built
 from jlora.transform import _registry
 from jlora.transform._inputs import Sums
 from jlora.transform._loops import Scan, While, carried_on, peeled
@@ -169,7 +170,7 @@ class Sites:
 
 
 def _arrays(values: Sequence[Any]) -> list[Any]:
-    return [x.base if isinstance(x, View) else x for x in values]
+    return [built(x.base) if isinstance(x, View) else x for x in values]
 
 
 def _with(view: View, a: Any) -> View:

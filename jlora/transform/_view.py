@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jlora import _compat, forms
+from jlora import _base, _compat, forms
 from jlora._arrays import Axes, Geometry, LoraArray, accumulator, along
 from jlora.transform._labeled import contract
 from jlora.transform._weight import Move, Names, Role, Weight
@@ -58,7 +58,7 @@ class View(Weight):
         roles = ("s",) * len(geometry.stack) + tuple(node.layout)
         gain = forms.gain(node)
         by = None if gain is None else gain[..., None]
-        return cls(node.base, parts, roles, Names([name]), True, by)
+        return cls(_base.deferred(node.base), parts, roles, Names([name]), True, by)
 
     def axes(self, component: int) -> list[int]:
         return axes_of(component, self.roles)
@@ -196,7 +196,7 @@ class View(Weight):
     def dense(self) -> Any:
         """Build the weight, in float32 and rounded once to the base's dtype."""
         view = self.settled()
-        weight = self.base.astype(accumulator(self.base.dtype)) + view.delta()
+        weight = _base.built(self.base).astype(accumulator(self.base.dtype)) + view.delta()
         if view.gain is not None:
             has = view.axes(GAIN)
             weight *= lax.reshape(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.extend.core import Literal as JaxprLiteral
 
-from jlora import _compat
+from jlora import _base, _compat
 from jlora._paths import describe
 from jlora.transform import _registry
+from jlora.transform._probe import unadapted
 from jlora.transform._weight import Weight
 
 Fallback = Literal["warn", "error", "materialize"]
@@ -152,6 +153,9 @@ class Walk:
                 self.sources[eqn.outvars[0]] = (eqn, operands[0])
             return _compat.bind(eqn, *operands)
         rule = _registry.find(eqn)
+        operands = _stored_for(rule, eqn, operands)
+        if not any(isinstance(x, Weight) for x in operands):
+            return _base.bind(eqn, *operands)
         if rule is None or not rule.own:
             repeated = rule is not None and rule.repeated
             operands = [
@@ -164,7 +168,9 @@ class Walk:
         if rule is not None and (rule.takes_gain or not any(map(_gained, operands))):
             outs = rule.fn(self, eqn, *operands)
         if outs is NotImplemented:
-            outs = _compat.bind(eqn, *self.arrays(eqn, operands))
+            outs = _base.bind(
+                eqn, *(self.materialize(eqn, x) if isinstance(x, Weight) else x for x in operands)
+            )
         return outs
 
     def _source(self, atom: Any, primitive: str) -> tuple[Any, Any]:
@@ -181,9 +187,17 @@ class Walk:
             shape[k] = n
         return jnp.reshape(source, shape)
 
-    def bind(self, eqn: JaxprEqn, *operands: Any) -> list[Any]:
-        """Apply an equation's own primitive to the bases of its operands."""
-        return _compat.bind(eqn, *(x.base if isinstance(x, Weight) else x for x in operands))
+    def bind(self, eqn: JaxprEqn, *operands: Any, weight: bool | None = None) -> list[Any]:
+        """Apply an equation's own primitive to the bases of its operands.
+
+        A stored base is not built where the results are weights again: as the rule's kind says, or
+        `weight`.
+        """
+        rule = _registry.find(eqn)
+        if weight is None:
+            weight = rule is not None and rule.kind in ("rearrange", "join")
+        apply = _base.rearrange if weight else _base.bind
+        return apply(eqn, *(x.base if isinstance(x, Weight) else x for x in operands))
 
     def materialize(self, eqn: JaxprEqn, view: Weight) -> Any:
         """Build a view's weight because `eqn` needs it whole, and say so as the fallback asks."""
@@ -196,7 +210,9 @@ class Walk:
 
     def arrays(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         """Build the views among values that must be arrays."""
-        return [self.materialize(eqn, x) if isinstance(x, Weight) else x for x in values]
+        return [
+            self.materialize(eqn, x) if isinstance(x, Weight) else _base.built(x) for x in values
+        ]
 
     def _report(self, eqn: JaxprEqn, view: Weight) -> None:
         line, primitive = self.line(eqn), eqn.primitive.name
@@ -211,7 +227,7 @@ class Walk:
             return
         if self.settings.fallback == "materialize" or (primitive, line) in self.settings.told:
             return
-        size = math.prod(view.shape) * view.base.dtype.itemsize
+        size = math.prod(view.shape) * jnp.dtype(view.base.dtype).itemsize
         message = (
             f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is used whole by the "
             f'primitive "{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} '
@@ -272,6 +288,23 @@ def _instead(eqn: JaxprEqn) -> str:
 
 def _gained(x: Any) -> bool:
     return isinstance(x, Weight) and x.gain is not None
+
+
+def _stored_for(rule: _registry.Rule | None, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
+    """Prepare stored weights without an adapter for an equation: it may build them, or keep them.
+
+    A call hands them on, and a rearrangement of weights and indices alone is noted. An activation
+    that is joined with one must not wait for it, so anything else is computed.
+    """
+    if not any(map(unadapted, operands)):
+        return operands
+    kind = None if rule is None else rule.kind
+    adapted = any(isinstance(x, Weight) and not unadapted(x) for x in operands)
+    if kind == "call" or (kind == "rearrange" and _base.rearranges(operands)):
+        return operands
+    if not adapted or kind == "join":
+        return [x.base if unadapted(x) else x for x in operands]
+    return [x.dense() if unadapted(x) else x for x in operands]
 
 
 def _last_uses(body: _compat.Body) -> list[list[Any] | None]:

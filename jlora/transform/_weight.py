@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jlora._arrays import Axes
+from jlora._base import built
 
 W = TypeVar("W", bound="Weight")
 # The side of an axis: of a view "s", "i", "o" or "e"; of a probe the (parameter, axis) behind it.
@@ -70,6 +71,10 @@ class Weight:
     def over(self: W, base: Any) -> W:
         """Return the same weight with another base of the same shape."""
         return dataclasses.replace(self, base=base)  # pyrefly: ignore  # each is a dataclass
+
+    def with_built_base(self: W) -> W:
+        """Return the weight over an array: what a loop carries, a branch returns, a mesh splits."""
+        return self.over(built(self.base))
 
     @property
     @abc.abstractmethod

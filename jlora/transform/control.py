@@ -16,6 +16,7 @@ from jlora import _compat
 from jlora.transform import _registry
 from jlora.transform._join import aligned, fitted
 from jlora.transform._loops import Scan, While, carried_on, peeled
+from jlora.transform._probe import unadapted
 from jlora.transform._registry import rule
 from jlora.transform._walk import Walk
 from jlora.transform._weight import Weight
@@ -94,13 +95,21 @@ class _Carry:
         return [self.fixed[k] if k in self.fixed else next(rest) for k in range(self.size)]
 
     def _moving(self, full: Sequence[Any]) -> list[Any]:
-        return [x for k, x in enumerate(full) if k not in self.fixed]
+        return _built([x for k, x in enumerate(full) if k not in self.fixed])
 
     def moving(self, full: Sequence[Any]) -> list[Any]:
         return [
             x if isinstance(start, Weight) else self.walk.arrays(self.eqn, [x])[0]
             for start, x in zip(self.init, self._moving(full), strict=True)
         ]
+
+
+def _built(values: Sequence[Any]) -> list[Any]:
+    """Build the bases of weights that a loop carries or a branch returns."""
+    return [
+        x.dense() if unadapted(x) else x.with_built_base() if isinstance(x, Weight) else x
+        for x in values
+    ]
 
 
 def _alike(x: Any, y: Any) -> bool:
@@ -138,7 +147,7 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
         inner = walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
         args = [*loop.consts, *carry.full(moving), *rebuild(pieces)]
         outs = inner.evaluate(loop.jaxpr, args)
-        return carry.moving(outs[:n_carry]), outs[n_carry:]
+        return carry.moving(outs[:n_carry]), _built(outs[n_carry:])
 
     final, ys = loop.run(step, carry.init, (steps, scanned))
     stacked = [
@@ -240,7 +249,7 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
 
 def _settled(outs: Sequence[Any]) -> list[Any]:
     """Give each axis along which a weight was repeated a role, as for an equation's operands."""
-    return [x.settled() if isinstance(x, Weight) else x for x in outs]
+    return _built([x.settled() if isinstance(x, Weight) else x for x in outs])
 
 
 def _joinable(values: Sequence[Any]) -> bool:

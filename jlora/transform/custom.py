@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from jlora import _compat
+from jlora import _base, _compat
 from jlora.transform._registry import rule
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
@@ -25,6 +25,8 @@ from jlora.transform._weight import Weight
 def _struct(x: Any) -> Any:
     """Return what JAX's rules see of an operand: its shape and dtype."""
     x = x.base if isinstance(x, Weight) else x
+    if isinstance(x, _base.Deferred):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
@@ -104,7 +106,8 @@ def _pull(
             parts = _factor_grads(walk, chains[j], pair[0], pair[1], view)
         else:
             parts = _through(view, grads[j])
-        grads[j] = dataclasses.replace(view, base=grads[j], parts=parts)
+        base = None if isinstance(view.base, _base.Deferred) else grads[j]  # None for zeros
+        grads[j] = dataclasses.replace(view, base=base, parts=parts)
     return grads
 
 
@@ -207,13 +210,15 @@ def _tangent(x: Any, tangent: Any, moving: int) -> Any:
     if not isinstance(x, View):
         return tangent if moving == 0 else jnp.zeros_like(tangent)
     factors = tuple(tangent.factors[k] if k == moving else x.factors[k] for k in (0, 1))
-    base = tangent.base if moving == 0 else jnp.zeros_like(x.base)
+    still = moving == 1 or isinstance(x.base, _base.Deferred)
+    base = jnp.zeros(x.shape, x.base.dtype) if still else tangent.base
     return View(base, factors, x.roles, x.names)
 
 
 @rule("custom_vmap_call", kind="custom", body="call")
 def _custom_vmap(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     inner = walk.inside(eqn, None)
+    operands = tuple(x.with_built_base() if isinstance(x, Weight) else x for x in operands)
 
     @jax.custom_batching.custom_vmap
     def call(*args: Any) -> Any:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from jlora import _base
 from jlora.transform._inputs import Sums, of_dot
 from jlora.transform._labeled import contract
 from jlora.transform._product import product
@@ -63,12 +64,18 @@ def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: Weight, rhs: Weight) -> Any:
     c, cn = factor(rhs, rn, r_side, "cd", summed_axes)
     d, _ = factor(rhs, rn, 1 - r_side, "cd", right)
     precision = eqn.params["precision"]
-    w, v = (x.base.astype(base.dtype) for x in (lhs, rhs))
     bc = contract(b, bn, c, cn, [*batch, "ab", "cd"], precision).astype(base.dtype)
-    wc = contract(w, ln, c, cn, [*left, "cd"], precision) + contract(
+
+    def times(view: View, names: list[Any], f: Any, labels: list[Any], out: list[Any]) -> Any:
+        def product(w: Any, f: Any) -> Any:
+            return contract(w.astype(base.dtype), names, f, labels, out, precision)
+
+        return _base.using(product, view.base, f)
+
+    wc = times(lhs, ln, c, cn, [*left, "cd"]) + contract(
         a, an, bc, [*batch, "ab", "cd"], [*left, "cd"], precision
     )
-    bv = contract(v, rn, b, bn, [*right, "ab"], precision)
+    bv = times(rhs, rn, b, bn, [*right, "ab"])
     factors = (
         jnp.concatenate([wc, a.astype(wc.dtype)], -1),
         jnp.concatenate([d.astype(bv.dtype), bv], -1),

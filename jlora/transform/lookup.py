@@ -38,7 +38,8 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
         return NotImplemented  # the gain would scale the fill
     if any(sizes[k] != n for k, n in enumerate(view.shape) if k not in looked_up):
         return NotImplemented
-    base = walk.bind(eqn, view, indices)[0]
+    stays = view.stays(looked_up, several=indices.ndim > 1)
+    base = walk.bind(eqn, view, indices, weight=stays)[0]
     kept = iter(k for k in range(len(view.roles)) if k not in gone)
     batch = iter(range(indices.ndim - 1))
     out_labels: list[Any] = [
@@ -49,7 +50,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
         # Out of bounds the base has its own fill: the delta adds nothing, and the gain is 1.
         return _rows(eqn, view.components[k], view.axes(k), indices, looked_up, fill=int(k == GAIN))
 
-    if view.stays(looked_up, several=indices.ndim > 1):
+    if stays:
         new = view.new_role if looked_up else view.repeated_role
         roles = [new if kind == "n" else view.roles[k] for kind, k in out_labels]
         components = []

@@ -29,6 +29,7 @@ def _spread(view: W, spec: Any) -> W:
 @rule("shard_map", kind="call")
 def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     p = eqn.params
+    operands = tuple(x.with_built_base() if isinstance(x, Weight) else x for x in operands)
     specs = [
         _spread(x, spec) if isinstance(x, Weight) else spec
         for x, spec in zip(operands, p["in_specs"], strict=True)

@@ -1,0 +1,278 @@
+"""What may stand in `LoraArray.base`: an array, or a stored weight, built where it is used.
+
+In the walk a stored weight is `Deferred`: an expression over what is stored. Operations that leave
+a weight a weight (transpose, slice, cast, concatenate, ...) extend the expression and run nothing.
+A product evaluates it, multiplies and drops the result, so for the backward pass only what is
+stored is kept:
+
+    y = x · build(stored)        kept: stored        backward: dx = dy · build(stored)ᵀ, built again
+
+`jax.checkpoint` around build and product is what says so. What is stored is frozen: no gradient
+reaches its leaves.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array
+
+from jlora import _compat
+
+
+class StoredWeight(Protocol):
+    """A registered pytree node that stands for a weight: codes and scales, a packed file's bytes.
+
+    Its leaves are what is kept in memory and on disk; `jax.jit`, `jax.device_put` and Orbax see
+    them. Everything in jlora treats the node as one leaf.
+
+    Two attributes are optional:
+
+    - `stack`, the number of leading axes of the weight that every leaf of the node has as well, so
+      that taking one element along them from each leaf gives the node of one layer. `lax.scan` and
+      indexing then build one layer at a time. Derive it from the leaves' shapes, as `shape`.
+    - `dot(x, axes, dtype)`, the format's own product for `x · W`: contract the axes `axes[0]` of x
+      with the axes `axes[1]` of the weight; return x's other axes, then the weight's, in `dtype`;
+      or `NotImplemented`, and the weight is built.
+
+    Example:
+        >>> import dataclasses, functools, jax, jax.numpy as jnp, jlora
+        >>> @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"),
+        ...     meta_fields=())
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Int8:
+        ...     codes: jax.Array  # (in, out)
+        ...     scale: jax.Array  # ()
+        ...     dtype = jnp.dtype("float32")
+        ...     shape = property(lambda self: self.codes.shape)
+        ...     def dequantize(self):
+        ...         return self.codes.astype(self.dtype) * self.scale
+        >>> w = Int8(jnp.ones((4, 6), jnp.int8), jnp.float32(0.5))
+        >>> jlora.lora(lambda p, x: x @ p["w"])({"w": w}, jnp.ones((3, 4))).shape
+        (3, 6)
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it stands for."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight that it stands for."""
+        ...
+
+    def dequantize(self) -> Array:
+        """Build the weight."""
+        ...
+
+
+def is_stored(x: object) -> bool:
+    """Whether `x` is a stored weight; asked of its type, for its leaves may be anything."""
+    return hasattr(type(x), "dequantize")
+
+
+class Step(NamedTuple):
+    """One output of one operation, equal by value: layers alike share one trace."""
+
+    primitive: Any
+    params: tuple[tuple[str, Hashable], ...]
+    output: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("operands",), meta_fields=("step",)
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """A weight that is not built yet: a stored one, or an operation on such.
+
+    Attributes:
+        operands: what the operation takes, arrays or `Deferred`; the stored weight without one.
+        step: the operation; None for the stored weight itself.
+    """
+
+    operands: tuple[Any, ...]
+    step: Step | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it will be."""
+        return tuple(self.operands[0].shape) if self.step is None else self.step.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of what it will be."""
+        return self.operands[0].dtype if self.step is None else self.step.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions of what it will be."""
+        return len(self.shape)
+
+    @property
+    def stack(self) -> int:
+        """How many leading axes can be sliced before the weight is built."""
+        return getattr(self.operands[0], "stack", 0) if self.step is None else 0
+
+    def build(self) -> Array:
+        """Evaluate the expression."""
+        if self.step is None:
+            return self.operands[0].dequantize()
+        primitive, params, output, _, _ = self.step
+        return _compat.apply(primitive, dict(params), *map(built, self.operands))[output]
+
+
+Base = Array | Deferred
+
+
+def deferred(base: Any) -> Any:
+    """Return what the walk takes for a base: a stored weight waits, and has no gradient."""
+    return Deferred((jax.tree.map(lax.stop_gradient, base),)) if is_stored(base) else base
+
+
+def built(x: Any) -> Any:
+    """Return an array: a stored weight or a `Deferred` is built, anything else is returned."""
+    if isinstance(x, Deferred):
+        return x.build()
+    return x.dequantize() if is_stored(x) else x
+
+
+def standin(x: Any) -> Any:
+    """Return what a function is traced on: of a stored weight, the shape that it stands for."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_stored(x) else x
+
+
+def using(fn: Callable[..., Any], *operands: Any) -> Any:
+    """Call `fn` with what is not built yet built, for this call alone: see the top of this file."""
+    if not any(isinstance(x, Deferred) for x in operands):
+        return fn(*operands)
+    return jax.checkpoint(lambda *operands: fn(*map(built, operands)))(*operands)
+
+
+def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
+    """Apply an equation; a weight that is not built yet is, for this equation alone."""
+    if not any(isinstance(x, Deferred) for x in operands):
+        return _compat.bind(eqn, *operands)
+
+    def run(*operands: Any) -> list[Any]:
+        own = _own_product(eqn, operands)
+        return _compat.bind(eqn, *map(built, operands)) if own is NotImplemented else [own]
+
+    return jax.checkpoint(run)(*operands)
+
+
+def rearranges(operands: Sequence[Any]) -> bool:
+    """Whether all are weights or the integers of an index, so that a weight is what comes out."""
+    return all(
+        hasattr(x, "base") or jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in operands
+    )
+
+
+def rearrange(eqn: JaxprEqn, *operands: Any) -> list[Any]:
+    """Apply an equation whose results are weights again: of one not built yet it is noted."""
+    if not any(isinstance(x, Deferred) for x in operands):
+        return _compat.bind(eqn, *operands)
+    sliced = _layers(eqn, operands)
+    if sliced is not None:
+        return [sliced]
+    params = tuple(sorted(eqn.params.items()))
+    try:
+        hash(params)
+    except TypeError:
+        return bind(eqn, *operands)
+    avals: list[Any] = [v.aval for v in eqn.outvars]
+    return [
+        Deferred(operands, Step(eqn.primitive, params, n, tuple(aval.shape), aval.dtype))
+        for n, aval in enumerate(avals)
+    ]
+
+
+def _layers(eqn: JaxprEqn, operands: Sequence[Any]) -> Deferred | None:
+    """Index a stored weight along its stack axes, in each leaf; None for another operation."""
+    x, name, p = operands[0], eqn.primitive.name, eqn.params
+    if not (isinstance(x, Deferred) and x.stack):
+        return None
+    own = x.shape[x.stack :]
+    if name == "squeeze":
+        if any(d >= x.stack for d in p["dimensions"]):
+            return None
+        index = lambda leaf: lax.squeeze(leaf, p["dimensions"])
+    elif name == "slice":
+        start, limit, strides = p["start_indices"], p["limit_indices"], p["strides"]
+        if start[x.stack :] != (0,) * len(own) or limit[x.stack :] != own or strides:
+            return None
+
+        def index(leaf: Array) -> Array:
+            rest = leaf.shape[x.stack :]
+            first, last = (*start[: x.stack], *(0 for _ in rest)), (*limit[: x.stack], *rest)
+            return lax.slice(leaf, first, last)
+    elif name == "dynamic_slice":
+        if p["slice_sizes"][x.stack :] != own:
+            return None
+
+        def index(leaf: Array) -> Array:
+            for axis in range(x.stack):
+                size = p["slice_sizes"][axis]
+                leaf = lax.dynamic_slice_in_dim(leaf, operands[1 + axis], size, axis)
+            return leaf
+    else:
+        return None
+    return Deferred((jax.tree.map(index, x.operands[0]),))
+
+
+def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
+    """Return the format's own product, where it has one and the equation is plain."""
+    at = [n for n, x in enumerate(operands) if isinstance(x, Deferred)]
+    if eqn.primitive.name != "dot_general" or len(at) > 1:
+        return NotImplemented
+    (summed, batch), (k,) = eqn.params["dimension_numbers"], at
+    weight = operands[k]
+    axes = list(range(weight.ndim))  # of the stored weight, for each axis of `weight`
+    while weight.step is not None and weight.step.primitive.name in _MOVES:
+        order = dict(weight.step.params).get("permutation", range(weight.ndim))
+        axes, weight = [order[n] for n in axes], weight.operands[0]
+    free = [axis for n, axis in enumerate(axes) if n not in summed[k]]
+    own = None if weight.step is not None else getattr(weight.operands[0], "dot", None)
+    if own is None or batch[k] or free != sorted(free):
+        return NotImplemented
+    aval: Any = eqn.outvars[0].aval
+    out = own(
+        operands[1 - k], (tuple(summed[1 - k]), tuple(axes[n] for n in summed[k])), aval.dtype
+    )
+    if out is NotImplemented or k == 1:
+        return out
+    first = out.ndim - len(free)
+    return lax.transpose(out, (*range(first, out.ndim), *range(first)))
+
+
+def peel(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Split what a scan slices along its first axis from how one slice is seen.
+
+    What is stored is sliced where every leaf has the layers' axis, under casts and transposes that
+    leave it first. Anything else is built before the loop.
+    """
+    if not isinstance(x, Deferred):
+        return x, lambda piece: piece
+    if x.step is None and x.stack:
+        return x, lambda piece: piece
+    if x.step is not None and x.step.primitive.name in _MOVES:
+        params: dict[str, Any] = dict(x.step.params)
+        order = params.get("permutation", (0,))
+        layers, layer_of = peel(x.operands[0]) if order[0] == 0 else (None, None)
+        if layer_of is not None and not isinstance(layers, jax.Array):
+            if "permutation" in params:
+                params["permutation"] = tuple(k - 1 for k in order[1:])
+            one = x.step._replace(params=tuple(sorted(params.items())), shape=x.shape[1:])
+            return layers, lambda piece: Deferred((layer_of(piece),), one)
+    return built(x), lambda piece: piece
+
+
+_MOVES = ("transpose", "convert_element_type", "copy")
