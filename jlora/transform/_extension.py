@@ -30,8 +30,8 @@ def rule(
       axes and then the rank.
 
     It returns `NotImplemented`, before it binds anything, where the factored form does not exist;
-    then the weight is built, as `jlora.lora(fallback=)` says. `jlora.capture` does not look into the
-    products of such a rule: a weight that meets its inputs in these alone is refused there.
+    then the weight is built, as `jlora.lora(fallback=)` says. `jlora.capture` does not look into
+    the products of such a rule: a weight that meets its inputs in these alone is refused there.
 
     Args:
         primitive: the primitive's name, as a jaxpr prints it.

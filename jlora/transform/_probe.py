@@ -14,7 +14,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from jlora._arrays import Axes
+from jlora._arrays import Axes, along
 from jlora._base import Deferred, built
 from jlora.transform._weight import Move, Names, Role, Weight
 
@@ -56,7 +56,7 @@ class Probe(Weight):
         return []
 
     def along(self, component: int, of_base: Axes, rank: Any = None) -> Axes:
-        return of_base[:0]
+        return along("", self.roles, of_base)
 
     def remade(self, base: Any, components: Sequence[Any], roles: Sequence[Role]) -> "Probe":
         return Probe(base, tuple(roles), self.names)
