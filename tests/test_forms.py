@@ -242,11 +242,11 @@ ERRORS |= {
     ),
     "unknown": (
         lambda: LoraSpec(2, form="lora_x"),
-        r"form='lora_x'\)`: there is no form 'lora_x': give one of 'lora', 'lora_fa'.*register",
+        r"form='lora_x'\)`: give one of 'lora', 'lora_fa'.*there is no form 'lora_x'.*register",
     ),
     "unknown_node": (
         lambda: jlora.merge({"w": dataclasses.replace(attached("vera"), form="lora_x")}),
-        r"LoraArray\(..., form='lora_x'\)`: there is no form 'lora_x'",
+        r"LoraArray\(..., form='lora_x'\)`: give one of .*there is no form 'lora_x'",
     ),
     "other_parts": (
         lambda: jlora.merge({"w": dataclasses.replace(attached("vera"), form="lora_xs")}),

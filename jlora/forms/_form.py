@@ -178,8 +178,8 @@ def named(name: str, call: str = "jlora.forms.named(name)") -> Form:
     """
     if name not in _FORMS:
         raise ValueError(
-            f"`{call}`: there is no form {name!r}: give one of {', '.join(map(repr, _FORMS))}, or "
-            "make it known first, `jlora.forms.register(form)`."
+            f"`{call}`: give one of {', '.join(map(repr, _FORMS))}; there is no form {name!r}. "
+            "Register a form of your own first: `jlora.forms.register(form)`."
         )
     return _FORMS[name]
 
