@@ -36,8 +36,8 @@ def test_a_narrow_file_trains_in_float32_and_is_saved_as_it_was(narrow, tmp_path
     stored = load_file(tmp_path / "1" / "adapter_model.safetensors")
     assert {x.dtype for x in stored.values()} == {np.dtype(narrow)} and len(stored) == 4
     params = peft.load(tmp_path / "1", base(), names=NAMES)
-    node = params["q"]
-    assert {x.dtype for x in (node.lora_a, node.lora_b, node.magnitude)} == {jnp.dtype(jnp.float32)}
+    node, m = params["q"], params["q"].extra["magnitude"]
+    assert {x.dtype for x in (node.lora_a, node.lora_b, m)} == {jnp.dtype(jnp.float32)}
     assert params["norm"].value.dtype == jnp.float32
     np.testing.assert_array_equal(
         node.lora_a, stored["base_model.model.q.lora_A.weight"].T.astype(np.float32)
@@ -46,7 +46,7 @@ def test_a_narrow_file_trains_in_float32_and_is_saved_as_it_was(narrow, tmp_path
     files = [(tmp_path / k / "adapter_model.safetensors").read_bytes() for k in "12"]
     assert files[0] == files[1]
     kept = peft.load(tmp_path / "1", base(), names=NAMES, dtype=None)["q"]
-    assert kept.lora_a.dtype == kept.magnitude.dtype == jnp.dtype(narrow)
+    assert kept.lora_a.dtype == kept.extra["magnitude"].dtype == jnp.dtype(narrow)
 
 
 def test_what_is_trained_whole_has_the_wider_dtype(tmp_path):
