@@ -74,7 +74,8 @@ class LoraArray:
     layout: str
     slices: tuple[tuple[int, int], ...] | None = None
     residual: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Not `dict[str, Any]`: Orbax takes an empty dict for a leaf, and puts others of its own there.
+    extra: Any = dataclasses.field(default_factory=dict)
     form: str = "lora"
 
     __jax_array__ = __array__ = _not_an_array
