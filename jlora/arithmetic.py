@@ -58,7 +58,7 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
             "convert: it is plain LoRA already."
         )
 
-    is_leaf = lambda x: x is None or is_leaf(x)
+    is_leaf = lambda x: x is None or is_adapted(x)
     return bind(base, map_with_paths(lambda path, x: moved.get(path, x), adapter, is_leaf))
 
 
