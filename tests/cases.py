@@ -24,9 +24,10 @@ class Case:
     materialized: int = 0
     dora: bool = False
     form: Any = "lora"
+    stored: bool = False  # over int8 rows: see stored.py
 
     def __repr__(self) -> str:
-        return self.name
+        return f"stored_{self.name}" if self.stored else self.name
 
 
 CASES: list[Case] = []

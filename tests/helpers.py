@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stored import base_of
 
 import jlora
 from jlora import LoraSpec
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 def adapted(case: "Case", init=None, random: bool = True):
     """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
-    layouts = jlora.layouts(case.fn, case.params, *case.args)
+    base = base_of(case)
+    layouts = jlora.layouts(case.fn, base, *case.args)
     spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora, form=case.form)
-    params = jlora.attach(case.params, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
+    params = jlora.attach(base, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
     if not random:
         return params
     trainable, frozen = jlora.partition(params)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cases import Case
 
 import jlora
 from jlora._paths import leaves_with_paths, map_with_paths
@@ -17,11 +16,11 @@ from jlora._paths import leaves_with_paths, map_with_paths
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Int8 rows along the last axis, a scale each; `own` axes belong to one layer's weight."""
+    """Int8 rows along the last axis, with a scale each."""
 
     codes: Any  # (*stack, *dims)
     scale: Any  # (*stack, *dims[:-1], 1)
-    own: int
+    own: int  # how many axes one layer's weight has
     kind: str
 
     @property
@@ -40,29 +39,30 @@ class Rows:
         return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
 
 
-def pack(weight: jax.Array, own: int) -> Rows:
-    wide = weight.astype(jnp.float32)
+def pack(weight: jax.Array, own: int = 2) -> Rows:
+    """Round a weight to int8."""
+    wide = jnp.asarray(weight).astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(wide).max(-1, keepdims=True), 1e-6) / 127
-    codes = jnp.round(wide / scale).astype(jnp.int8)
-    return Rows(codes, scale, own, str(weight.dtype))
+    return Rows(jnp.round(wide / scale).astype(jnp.int8), scale, own, str(weight.dtype))
 
 
-def stored(case: Case) -> Case:
-    """The same case over int8 weights: each that its rules adapt, and none other."""
+def is_rows(x: Any) -> bool:
+    return isinstance(x, Rows)
+
+
+def base_of(case: Any) -> Any:
+    """A case's base weights; of a stored one those that its rules adapt are packed."""
+    if not case.stored:
+        return case.params
     layouts = jlora.layouts(case.fn, case.params, *case.args)
     params = jlora.attach(
         case.params, {case.rules: jlora.LoraSpec(rank=1)}, key=jax.random.key(0), layouts=layouts
     )
-    own = {
-        path: len(node.layout)
-        for path, node in leaves_with_paths(params, lambda x: isinstance(x, jlora.LoraArray))
-        if isinstance(node, jlora.LoraArray)
-    }
-    packed = map_with_paths(lambda p, x: pack(x, own[p]) if p in own else x, case.params)
-    return dataclasses.replace(case, name=f"stored_{case.name}", params=packed)
+    node = lambda x: isinstance(x, jlora.LoraArray)
+    own = {path: len(x.layout) for path, x in leaves_with_paths(params, node) if node(x)}
+    return map_with_paths(lambda p, x: pack(x, own[p]) if p in own else x, case.params)
 
 
-def dequantized(params: Any) -> Any:
-    """The same tree with plain arrays."""
-    is_rows = lambda x: isinstance(x, Rows)
-    return jax.tree.map(lambda x: x.dequantize() if is_rows(x) else x, params, is_leaf=is_rows)
+def over(params: Any, base: Any) -> Any:
+    """The same adapter over other base weights."""
+    return jlora.bind(base, jlora.detach(params)[1])

@@ -9,11 +9,28 @@ import jax.numpy as jnp
 import pytest
 from cases_forms import CASES, FORMS
 from helpers import adapted, close, coarse, equations, jlora_node, loss_of, transform
+from stored import base_of
 
 import jlora
 from jlora._paths import leaves_with_paths
 
-every = pytest.mark.parametrize("case", CASES, ids=repr)
+# Of the cases over stored weights: what CI runs of each law; `-m nightly` runs the others.
+SAMPLE = ("tied", "attention_kernels", "scan_stacked", "conv_2d", "joined_outputs", "dora_scanned")
+
+
+def law(cases):
+    """Run a law over these cases, over arrays and over stored weights."""
+    stored = [
+        pytest.param(
+            dataclasses.replace(c, stored=True),
+            marks=() if c.name in SAMPLE else pytest.mark.nightly,
+        )
+        for c in cases
+    ]
+    return pytest.mark.parametrize("case", [*cases, *stored], ids=repr)
+
+
+every = law(CASES)
 # What a law says of the transform as a whole is asked of each kind of model once.
 # Of DoRA's, those that are models, not what is done to a weight.
 DORA = [
@@ -25,14 +42,19 @@ MODELS = [
     if c.fn.__module__ != cases_weights.__name__
     and (not c.dora or c.form in FORMS or c.name in DORA)
 ]
-models = pytest.mark.parametrize("case", MODELS, ids=repr)
+models = law(MODELS)
 FACTORED = [c for c in CASES if not c.materialized]
+
+
+def plain(case):
+    """The base weights as arrays."""
+    return jlora.merge(base_of(case)) if case.stored else case.params
 
 
 @models
 def test_identity_at_init(case):
     params = adapted(case, random=False)
-    close(transform(case)(params, *case.args), case.fn(case.params, *case.args))
+    close(transform(case)(params, *case.args), case.fn(plain(case), *case.args))
 
 
 @every
@@ -41,7 +63,7 @@ def test_transform_is_merge(case, mode):
     params = adapted(case)
     fn = transform(case) if mode == "eager" else jax.jit(transform(case))
     want = case.fn(jlora.merge(params), *case.args)
-    base = case.fn(case.params, *case.args)
+    base = case.fn(plain(case), *case.args)
     differs = [
         bool(jnp.any(a != b))
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(base), strict=True)
@@ -62,13 +84,14 @@ def test_gradient_is_the_gradient_through_merge(case):
     close(got, want, scale=coarse(case))
 
 
-@pytest.mark.parametrize("case", FACTORED, ids=repr)
+@law(FACTORED)
 def test_no_array_of_deltas_shape(case):
     """Only casts, rearrangements of the base itself and the program's own results may have it."""
     params = adapted(case)
     shapes = {x.shape for x in jax.tree.leaves(params, is_leaf=jlora_node) if jlora_node(x)}
     mine = [e for e in equations(jax.make_jaxpr(transform(case))(params, *case.args).jaxpr)]
-    own = [e for e in equations(jax.make_jaxpr(case.fn)(case.params, *case.args).jaxpr)]
+    fn = jlora.lora(case.fn) if case.stored else case.fn  # what builds a stored weight is its own
+    own = [e for e in equations(jax.make_jaxpr(fn)(base_of(case), *case.args).jaxpr)]
 
     def count(eqns):
         made = {}
@@ -104,9 +127,9 @@ def test_explain_says_how_many_are_materialized(case):
     assert all("tests/cases" in use.line or "flax" in use.line for use in report.uses), str(report)
 
 
-@pytest.mark.parametrize("case", FACTORED, ids=repr)
+@law(FACTORED)
 def test_layouts_cover_every_adapted_weight(case):
-    layouts = jlora.layouts(case.fn, case.params, *case.args)
+    layouts = jlora.layouts(case.fn, base_of(case), *case.args)
     for path, node in nodes(adapted(case)):
         # A single row that is cut out is no product, so nothing is read from it: the default holds.
         assert node.layout == ("io" if case.name == "one_row" else layouts[path])
@@ -120,7 +143,7 @@ def nodes(params):
 MAPPED = [c for c in MODELS if not c.name.endswith("ragged")]
 
 
-@pytest.mark.parametrize("case", MAPPED, ids=repr)
+@law(MAPPED)
 def test_vmap_over_adapters_is_a_loop_over_adapters(case):
     """One base, two adapters stacked: `vmap` with the base closed over."""
     base, one = jlora.detach(adapted(case))
@@ -157,7 +180,7 @@ NO_JVP = (
 FORWARD = [c for c in CASES if c.name not in NO_JVP]
 
 
-@pytest.mark.parametrize("case", FORWARD, ids=repr)
+@law(FORWARD)
 def test_forward_mode(case):
     trainable, frozen = jlora.partition(adapted(case))
     tangent = jax.tree.map(lambda x: jnp.cos(x), trainable)

@@ -14,6 +14,7 @@ from jlora._moments import Moments
 from jlora._paths import describe
 from jlora.transform._inputs import Sums
 from jlora.transform._lora import Traced, argument_paths
+from jlora.transform._probe import waiting
 from jlora.transform._sites import Sites
 from jlora.transform._view import Names, View
 from jlora.transform._walk import Settings, Walk
@@ -79,7 +80,7 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     views = {k: _probe(leaves[k], name) for k, name in nodes.items()}
     sites = Sites()
     walk = Walk(Settings("materialize", instead=sites.apply))
-    values = [views.get(k, plain[k]) for k in traced.dynamic]
+    values = [views.get(k, waiting(plain[k])) for k in traced.dynamic]
     _, found = sites.pulled(walk, traced.jaxpr, values)
     _refuse({name: leaves[k] for k, name in nodes.items() if name not in sites.met}, sites.missed)
     result = iter(_moments(leaves[k], found[traced.dynamic.index(k)]) for k in nodes)

@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray
 from jlora import _base, forms
 from jlora._arrays import FullArray, LoraArray, is_leaf
 from jlora._paths import path_strs
-from jlora.transform._probe import Probe
+from jlora.transform._probe import waiting
 from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
 from jlora.transform._weight import Weight
@@ -100,7 +100,10 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
         if isinstance(x, LoraArray):
             forms.check(name, x, "jlora.lora")
     traced = Traced(fn, tree, [x.base if isinstance(x, LoraArray) else x for x in leaves])
-    values = [_seen(leaves[k], names[k]) for k in traced.dynamic]
+    values = [
+        View.of(leaves[k], names[k]) if isinstance(leaves[k], LoraArray) else waiting(leaves[k])
+        for k in traced.dynamic
+    ]
     untouched = {
         id(v): leaves[k]
         for v, k in zip(values, traced.dynamic, strict=True)
@@ -111,13 +114,6 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
     return traced.result(
         [(untouched.get(id(x)) or x.dense()) if isinstance(x, Weight) else x for x in outs]
     )
-
-
-def _seen(x: Any, name: str) -> Any:
-    """Return what stands for an argument's leaf in the walk."""
-    if isinstance(x, LoraArray):
-        return View.of(x, name)
-    return Probe.of(_base.deferred(x), name) if _base.is_stored(x) else x
 
 
 def argument_paths(pairs: Sequence[tuple[Any, Any]], arguments: tuple[Any, Any]) -> list[str]:

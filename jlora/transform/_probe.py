@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jlora._arrays import Axes, along
-from jlora._base import Deferred, built
+from jlora._base import Deferred, built, deferred, is_stored
 from jlora.transform._weight import Move, Names, Role, Weight
 
 Origins = frozenset[tuple[str, int]]
@@ -93,6 +93,11 @@ class Probe(Weight):
         """Follow the axes of all at once."""
         groups = zip(*(x.roles for x in probes), strict=True)
         return Probe(base, tuple(Origins().union(*group) for group in groups), names)
+
+
+def waiting(x: Any) -> Any:
+    """Return what stands in the walk for a leaf without an adapter: a stored weight waits."""
+    return Probe(deferred(x), (Origins(),) * len(x.shape), Names()) if is_stored(x) else x
 
 
 def unadapted(x: object) -> bool:
