@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,26 @@ _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out"),
     *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+    "merge_weights",  # of PEFT 0.2: when to merge, not what
+    "context_length",  # vLLM's, of an adapter for longer contexts
 }
 _READ = {
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r"),
     *("rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora"),
+}
+# Keys that only another program's configuration has, and how its adapter becomes PEFT's.
+_FOREIGN = {
+    "MLX-LM": (
+        ("fine_tune_type", "lora_parameters", "adapter_path"),
+        "its lora_a (in, r) and lora_b (r, out), in adapters.safetensors, are PEFT's lora_A.weight "
+        "and lora_B.weight transposed, and its `scale` is s itself: lora_alpha = scale * rank",
+    ),
+    "Tunix or Qwix": (
+        ("module_path", "rank"),
+        "its lora_a and lora_b, in an Orbax checkpoint, have jlora's shapes: they are the `lora_a` "
+        "and `lora_b` of a `LoraArray`, with s = alpha / rank",
+    ),
 }
 # Initializers that move the base weights by what only the writer had: data, or random numbers.
 _MOVES_BASE = ("pissa_niter", "corda", "lora_ga", "loftq")
@@ -115,11 +130,20 @@ def read_config(config: Any, call: str) -> Config:
     return parse(read_json(file, call), call)
 
 
+def foreign(entries: Container[Any]) -> str:
+    """Say whose configuration this is, where its keys are another program's."""
+    for program, (keys, how) in _FOREIGN.items():
+        found = [key for key in keys if key in entries]
+        if found:
+            return f" Its key {found[0]!r} is one of {program}'s: {how}."
+    return ""
+
+
 def parse(entries: Mapping[Any, Any], call: str) -> Config:
     """Check every key; what jlora would have to ignore, but changes the numbers, is refused."""
     kind = _plain(entries.get("peft_type"))
     if kind is None:
-        raise ValueError(f'`{call}`: the configuration has no "peft_type".')
+        raise ValueError(f'`{call}`: the configuration has no "peft_type".{foreign(entries)}')
     if kind != "LORA":
         raise ValueError(
             f'`{call}`: peft_type {kind!r} is another method than LoRA ("LORA"), and jlora does '

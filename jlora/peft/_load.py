@@ -15,7 +15,16 @@ from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, map_with_paths
 from jlora.peft._assign import Assignment, Found, Plan, assign
-from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse, read_json
+from jlora.peft._config import (
+    CONFIG,
+    PICKLE,
+    TENSORS,
+    Config,
+    check_init,
+    foreign,
+    parse,
+    read_json,
+)
 from jlora.peft._initial import REPEATED, residual
 from jlora.peft._names import Names, check_keys, check_kinds, places
 from jlora.peft._tensors import from_torch, read, whole_from_torch
@@ -185,6 +194,8 @@ def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
         )
     others = sorted(p.parent.name for p in root.glob(f"*/{TENSORS}")) if root.is_dir() else []
     hint = f" Its sub-folders have the adapters {others}: give `adapter=`." if others else ""
+    if (folder / CONFIG).is_file():
+        hint += foreign(read_json(folder / CONFIG, call))
     raise FileNotFoundError(f"`{call}`: there is no {folder / TENSORS}.{hint}")
 
 
