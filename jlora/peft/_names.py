@@ -14,7 +14,7 @@ from jlora._paths import describe, near_misses
 # A PyTorch parameter name; one with a "{}" per leading dimension that it unrolls; or one name per
 # index of the leading dimension, where they share no pattern.
 Name = str | Sequence[Any]
-KINDS = ("linear", "Conv1D", "embedding", "conv", "grouped")
+KINDS = ("linear", "Conv1D", "embedding", "conv", "grouped", "parameter")
 Names = Mapping[str, Name | None] | Callable[[str], Name | None]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,14 @@ from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._forms import even
 from jlora.peft._initial import initializer, of_groups
+from jlora.peft._keys import Found
+from jlora.peft._linear import HEADS, all_linear
 from jlora.peft._match import (
     endings,
     ends_with,
     excluded,
     first_match,
+    holds,
     is_saved,
     parents,
     targeted,
@@ -29,14 +33,11 @@ from jlora.peft._names import (
     Place,
     bias_of,
     check_keys,
+    check_kinds,
     kind_of,
     places,
     refuse_variants,
 )
-
-# Output heads, which "all-linear" leaves out in Hugging Face's models.
-_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
-_CLASSIFIERS = ("score", "classifier")
 
 
 def rules(
@@ -47,13 +48,15 @@ def rules(
     init: initializers.Initializer | None = None,
     groups: Mapping[str, int] | None = None,
     layouts: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, LoraSpec | str]:
     """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
 
-    PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. What PEFT adds
-    itself when it wraps a model is not added: the head of a task of classification stands in
-    `modules_to_save` once PEFT has saved the adapter, and before that you name it. The keys are
-    the leaves' own paths, escaped. `lora_dropout` is not the rules' but `jlora.lora`'s.
+    PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. The head of a
+    classifier ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") trains too, as in PEFT, which adds it to
+    `modules_to_save`. The keys are the leaves' own paths, escaped. `lora_dropout` is not the
+    rules' but `jlora.lora`'s. An entry of a list that chooses nothing is passed over with a
+    warning where others of the list match.
     `init_lora_weights` may be True, False, "gaussian", "orthogonal", "olora", "pissa" or
     "pissa_niter_16"; those that need data ("eva", "corda", "lora_ga") or a quantizer ("loftq") are
     refused, unless `init` stands in for them.
@@ -71,6 +74,9 @@ def rules(
             merges into it, and is none of PEFT's, which refuses a file of it by its shapes.
         layouts: path to layout of leaves that lie otherwise than Flax's, as for `attach`: a stacked
             or expert leaf that is not here is taken for (..., in, out).
+        kinds: path to what the module is in PyTorch, as for `load`. "all-linear" takes "linear" and
+            "Conv1D" alone. What neither the path (".../kernel", ".../embedding") nor the shape
+            tells is assumed from the module's name, with a warning that lists it.
 
     Returns:
         Rules for `jlora.attach`: a `LoraSpec` for each weight that PEFT would adapt, and "full"
@@ -79,8 +85,8 @@ def rules(
     Raises:
         FileNotFoundError: no file there.
         ValueError: another method than LoRA, a variant or an initializer that jlora does not have;
-            an entry that matches nothing (PEFT ignores it); layers of one stacked leaf that are
-            to be adapted differently; groups that do not divide the outputs and the rank.
+            a list or a pattern that matches nothing; layers of one stacked leaf that are to be
+            adapted differently; groups that do not divide the outputs and the rank.
         KeyError: `names`, `groups` or `layouts` speak of a leaf that is not there.
         TypeError: `config` is of another type.
 
@@ -96,15 +102,18 @@ def rules(
     Reference: PEFT's `LoraConfig` and `get_peft_model`.
     """
     call = "jlora.peft.rules(config, params)"
-    parsed = read_config(config, call)
+    parsed = _with_heads(read_config(config, call))
     leaves = leaves_with_paths(params, is_adapted)
-    for argument, value in (("names", names), ("groups", groups), ("layouts", layouts)):
+    given = {"names": names, "groups": groups, "layouts": layouts, "kinds": kinds}
+    for argument, value in given.items():
         check_keys(value, [path for path, _ in leaves], argument, call)
-    found = places(leaves, names, call)
-    chosen = _choose(parsed, found, call)
+    check_kinds(kinds or {}, call)
+    where = Found(places(leaves, names, call), dict(layouts or {}), dict(kinds or {}))
+    found = where.places
+    chosen = _choose(parsed, where, call)
     decided: dict[str, LoraSpec | str | None] = {}
     for place in found.values():
-        rule = _rule(parsed, place, chosen.get(place.name), init, call)
+        rule = _rule(parsed, place, chosen.get(place.name), init, where, call)
         if isinstance(rule, LoraSpec) and layouts and place.path in layouts:
             rule = dataclasses.replace(rule, layout=layouts[place.path])
         if isinstance(rule, LoraSpec) and groups and place.path in groups:
@@ -118,29 +127,46 @@ def rules(
     return {re.escape(path): rule for path, rule in decided.items() if rule is not None}
 
 
-def _choose(config: Config, found: Mapping[str, Place], call: str) -> dict[str, str]:
+def _with_heads(config: Config) -> Config:
+    """Add the heads that PEFT trains and saves by itself, for a task that has one."""
+    heads = HEADS.get(config.task_type, ())
+    added = [head for head in heads if head not in config.modules_to_save]
+    return dataclasses.replace(config, modules_to_save=[*config.modules_to_save, *added])
+
+
+def _choose(config: Config, where: Found, call: str) -> dict[str, str]:
     """Say of every PyTorch parameter "lora", "parameter" or "full"."""
+    found = where.places
     if config.target_modules is None and not config.target_parameters:
         raise ValueError(
             f"`{call}`: the configuration has no target_modules; PEFT then takes those it knows "
             "for the architecture. Write them, as PEFT does when it saves an adapter."
         )
+    if not config.target_modules and not config.target_parameters:
+        raise ValueError(
+            f"`{call}`: target_modules is empty and there are no target_parameters, so nothing "
+            'would be adapted; PEFT refuses it too. Name modules, or give "all-linear".'
+        )
     linear = (
         isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     )
+    linears = all_linear(where, config.task_type, call) if linear else set()
     chosen = {}
     for place in found.values():
         if ends_with(place.name, config.target_parameters):
             chosen[place.name] = "parameter"
         elif place.parameter in ("weight", "in_proj_weight"):
             if linear:
-                takes = _is_linear(place, config) and not excluded(config, place.module, call)
+                takes = place.name in linears and not (
+                    excluded(config, place.module, call)
+                    or holds(config.modules_to_save, place.module, call)
+                )
             else:
                 takes = targeted(config, place.module, call)
             if takes:
                 chosen[place.name] = "lora"
     modules = {found[name].module for name in chosen}
-    _refuse_idle(config, modules, list(chosen), found, call)
+    _check_idle(config, modules, list(chosen), found, call)
     if config.lora_bias:
         chosen |= {bias_of(found[name], found, call).name: "full" for name in list(chosen)}
     for place in found.values():
@@ -152,39 +178,40 @@ def _choose(config: Config, found: Mapping[str, Place], call: str) -> dict[str, 
     return chosen
 
 
-def _is_linear(place: Place, config: Config) -> bool:
-    """Whether "all-linear" takes a weight: of a linear layer, not an output head."""
-    heads = _HEADS + (_CLASSIFIERS if config.task_type == "SEQ_CLS" else ())
-    is_matrix = len(place.shape) >= 2 and kind_of(place, None, {}) == "linear"
-    return is_matrix and not ends_with(place.module, heads)
-
-
-def _refuse_idle(
+def _check_idle(
     config: Config, modules: set[str], chosen: list[str], found: Mapping[str, Place], call: str
 ) -> None:
-    """Refuse entries that choose nothing, where PEFT would be silent."""
-    hit = {ending for name in chosen for ending in endings(name)}
-    idle = [e for e in sorted(config.target_parameters) if e not in hit]
+    """Warn of entries of a list that choose nothing, which PEFT passes over; refuse a whole one."""
     targets = config.target_modules
+    parameters = sorted(config.target_parameters)
+    # PEFT adds the usual names of a head itself, whichever the model has.
+    saved = [e for e in config.modules_to_save if e not in HEADS.get(config.task_type, ())]
+    inside = {m for place in found.values() for m in parents(place.module)} if saved else set()
+    ends = {m[k:] for m in inside for k in range(len(m))}
+    hit = {ending for name in chosen for ending in endings(name)}
+    idle = {
+        "target_parameters": [e for e in parameters if e not in hit],
+        "modules_to_save": [e for e in saved if e not in ends],
+    }
+    asked = {"target_parameters": len(parameters), "modules_to_save": len(saved)}
     if isinstance(targets, str):
-        idle += [] if modules else [targets]
+        idle["target_modules"], asked["target_modules"] = [] if modules else [targets], 1
     else:
         hit = {ending for module in modules for ending in endings(module)}
-        idle += [e for e in sorted(targets or ()) if e not in hit]
-    every = {place.module for place in found.values()}
-    # PEFT adds the usual names of a classifier's head itself, whichever the model has.
-    own = _CLASSIFIERS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-    saved = [e for e in config.modules_to_save if e not in own]
-    if saved:
-        around = {m for module in every for m in parents(module)}
-        hit = {m[k:] for m in around for k in range(len(m))}
-        idle += [e for e in saved if e not in hit]
-    if idle:
-        known = sorted({module.rpartition(".")[2] for module in every})
-        raise ValueError(
-            f"`{call}`: {idle} of the configuration choose nothing among the parameters that "
-            f"`names` names. Take them out, or name those weights. {near_misses(idle[0], known)}"
+        asked["target_modules"] = len(targets or ())
+        idle["target_modules"] = [e for e in sorted(targets or ()) if e not in hit]
+    known = sorted({place.module.rpartition(".")[2] for place in found.values()})
+    for key, entries in idle.items():
+        if not entries:
+            continue
+        said = (
+            f"`{call}`: {entries} of the configuration choose nothing among the parameters that "
+            f"`names` names, in {key}"
         )
+        hint = near_misses(entries[0], known)
+        if len(entries) == asked[key]:
+            raise ValueError(f"{said}. Take them out, or name those weights. {hint}")
+        warnings.warn(f"{said}; the other entries do. {hint}", stacklevel=4)
 
 
 def _rule(
@@ -192,12 +219,13 @@ def _rule(
     place: Place,
     chosen: str | None,
     init: initializers.Initializer | None,
+    where: Found,
     call: str,
 ) -> LoraSpec | str | None:
     if chosen is None or chosen == "full":
         return chosen
     name = place.name if chosen == "parameter" else place.module
-    kind = kind_of(place, None, {})
+    kind = kind_of(place, None, where.kinds)
     refuse_variants(place, chosen == "parameter", kind, config.use_dora, config.lora_bias, call)
     return LoraSpec(
         rank=first_match(config.rank_pattern, name, config.r, call),

@@ -65,8 +65,8 @@ def recipe(**entries):
     return {"peft_type": "LORA", "r": 2, "lora_alpha": 5, **entries}
 
 
-def chosen(entries, names=NAMES):
-    found = peft.rules(entries, model(), names=names)
+def chosen(entries, names=NAMES, **more):
+    found = peft.rules(entries, model(), names=names, **more)
     return {path.replace("\\", ""): rule for path, rule in found.items()}
 
 
@@ -146,13 +146,18 @@ def test_rules_refuse_what_needs_more_than_the_weights(name):
     assert rules["layers/kernel"].init is jlora.initializers.mica
 
 
+LINEAR = dict.fromkeys(("torch", "query/kernel", "out/kernel", "gemma"), "linear")
+
+
 def test_rules_of_all_linear_and_all_biases():
     got = chosen(
         recipe(target_modules="all-linear", bias="all", task_type="SEQ_CLS"),
         {**NAMES, "head/kernel": "m.classifier.weight"},
+        kinds=LINEAR,
     )
     linear = {"dense/kernel", "torch", "query/kernel", "out/kernel", "gemma", "layers/kernel"}
-    assert set(got) == linear | {"dense/bias", "query/bias"}
+    assert set(got) == linear | {"dense/bias", "query/bias", "head/kernel"}
+    assert got["head/kernel"] == "full"  # PEFT adds it, by the task
 
 
 def test_rules_of_a_classifier_that_peft_saved():
@@ -164,9 +169,10 @@ def test_rules_of_a_classifier_that_peft_saved():
 
 
 def test_all_linear_leaves_out_what_is_excluded():
-    every = set(chosen(recipe(target_modules="all-linear")))
+    every = set(chosen(recipe(target_modules="all-linear"), kinds=LINEAR))
     for exclude in (["q_proj", "dense"], r"m\.(q_proj|dense)"):
-        left = set(chosen(recipe(target_modules="all-linear", exclude_modules=exclude)))
+        some = recipe(target_modules="all-linear", exclude_modules=exclude)
+        left = set(chosen(some, kinds=LINEAR))
         assert every - left and not any("query" in path or "dense" in path for path in left)
 
 
@@ -196,10 +202,11 @@ def test_rules_exclude_and_choose_layers():
 RECIPES = {
     "no_targets": (entries(), ValueError, says("has no target_modules")),
     "idle": (
-        entries(target_modules=["q_proj", "w_proj"]),
+        entries(target_modules=["u_proj", "w_proj"]),
         ValueError,
-        says("['w_proj'] of the configuration choose nothing", "Closest", "q_proj"),
+        says("['u_proj', 'w_proj'] of the configuration choose nothing", "Closest", "q_proj"),
     ),
+    "empty": (entries(target_modules=[]), ValueError, says("target_modules is empty")),
     "idle_pattern": (entries(target_modules="w.*"), ValueError, says("['w.*']")),
     "idle_whole": (
         entries(target_modules=["q_proj"], modules_to_save=["head"]),
