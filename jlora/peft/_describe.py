@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora._paths import near_misses
+from jlora.peft._linear import HEADS
 from jlora.peft._match import Patterns, ends_with, parents
 from jlora.peft._names import Place
 from jlora.peft._tensors import MAGNITUDE
@@ -70,7 +71,9 @@ def describe_adapter(
     layers = {place.module: one for place, one in parts.items() if not one.is_parameter}
     modules = {one.target for one in layers.values()}
     parameters = [one.target for one in parts.values() if one.is_parameter]
-    whole_modules, bias = _whole_modules(set(wholes), set(layers), found, call)
+    whole_modules, bias = _whole_modules(
+        set(wholes), set(layers), found, given.get("task_type"), call
+    )
     ranks = {one.target: one.rank for one in parts.values()}
     alphas = {one.target: one.alpha for one in parts.values()}
     for one in parts.values():
@@ -113,18 +116,13 @@ def _dora(parts: Mapping[Place, Adapted], call: str) -> bool:
     return bool(parts) and not without
 
 
-def _around(
-    places: Iterable[Place], modules: set[str]
-) -> tuple[dict[str, list[Place]], dict[str, list[str]]]:
-    """Return what is below each module, and the other modules whose names end with its name."""
-    below, ending = collections.defaultdict(list), collections.defaultdict(list)
-    for place in places:
-        for module in parents(place.module):
-            below[module].append(place)
-        if place.module not in modules:
-            for k in range(len(place.module)):
-                ending[place.module[k:]].append(place.module)
-    return below, ending
+def _ending(inside: Iterable[str], modules: set[str]) -> dict[str, list[str]]:
+    """Return the other modules whose names end with a name, by that name."""
+    ending = collections.defaultdict(list)
+    for other in set(inside) - modules:
+        for k in range(len(other)):
+            ending[other[k:]].append(other)
+    return ending
 
 
 def _commonest(values: Iterable[Any], default: Any) -> Any:
@@ -161,14 +159,41 @@ def _parameters(names: Sequence[str], found: Mapping[str, Place], call: str) -> 
     return list(names) or None
 
 
+def _highest(
+    wholes: set[Place], inside: Mapping[str, list[Place]], heads: tuple[str, ...]
+) -> list[str]:
+    """Return the modules to save: the highest all of whose parameters are saved.
+
+    A module around a single one is left alone, because `names` may not name all that it has; but
+    for a head that PEFT saves by itself.
+    """
+    saved = {m for m, places in inside.items() if wholes.issuperset(places)}
+    several = {
+        m
+        for m in saved
+        if len({p.module for p in inside[m]}) > 1 or (heads and m.endswith(heads))
+    }
+    modules = {p.module for p in wholes if p.parameter != "bias"}
+    return sorted({next((m for m in parents(own) if m in several), own) for own in modules})
+
+
 def _whole_modules(
-    wholes: set[Place], targeted: set[str], found: Mapping[str, Place], call: str
+    wholes: set[Place],
+    targeted: set[str],
+    found: Mapping[str, Place],
+    task: str | None,
+    call: str,
 ) -> tuple[list[str], str]:
     """Put what is trained whole into PEFT's words: whole modules, and which biases."""
-    modules = sorted({p.module for p in wholes if p.parameter != "bias"})
-    below, ending = _around(found.values(), set(modules))
+    inside: dict[str, list[Place]] = {}
+    for place in found.values():
+        for module in parents(place.module):
+            inside.setdefault(module, []).append(place)
+    heads = HEADS.get(task, ())
+    modules = _highest(wholes, inside, heads)
+    ending = _ending(inside, set(modules))
     for module in modules:
-        lacking = sorted(p.name for p in below[module] if p not in wholes)
+        lacking = sorted(p.name for p in inside.get(module, ()) if p not in wholes)
         alike = sorted(ending[module])
         if not module or lacking or alike:
             raise ValueError(
@@ -176,8 +201,16 @@ def _whole_modules(
                 f"also {(lacking + alike)[:3]} must be trained whole. Give them the rule "
                 '"full" too, or none of them.'
             )
-    inside = {p.name for module in modules for p in below[module]}
-    biases = {p.name for p in found.values() if p.parameter == "bias"} - inside
+        head = next((m for m in parents(module)[:-1] if m.endswith(heads)), None) if heads else None
+        if head:
+            lacking = sorted(p.name for p in inside[head] if p not in wholes)
+            raise ValueError(
+                f'`{call}`: under task_type={task!r} PEFT saves all of "{head}", and fails on a '
+                f'file of "{module}" alone. Give {lacking[:3]} the rule "full" too, or leave '
+                "task_type out."
+            )
+    covered = {p.name for module in modules for p in inside[module]}
+    biases = {p.name for p in found.values() if p.parameter == "bias"} - covered
     left = {p.name for p in wholes} & biases
     if not left:
         return modules, "none"

@@ -19,6 +19,7 @@ from jlora.peft._initial import initializer, of_groups
 from jlora.peft._keys import Found
 from jlora.peft._linear import HEADS, all_linear
 from jlora.peft._match import (
+    Patterns,
     endings,
     ends_with,
     excluded,
@@ -131,7 +132,8 @@ def _with_heads(config: Config) -> Config:
     """Add the heads that PEFT trains and saves by itself, for a task that has one."""
     heads = HEADS.get(config.task_type, ())
     added = [head for head in heads if head not in config.modules_to_save]
-    return dataclasses.replace(config, modules_to_save=[*config.modules_to_save, *added])
+    saved = Patterns(dict.fromkeys([*config.modules_to_save, *added]))
+    return dataclasses.replace(config, modules_to_save=saved)
 
 
 def _choose(config: Config, where: Found, call: str) -> dict[str, str]:
