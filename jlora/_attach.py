@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -46,13 +47,14 @@ def attach(
             convolutions; take `layouts` where weights lie otherwise (Equinox: "oi") or in stacks.
 
     Returns:
-        A tree of the same shape, with nodes for leaves.
+        A tree of the same shape, with nodes for leaves. Ranks above min(in, out), which PEFT takes
+        too, are right but wasteful: a warning says so.
 
     Raises:
-        ValueError: a rule that decides nothing, a rank above min(in, out), a layout that does not
-            fit, a weight whose layout is not known, a vector, a leaf that is already adapted, two
-            leaves of one path, an initializer that moves the base under a form whose update is
-            zero at first.
+        ValueError: a rule that decides nothing, a rank that the initializer does not have, a layout
+            that does not fit, a weight whose layout is not known, a vector, a leaf that is already
+            adapted, two leaves of one path, an initializer that moves the base under a form whose
+            update is zero at first.
         TypeError: a leaf that is no array of floating-point numbers; rules that are no mapping.
         KeyError: a path in `layouts` that no leaf has.
 
@@ -85,6 +87,8 @@ def attach(
         for path, leaf in leaves
         if chosen.get(path) is not None
     }
+
+    _check_ranks(key, dict(leaves), plan)
 
     def replace(path: str, leaf: Any) -> Any:
         if path not in plan:
@@ -182,15 +186,38 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             f"{describe(path, leaf)} with layout {layout!r}. Slices are (start, stop) ranges of "
             "the first output dimension."
         )
-    narrowest = min(stop - start for start, stop in rule.slices or [(0, width)])
-    outs = geometry.fan_out // width * narrowest
-    if rule.rank > min(geometry.fan_in, outs):
-        raise ValueError(
-            f"`{call}`: rank {rule.rank} is above min(in, out) = min({geometry.fan_in}, {outs}) of "
-            f"{describe(path, leaf)} with layout {layout!r}: such an update is full. Use "
-            f'`LoraSpec(rank={min(geometry.fan_in, outs)})` or less here, or the rule "full".'
-        )
     return rule, layout
+
+
+def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Warn of ranks above min(in, out), and refuse them where the initializer has no such rank."""
+    above = []
+    for path, planned in plan.items():
+        if planned is None:
+            continue
+        spec, layout = planned
+        geometry = Geometry.of(leaves[path].shape, layout)
+        width = geometry.out_dims[0]
+        narrowest = min(stop - start for start, stop in spec.slices or [(0, width)])
+        sides = geometry.fan_in, geometry.fan_out // width * narrowest
+        if spec.rank <= min(sides):
+            continue
+        said = (
+            f"`jlora.attach`: rank {spec.rank} is above min(in, out) = min({sides[0]}, {sides[1]}) "
+            f"of {describe(path, leaves[path])} with layout {layout!r}"
+        )
+        init = spec.init or forms.named(spec.form).init
+        init = functools.partial(init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
+        made = jax.eval_shape(init, key, jax.ShapeDtypeStruct(sides, leaves[path].dtype))
+        if made[0].shape[-1:] != (spec.rank,) or made[1].shape[:1] != (spec.rank,):
+            raise ValueError(
+                f"{said}, and the initializer takes A and B from the weight, which has no more "
+                f"directions. Use `LoraSpec(rank={min(sides)})` or less here, or another `init`."
+            )
+        above.append(f"{said}: such an update is full. `LoraSpec(rank={min(sides)})` is enough")
+    if above:
+        more = f", and so for {len(above) - 1} more leaves" if len(above) > 1 else ""
+        warnings.warn(f"{above[0]}{more}.", stacklevel=3)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -20,7 +20,7 @@ class LoraSpec:
     """Say how one group of weights is adapted: `W + s · A B`, `s = α/r` (or `α/√r`).
 
     Args:
-        rank: r, at least 1 and at most min(in, out) of every weight it is given to. PEFT's `r`.
+        rank: r, at least 1; above min(in, out) of a weight it is wasteful. PEFT's `r`.
         alpha: α, 16 where it is not given, whatever the rank. PEFT's `lora_alpha`, which is 8.
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`,

@@ -64,10 +64,15 @@ REFUSED = {
     ),
     "no_regex": ({"*kernel": SPEC}, {}, ValueError, says('"*kernel" is not a regular', ".*")),
     "rank_above": (
-        {".*kernel": LoraSpec(5)},
+        {".*kernel": LoraSpec(5, init=jlora.initializers.pissa)},
         {},
         ValueError,
-        says("rank 5 is above min(in, out) = min(4, 6)", '"dense/kernel" float32[4,6]', "rank=4"),
+        says(
+            "rank 5 is above min(in, out) = min(4, 6)",
+            '"dense/kernel" float32[4,6]',
+            "the initializer takes A and B from the weight",
+            "rank=4",
+        ),
     ),
     "no_layout": (
         {"heads": SPEC},

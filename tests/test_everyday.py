@@ -256,9 +256,18 @@ def test_a_bfloat16_model_stays_bfloat16(name):
     assert all(x.lora_a.dtype == jnp.float32 for x in nodes)
 
 
-def test_a_rank_above_the_smaller_side_is_refused():
-    with pytest.raises(ValueError, match=r"rank 3 is above min\(in, out\) = min\(24, 2\)"):
-        jlora.attach({"w": w(24, 2)}, {"w": jlora.LoraSpec(3)}, key=jax.random.key(0))
+def test_a_rank_above_the_smaller_side_is_taken_with_a_warning():
+    base = {"w": w(24, 2), "v": w(2, 24)}
+    for form in ("lora", "lora_fa", "vera", "adalora"):
+        rules = {"[wv]": jlora.LoraSpec(3, form=form)}
+        with pytest.warns(UserWarning, match=r"rank 3 is above .* for 1 more leaves"):
+            params = jlora.attach(base, rules, key=jax.random.key(0))
+        assert params["w"].lora_a.shape == (24, 3) and params["w"].lora_b.shape == (3, 2)
+        merged = jlora.merge(params)
+        assert all(bool((merged[k] == base[k]).all()) for k in base)
+    rules = {"w": jlora.LoraSpec(3, form="lora_xs")}
+    with pytest.raises(ValueError, match="initializer takes A and B from the weight"):
+        jlora.attach(base, rules, key=jax.random.key(0))
 
 
 def test_a_materialized_weight_is_right_and_says_where():
