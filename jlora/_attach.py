@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
-from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._paths import describe, is_doubtful, leaves_with_paths, map_with_paths, near_misses
 from jlora._spec import LoraSpec, check_layout, resolve
 
 _DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
@@ -44,7 +44,7 @@ def attach(
         key: a PRNG key for A (and B).
         layouts: path to layout, as `jlora.layouts(fn, params, ...)` gives; a spec's own comes
             first. Without either, 2-D weights are "io" and 4-D ones "iiio", as Flax has Dense and
-            convolutions; take `layouts` where weights lie otherwise (Equinox: "oi") or in stacks.
+            convolutions, but for leaves called "weight" (Equinox: "oi"), which need one.
 
     Returns:
         A tree of the same shape, with nodes for leaves. Ranks above min(in, out), which PEFT takes
@@ -165,10 +165,14 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
             f"`{call}`: {describe(path, leaf)} has no input and output side, so it has no low-rank "
             'update. Train it whole with the rule "full", or narrow the rule: r".*/kernel".'
         )
-    layout = rule.layout or known or _DEFAULT_LAYOUTS.get(ndim)
+    default = None if is_doubtful(path) else _DEFAULT_LAYOUTS.get(ndim)
+    layout = rule.layout or known or default
     if layout is None:
+        why = (
+            "Equinox and PyTorch store what has this name (out, in). " if is_doubtful(path) else ""
+        )
         raise ValueError(
-            f"`{call}`: which axes of {describe(path, leaf)} are input and which output? Give "
+            f"`{call}`: which axes of {describe(path, leaf)} are input and which output? {why}Give "
             "`layouts=jlora.layouts(fn, params, x)`, which reads it from the model, or "
             '`LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
         )

@@ -4,6 +4,7 @@ Knows nothing of adapters.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,17 @@ def map_with_paths(
     """Return the tree of `fn(path, leaf)`."""
     structure = jax.tree.structure(tree, is_leaf)
     return structure.unflatten([fn(path, x) for path, x in leaves_with_paths(tree, is_leaf)])
+
+
+def tells(path: str) -> bool:
+    """Whether a leaf's name says that its inputs come first, as Flax's names do."""
+    leaf = path.rpartition("/")[2]
+    return "kernel" in leaf or "embedding" in leaf
+
+
+def is_doubtful(path: str) -> bool:
+    """Whether a leaf's name is one of PyTorch's and Equinox's, where the outputs come first."""
+    return re.search(r"(^|_)weight(_|$)", path.rpartition("/")[2]) is not None
 
 
 def near_misses(word: str, known: Iterable[str]) -> str:

@@ -1,19 +1,24 @@
 """Which tensor of a file is which part of which leaf; what is missing, unexpected, mis-shaped."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from jlora._arrays import Geometry
 from jlora._paths import near_misses
 from jlora.peft._config import Config
 from jlora.peft._forms import Slices, of_loralib, of_peft
-from jlora.peft._keys import BIAS, PREFIX, Found, Groups, Owner, Tensors, owners, sort
+from jlora.peft._keys import BIAS, Found, Groups, Owner, Tensors, owners, sort
 from jlora.peft._match import first_match, is_saved, targeted
 from jlora.peft._names import Place, bias_of, is_parameter, kind_of, refuse_variants
+from jlora.peft._spell import PREFIX, names_of, strange_prefix
 from jlora.peft._tensors import parts_of, whole_shape
+from jlora.peft._tied import is_tied_lora, is_tied_whole, unties
+from jlora.peft._tokens import Tokens, assign_tokens
 
 _SHOWN = 5
 
@@ -44,6 +49,7 @@ class Plan:
     full: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
     base: list[Assignment] = dataclasses.field(default_factory=list)
     biases: list[Assignment] = dataclasses.field(default_factory=list)  # of lora_B, at its layer's
+    tokens: list[Tokens] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     misshaped: list[str] = dataclasses.field(default_factory=list)
@@ -60,34 +66,39 @@ def assign(
     tensors: Tensors,
     config: Config | float | int,
     found: Found,
-    declared: Sequence[str],
+    parameters: Collection[str],
     call: str,
 ) -> Plan:
-    """Assign every tensor; raise one error that lists all that does not fit."""
-    groups, plan = sort(tensors, call), Plan()
-    targets = config.target_parameters if isinstance(config, Config) else ()
-    owned = owners(groups, tensors, targets, found, declared, call)
+    """Assign every tensor; raise one error that lists all that does not fit.
+
+    `parameters` are the `target_parameters` of a file that has no configuration.
+    """
+    groups, plan = sort(tensors, found.places, call), Plan()
+    targets = config.target_parameters if isinstance(config, Config) else parameters
+    owned = owners(groups, tensors, targets, found, call)
     for spelled, kinds in groups.lora.items():
         if spelled in owned:
             _assign_lora(plan, owned[spelled], spelled, kinds, tensors, config, found, call)
-        else:
+        elif not is_tied_lora(kinds, groups, tensors):
             plan.unexpected += [key for keys in kinds.values() for key in keys.values()]
     for name, key in (*groups.full.items(), *groups.base.items()):
         place = found.places.get(name)
         is_copy = groups.base.get(name) == key
         if place is None or (not is_copy and place.path in plan.lora):
-            if not _is_repeated(name, groups, tensors):
+            repeated = _is_repeated(name, groups, tensors)
+            if not repeated and not is_tied_whole(key, is_copy, groups, tensors, found):
                 plan.unexpected.append(key)
             continue
-        geometry, kind = found.whole(place, call)
+        geometry, kind = found.whole(place, call, tensors[key].shape)
         plan.check_shape(key, tensors[key], whole_shape(place.shape, geometry, kind), place)
         one = Assignment(place, {"value": tensors[key]}, geometry, kind)
         if is_copy:
             plan.base.append(one)
         else:
             plan.full.setdefault(place.path, []).append(one)
+    assign_tokens(plan, groups, tensors, config, found, call)
     _note_missing(plan, groups, {o.place.name for o in owned.values()}, config, found, call)
-    _refuse(plan, found, call)
+    _refuse(plan, tensors, found, call)
     for parts in (*plan.lora.values(), *plan.full.values()):
         parts.sort(key=lambda one: one.place.index)
     return plan
@@ -134,7 +145,9 @@ def _assign_lora(
     else:
         form = "conv" if kind == "linear" and parts["lora_a"].ndim > 2 else kind
         geometry = found.geometry(place, form, call)
-        made = of_peft(parts, geometry, form, _rank(parts, config, name, call), place, call)
+        made = of_peft(
+            parts, geometry, form, _rank(parts, geometry, config, name, call), place, call
+        )
     for part, x in parts.items():
         plan.check_shape(keys[part], x, made.wanted[part], place)
     if isinstance(config, Config):
@@ -174,12 +187,16 @@ def _of_kind(
 
 
 def _rank(
-    parts: Mapping[str, np.ndarray], config: Config | float | int, name: str, call: str
+    parts: Mapping[str, np.ndarray],
+    geometry: Geometry,
+    config: Config | float | int,
+    name: str,
+    call: str,
 ) -> int:
     """Return the rank that the configuration says or, where there is none, that A has."""
     if isinstance(config, Config):
         return first_match(config.rank_pattern, name, config.r, call)
-    return max(1, (*parts["lora_a"].shape, 1)[0])
+    return max(1, (*parts["lora_a"].shape, 1)[0] // math.prod(geometry.stack))
 
 
 def _note_missing(
@@ -225,7 +242,7 @@ def _asks_whole(place: Place, config: Config | float | int, found: Found, call: 
     )
 
 
-def _refuse(plan: Plan, found: Found, call: str) -> None:
+def _refuse(plan: Plan, tensors: Tensors, found: Found, call: str) -> None:
     """Raise one error that lists whatever does not fit."""
     said = []
     for word, keys in (("missing", plan.missing), ("unexpected", plan.unexpected)):
@@ -240,8 +257,18 @@ def _refuse(plan: Plan, found: Found, call: str) -> None:
         said.append(
             f"{len(plan.misshaped)} keys have another shape: " + "; ".join(plan.misshaped[:_SHOWN])
         )
-    if not said and not plan.lora and not plan.full:
+        said.append(
+            "Where weights are stored otherwise than in Flax, (out, in) as in Equinox, give "
+            "`layouts=jlora.layouts(fn, params, x)`; for an embedding or another parameter saved "
+            "whole that is stored as in PyTorch, `kinds`"
+        )
+    if not said and not plan.lora and not plan.full and not plan.tokens:
         said.append("the file holds no tensors")
+    names = names_of(plan.unexpected, found.places, call).values()
+    prefix = strange_prefix(names, {place.module for place in found.places.values()})
+    if prefix:
+        said.append(f'Each of these keys has the prefix "{prefix}", which `names` does not have')
+    said += unties(plan.unexpected, tensors, found)
     if said:
         odd = (plan.unexpected or plan.missing or [PREFIX])[0].removeprefix(PREFIX)[:200]
         raise ValueError(

@@ -19,12 +19,10 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 _VARIANTS = {
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "arrow_config": "Arrow routing",
-    "ensure_weight_tying": "adapters of tied layers that stay tied",
     "kasa_config": "KaSA",
     "layer_replication": "layers replicated from shared weights",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "trainable tokens",
     "use_bdlora": "block-diagonal LoRA (BD-LoRA)",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -35,12 +33,14 @@ _HARMLESS = {
     *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
     "merge_weights",  # of PEFT 0.2: when to merge, not what
+    "ensure_weight_tying",  # both copies are in the file, and here they are one leaf
     "context_length",  # vLLM's, of an adapter for longer contexts
 }
 _READ = {
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r"),
     *("rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora"),
+    "trainable_token_indices",
 }
 # Keys that only another program's configuration has, and how its adapter becomes PEFT's.
 _FOREIGN = {
@@ -79,6 +79,7 @@ class Config:
     bias: str = "none"
     init_lora_weights: bool | str = True
     task_type: str | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
 
     def scaling(self, alpha: float | int, rank: int) -> float:
         """Return s: α/r, or α/√r for rsLoRA."""
@@ -195,6 +196,10 @@ def _typed(key: str, value: Any, call: str) -> Any:
         "target_modules": (_is_names, "a string or a list of strings"),
         "exclude_modules": (_is_names, "a string or a list of strings"),
         "layers_to_transform": (lambda v: v is None or _is_list(v, int), "a list of integers"),
+        "trainable_token_indices": (
+            lambda v: _is_map(v, lambda of: _is_list(of, int)) or _is_list(v, int),
+            "a list of integers, or an object of such lists",
+        ),
         "bias": (lambda v: v in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
         "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a string"),
         "task_type": (lambda v: isinstance(v, str), "a string"),

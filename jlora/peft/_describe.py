@@ -27,6 +27,7 @@ _GIVEN = {
     "revision": None,
     "target_parameters": None,
     "task_type": None,
+    "trainable_token_indices": None,
     "use_rslora": False,
 }
 

@@ -120,6 +120,13 @@ def _convolution(a: np.ndarray, b: np.ndarray, geometry: Geometry, place: Place,
     return Form(tensors, rank, None, wanted)
 
 
+class Shaped:
+    """A shape, for what only reads shapes."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.ndim, self.dtype = shape, len(shape), ""
+
+
 def shape_of(node: Any) -> tuple[int, ...]:
     """Return the shape of a weight, of a detached adapter's too."""
     if not isinstance(node, LoraArray):

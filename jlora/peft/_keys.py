@@ -9,15 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from jlora._arrays import Geometry
+from jlora._paths import is_doubtful
 from jlora.peft._match import ends_with
-from jlora.peft._names import Place, geometry_of, kind_of
-from jlora.peft._tensors import MAGNITUDE, PARTS
-
-PREFIX = "base_model.model."
+from jlora.peft._names import Names, Place, ask_orientation, geometry_of, kind_of
+from jlora.peft._spell import names_of
+from jlora.peft._tensors import AS_IT_IS, MAGNITUDE, PARTS, turns, whole_shape
 
 Tensors = Mapping[str, np.ndarray]
 
 BIAS = "lora_B.bias"
+TOKENS = "token_adapter.trainable_tokens_delta"
 
 # What the keys of variants that jlora lacks end with.
 _LACKED = {
@@ -25,7 +26,6 @@ _LACKED = {
     r"lora_diag": "KaSA",
     r"lora_velora_embed": "VeLoRA",
     r"lora_monteclora_sampler\.\w+": "MonteCLoRA",
-    r"token_adapter\.\w+": "trainable tokens",
 }
 _ENDINGS = [
     *((kind, part, ending) for kind, parts in PARTS.items() for part, ending in parts.items()),
@@ -49,18 +49,51 @@ class Found:
     layouts: Mapping[str, str]
     kinds: Mapping[str, str]
     slices: Mapping[str, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
+    declared: Sequence[str] = ()  # parameters in PyTorch's order, as far as that is known
+
+    def layout(self, place: Place) -> str | None:
+        """Return the layout of a place, where it is known; what its name unrolls has no letter."""
+        layout = self.layouts.get(place.path)
+        return layout and layout[-len(place.shape) :]
 
     def geometry(self, place: Place, kind: str, call: str) -> Geometry:
-        """Divide the shape of a place; what its name unrolls is stack, and has no letter."""
-        layout = self.layouts.get(place.path)
-        return geometry_of(place, layout and layout[-len(place.shape) :], kind, call)
+        """Divide the shape of a place; what its name unrolls is stack."""
+        return geometry_of(place, self.layout(place), kind, call)
 
-    def whole(self, place: Place, call: str) -> tuple[Geometry | None, str]:
-        """Return geometry and kind of a parameter saved whole; a vector or a bias has no sides."""
+    def whole(
+        self, place: Place, call: str, file: tuple[int, ...] | None = None
+    ) -> tuple[Geometry | None, str]:
+        """Return geometry and kind of a parameter saved whole; a vector or a bias has no sides.
+
+        `file` is its shape in a file that is read, and None where one is written.
+        """
         kind = kind_of(place, self.layouts.get(place.path), self.kinds)
         if len(place.shape) < 2 or place.parameter == "bias":
             return None, "linear"
+        is_raw = place.parameter not in ("weight", "in_proj_weight")
+        if is_raw and place.path not in self.kinds and kind not in AS_IT_IS:
+            kind = self._raw(place, kind, call, file)
+        if kind in AS_IT_IS:
+            return None, kind
+        if file is None and self.layout(place) is None and is_doubtful(place.path):
+            ask_orientation(place, kind, call)
         return self.geometry(place, kind, call), kind
+
+    def _raw(self, place: Place, kind: str, call: str, file: tuple[int, ...] | None) -> str:
+        """Say whether a parameter of no layer's has its axes in PyTorch's order: "parameter"."""
+        default = "i" * (len(place.shape) - 1) + "o" if kind == "conv" else "io"
+        sides = geometry_of(place, self.layout(place) or default, kind, call)
+        if not turns(place.shape, sides, kind):
+            return "parameter"
+        turned = whole_shape(place.shape, sides, kind)
+        if file is not None and turned != place.shape:
+            return kind if file == turned else "parameter"
+        raise ValueError(
+            f'`{call}`: "{place.name}" is no layer\'s weight, and saved whole: nothing tells '
+            f'whether its axes are those of "{place.path}" {list(place.shape)}, or the other way '
+            f'round. Give `kinds={{"{place.path}": "parameter"}}` where they are the same, as '
+            '`x @ proj` has them in both, or "linear" where PyTorch has (out, in).'
+        )
 
 
 @dataclasses.dataclass
@@ -70,13 +103,13 @@ class Groups:
     lora: dict[str, dict[str, dict[str, str]]] = dataclasses.field(default_factory=dict)
     full: dict[str, str] = dataclasses.field(default_factory=dict)
     base: dict[str, str] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def sort(tensors: Tensors, call: str) -> Groups:
+def sort(tensors: Tensors, known: Collection[str], call: str) -> Groups:
     """Take the keys apart; a part of a variant that jlora lacks is refused by name."""
     groups = Groups()
-    for key in tensors:
-        name = key.removeprefix(PREFIX)
+    for key, name in names_of(tensors, known, call).items():
         for pattern, variant in _LACKED.items():
             if re.search(rf"(^|\.){pattern}$", name[-200:]):
                 raise ValueError(
@@ -89,6 +122,10 @@ def sort(tensors: Tensors, call: str) -> Groups:
                 groups.lora.setdefault(module, {}).setdefault(kind, {})[part] = key
                 break
         else:
+            module, is_tokens, rest = name.partition(f".{TOKENS}")
+            if is_tokens and not rest:
+                groups.tokens[module] = key
+                continue
             is_copy = name.endswith(".base_layer.weight")
             (groups.base if is_copy else groups.full)[name.replace(".base_layer.", ".")] = key
     return groups
@@ -99,7 +136,6 @@ def owners(
     tensors: Tensors,
     targets: Collection[str],
     found: Found,
-    declared: Sequence[str],
     call: str,
 ) -> dict[str, Owner]:
     """Say whose A and B stand under each module of the file; `targets` is target_parameters."""
@@ -121,7 +157,7 @@ def owners(
             if name in found.places:
                 owned.setdefault(spelled, Owner(found.places[name], pattern_name))
     for module, places in by_module.items():
-        order = _nested(module, places, groups, tensors, found, declared, call)
+        order = _nested(module, places, groups, tensors, found, call)
         owned |= {spelled: Owner(place, place.name) for spelled, place in order.items()}
     return owned
 
@@ -132,7 +168,6 @@ def _nested(
     groups: Groups,
     tensors: Tensors,
     found: Found,
-    declared: Sequence[str],
     call: str,
 ) -> dict[str, Place]:
     """Order the adapted parameters of one module: the one declared last is outermost."""
@@ -142,9 +177,6 @@ def _nested(
     ]
     if len(spelled) < len(places) or len(places) == 1:
         return dict(zip(spelled, places, strict=False))  # the others are missing
-    given = in_order(places, declared)
-    if given:
-        return dict(zip(spelled, reversed(given), strict=True))
 
     def fits(order: Sequence[Place]) -> bool:
         return all(
@@ -153,13 +185,46 @@ def _nested(
         )
 
     orders = [order for order in itertools.permutations(places) if fits(order)]
+    given = in_order(places, found.declared)
+    if given and tuple(reversed(given)) in orders:
+        orders = [tuple(reversed(given))]
     if len(orders) > 1:
         raise ValueError(
             f'`{call}`: several parameters of "{module}" are adapted, '
             f"{[p.parameter for p in places]}, of equal shapes, and the file does not say which is "
-            "which. Give `target_parameters=[...]` in the order in which PyTorch declares them."
+            f"which. {declare([p.name for p in places])}"
         )
     return dict(zip(spelled, orders[0] if orders else places, strict=True))
+
+
+def declare(names: Sequence[str]) -> str:
+    """Ask for the order of several parameters of one module."""
+    return (
+        f"Give `declared={list(names)}` in the order in which PyTorch declares them, as in "
+        "`model.named_parameters()`; target_parameters in adapter_config.json has no fixed order."
+    )
+
+
+def order_of(
+    names: Names, declared: Sequence[str] | None, found: Mapping[str, Place]
+) -> Sequence[str]:
+    """Return what is known of PyTorch's order: what is declared, or the order of `names`.
+
+    A mapping in the order of the tree says nothing: it may have been made by going over its leaves.
+    """
+    if declared is not None:
+        return declared
+    if not isinstance(names, Mapping):
+        return ()
+    listed = {path: k for k, path in enumerate(names)}
+    by_module: dict[str, list[Place]] = {}
+    for place in found.values():
+        by_module.setdefault(place.module, []).append(place)
+    known = []
+    for places in by_module.values():
+        told = sorted(places, key=lambda place: listed[place.path])
+        known += [place.name for place in told] if told != places else []
+    return known
 
 
 def in_order(places: Sequence[Place], declared: Sequence[str]) -> list[Place] | None:

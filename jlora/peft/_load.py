@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from jlora.peft._config import (
     read_json,
 )
 from jlora.peft._initial import REPEATED, residual
+from jlora.peft._keys import order_of
 from jlora.peft._names import Names, check_keys, check_kinds, places
 from jlora.peft._tensors import from_torch, read, whole_from_torch
+from jlora.peft._tokens import with_tokens
 
 
 def load(
@@ -39,7 +41,8 @@ def load(
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
     slices: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
-    target_parameters: Sequence[str] | None = None,
+    declared: Sequence[str] | None = None,
+    target_parameters: Collection[str] | None = None,
     alpha: float | int | None = None,
     dtype: DTypeLike | None = jnp.float32,
 ) -> PyTree:
@@ -64,12 +67,16 @@ def load(
             "model.layers.{}.self_attn.q_proj.weight", or is a list of names.
         adapter: the name of an adapter in a sub-folder; "default" is in `directory` itself.
         layouts: path to layout, as for `jlora.attach`; 2-D weights are "io" and 4-D ones "iiio".
-        kinds: path to "embedding", "conv" or "Conv1D" (of transformers) for parameters saved
-            whole whose orientation their path does not tell; anything else is "linear".
+            A square weight fits both ways round: unless it is called "kernel", it must be here.
+        kinds: path to "embedding", "conv", "Conv1D" (of transformers) or "parameter" (of no
+            layer's, with its axes in the same order here) for parameters saved whole whose
+            orientation their path does not tell; anything else is "linear".
         slices: path to the (start, stop) ranges of outputs that a MergedLinear of loralib's adapts,
             as in `LoraSpec`; needed only where they are not all.
-        target_parameters: the adapted parameters of one module (experts), in the order in which
-            PyTorch declares them; needed only where their shapes do not tell.
+        declared: adapted parameters of one module (experts) in the order in which PyTorch declares
+            them, needed only where neither their shapes tell nor `names`, a mapping in that order
+            (of `model.named_parameters()`).
+        target_parameters: PEFT's entry, in any order, for a file without adapter_config.json.
         alpha: α of all, for files without adapter_config.json, such as loralib's.
         dtype: of A, B and m; None keeps the file's.
 
@@ -108,7 +115,8 @@ def load(
     check_kinds(kinds or {}, call)
     known = _layouts(params) | dict(layouts or {})
     where = places(leaves, names, call)
-    found = Found(where, known, dict(kinds or {}), dict(slices or {}))
+    order = order_of(names, declared, where)
+    found = Found(where, known, dict(kinds or {}), dict(slices or {}), order)
     tensors = read(folder / TENSORS, call)
     plan = assign(tensors, config, found, target_parameters or (), call)
     _refuse_idle_slices(plan, slices or {}, call)
@@ -121,6 +129,7 @@ def load(
         nodes = {path: dataclasses.replace(x, residual=True) for path, x in nodes.items()}
         base = _residuals(base, nodes, plan, config.init_lora_weights, call)
     nodes |= {path: _full(parts, by_path[path]) for path, parts in plan.full.items()}
+    nodes |= with_tokens(plan.tokens, by_path)
     nodes |= _biases(plan, by_path, nodes)
     adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base)
     return bind(base, adapter_tree)

@@ -6,10 +6,10 @@ Knows neither the file format nor the configuration.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jlora._arrays import Geometry
-from jlora._paths import describe, near_misses
+from jlora._paths import describe, near_misses, tells
 
 # A PyTorch parameter name; one with a "{}" per leading dimension that it unrolls; or one name per
 # index of the leading dimension, where they share no pattern.
@@ -136,10 +136,14 @@ def kind_of(place: Place, layout: str | None, kinds: Mapping[str, str]) -> str:
 def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geometry:
     """Divide one PyTorch parameter's part of a leaf into experts, inputs and outputs."""
     dims = len(place.shape)
-    if layout is None and kind in ("conv", "grouped"):
-        layout = "i" * (dims - 1) + "o"
-    elif layout is None and (dims == 2 or (dims == 3 and place.parameter != "weight")):
-        layout = "io"
+    default = None
+    if kind in ("conv", "grouped"):
+        default = "i" * (dims - 1) + "o"
+    elif dims == 2 or (dims == 3 and place.parameter != "weight"):
+        default = "io"
+    if layout is None and default and not tells(place.path) and _fits_both_ways(place, kind):
+        ask_orientation(place, kind, call)
+    layout = layout or default
     if layout is None:
         raise ValueError(
             f'`{call}`: which axes of {list(place.shape)} of "{place.path}" are input and which '
@@ -160,6 +164,27 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
             "dimension needs its {} in the name, but for one of experts in one parameter."
         )
     return Geometry.of(place.shape, layout)
+
+
+def _fits_both_ways(place: Place, kind: str) -> bool:
+    """Whether the shape is the same with the outputs first, as PyTorch and Equinox have them."""
+    shape = place.shape
+    if kind in ("conv", "grouped"):
+        return shape == (*shape[2:], shape[1], shape[0])
+    return kind != "embedding" and shape[-1] == shape[-2]
+
+
+def ask_orientation(place: Place, kind: str, call: str) -> NoReturn:
+    """Refuse to guess which axes are input: the leaf's name does not say it, nor does its shape."""
+    n = len(place.shape) - 1
+    first, last = ("i" * n + "o", "o" + "i" * n) if kind in ("conv", "grouped") else ("io", "oi")
+    raise ValueError(
+        f'`{call}`: which axes of "{place.path}" {list(place.shape)} are input and which output, '
+        f'for "{place.name}"? It may be stored either way round. Give '
+        f'`layouts=jlora.layouts(fn, params, x)`, or `layouts={{"{place.path}": "{first}"}}` where '
+        f'inputs come first, as in Flax, and "{last}" where outputs do, as in Equinox and PyTorch. '
+        f'For an embedding give `kinds={{"{place.path}": "embedding"}}`.'
+    )
 
 
 def is_parameter(place: Place, geometry: Geometry) -> bool:

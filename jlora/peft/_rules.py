@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from jlora import initializers
 from jlora._arrays import is_adapted
-from jlora._paths import leaves_with_paths, near_misses
+from jlora._paths import is_doubtful, leaves_with_paths, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._forms import even
@@ -111,6 +111,7 @@ def rules(
     check_kinds(kinds or {}, call)
     where = Found(places(leaves, names, call), dict(layouts or {}), dict(kinds or {}))
     found = where.places
+    _check_tokens(parsed, call)
     chosen = _choose(parsed, where, call)
     decided: dict[str, LoraSpec | str | None] = {}
     for place in found.values():
@@ -134,6 +135,17 @@ def _with_heads(config: Config) -> Config:
     added = [head for head in heads if head not in config.modules_to_save]
     saved = Patterns(dict.fromkeys([*config.modules_to_save, *added]))
     return dataclasses.replace(config, modules_to_save=saved)
+
+
+def _check_tokens(config: Config, call: str) -> None:
+    """Refuse to train some rows of an embedding, which no rule says."""
+    if config.trainable_token_indices:
+        raise ValueError(
+            f"`{call}`: trainable_token_indices trains some rows of an embedding, and a rule all "
+            'of it. Take the entry out, give the embedding the rule "full", and set the '
+            "gradient of its other rows to zero; `save(..., trainable_token_indices=...)` writes "
+            "the rows alone."
+        )
 
 
 def _choose(config: Config, where: Found, call: str) -> dict[str, str]:
@@ -261,6 +273,8 @@ def _grouped(spec: LoraSpec, place: Place, n: int, own_init: bool, call: str) ->
 def _layout(place: Place, chosen: str, kind: str) -> str | None:
     """Return the layout of what `attach` cannot know: a leaf with stack dimensions."""
     dims, stacked = len(place.shape), bool(place.index) or chosen == "parameter"
+    if is_doubtful(place.path):
+        return None  # (out, in), perhaps: `attach` asks, or has it from its `layouts`
     if stacked and (dims == 2 or chosen == "parameter"):
         return "io"
     return "i" * (dims - 1) + "o" if stacked and kind == "conv" else None

@@ -18,8 +18,8 @@ from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import even, shape_of, unrolled
-from jlora.peft._keys import BIAS, PREFIX, Found, in_order
+from jlora.peft._forms import Shaped, even, shape_of, unrolled
+from jlora.peft._keys import BIAS, Found, declare, in_order, order_of
 from jlora.peft._names import (
     Names,
     Place,
@@ -32,7 +32,9 @@ from jlora.peft._names import (
     places,
     refuse_variants,
 )
+from jlora.peft._spell import PREFIX
 from jlora.peft._tensors import in_dtype, parts_of, to_torch, whole_to_torch, write
+from jlora.peft._tokens import take_tokens
 
 
 def save(
@@ -42,6 +44,7 @@ def save(
     names: Names,
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
+    declared: Sequence[str] | None = None,
     dtype: DTypeLike | None = None,
     **config: Any,
 ) -> None:
@@ -60,7 +63,10 @@ def save(
         layouts: path to layout of parameters trained whole that have three dimensions or more.
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) where neither the path
             (".../embedding") nor the layout ("iiio") tells; anything else is "linear". "grouped"
-            is a convolution with groups in PyTorch, whose kernel here is written without them.
+            is a convolution with groups in PyTorch, whose kernel here is written without them;
+            "parameter" is no layer's weight, `x @ proj`, with the same axes in PyTorch.
+        declared: adapted parameters of one module (experts) in the order in which PyTorch declares
+            them, as for `load`.
         dtype: float32, float16 or bfloat16 for every tensor of the file; None writes each as it is
             in `params`, which loses nothing. To halve the file once training is over, give
             `dtype=jnp.bfloat16`; a file read as bfloat16 and not trained is written as it was.
@@ -68,8 +74,8 @@ def save(
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
             `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
             α/√r; `lora_bias=True` to write the biases of adapted layers, which train whole, as
-            biases of lora_B, (value - original) / s; `target_parameters`, in PyTorch's order,
-            where one module has several.
+            biases of lora_B, (value - original) / s; `trainable_token_indices`, the rows of an
+            embedding that changed, to write them alone.
 
     Raises:
         ValueError: nothing is adapted; an adapted leaf without a name, or over a residual;
@@ -109,7 +115,7 @@ def save(
         _check(path, node, call)
     leaves = [(path, _plain(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
     adapted = {path: node for path, node in leaves if is_adapted(node)}
-    shaped = [(path, _Shaped(shape_of(node))) for path, node in leaves]
+    shaped = [(path, Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
     named = dict.fromkeys(place.path for place in found.values())
     for path in adapted:
@@ -125,11 +131,14 @@ def save(
     }
     known = dict(layouts or {})
     known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
-    where = Found(found, known, dict(kinds or {}))
+    order = order_of(names, declared, found)
+    where = Found(found, known, dict(kinds or {}), declared=order)
     parts = _parts(where, adapted, config, call)
     wholes = _wholes(where, adapted, call)
     if config.get("lora_bias"):
         parts, wholes = _with_biases(parts, wholes, where, adapted, call)
+    tokens = config.get("trainable_token_indices")
+    rows = take_tokens(wholes, adapted, tokens, where, call) if tokens else {}
     entries, spelled = describe_adapter(parts, wholes, found, config, call)
     tensors = {
         f"{PREFIX}{one.spelled}.{ending}": x
@@ -137,6 +146,7 @@ def save(
         for ending, x in one.tensors.items()
     }
     tensors |= {PREFIX + spelled[place.name]: x for place, x in wholes.items()}
+    tensors |= {PREFIX + name: x for name, x in rows.items()}
     _write(Path(directory), in_dtype(tensors, dtype, call), entries)
 
 
@@ -181,13 +191,6 @@ def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
     return node
 
 
-class _Shaped:
-    """A shape, for what only reads shapes."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape, self.ndim, self.dtype = shape, len(shape), ""
-
-
 def _parts(
     where: Found, adapted: Mapping[str, Any], config: Mapping[str, Any], call: str
 ) -> dict[Place, Adapted]:
@@ -202,7 +205,7 @@ def _parts(
     kinds = {p: kind_of(p, layout[p.path], where.kinds) for p in nodes}
     sides = {p: geometry_of(p, layout[p.path], kinds[p], call) for p in nodes}
     parameters = {p: None for p in nodes if is_parameter(p, sides[p])}  # in order
-    spelled = _spelled(list(nodes), list(parameters), config.get("target_parameters") or (), call)
+    spelled = _spelled(list(nodes), list(parameters), where.declared, call)
     parts = {}
     for place, node in nodes.items():
         dora = forms.has_gain(node)
@@ -259,8 +262,7 @@ def _spelled(
         if given is None:
             raise ValueError(
                 f'`{call}`: several parameters of "{module}" are adapted, and PEFT tells them '
-                f"apart by their order alone. Give `target_parameters={[p.name for p in inside]}`, "
-                "in the order in which PyTorch declares them."
+                f"apart by their order alone. {declare([p.name for p in inside])}"
             )
         for depth, place in enumerate(reversed(given)):
             spelled[place] = (module + ".base_layer" * depth, place.name)

@@ -28,6 +28,8 @@ PARTS: dict[str, dict[str, str]] = {
 }
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 MAGNITUDE = "lora_magnitude_vector"
+# Kinds of parameters whose axes are in the same order in PyTorch, where they are saved whole.
+AS_IT_IS = ("embedding", "Conv1D", "parameter")
 
 
 def parts_of(kind: str, dora: bool = False) -> dict[str, str]:
@@ -145,10 +147,10 @@ def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -
 
 def whole_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> tuple[int, ...]:
     """Return the shape in the file of a parameter that is saved whole, a leaf of `shape` here."""
+    if kind in AS_IT_IS:
+        return shape
     if geometry is None:
         return (int(np.prod(shape, dtype=int)),)
-    if kind in ("embedding", "Conv1D"):
-        return shape
     if kind == "conv":
         return (geometry.fan_out, *in_torch_order(geometry.layout, geometry.in_dims))
     return (*geometry.stack, geometry.fan_out, geometry.fan_in)
@@ -170,9 +172,14 @@ def whole_from_torch(
     return moved.transpose(sorted(range(len(axes)), key=axes.__getitem__))
 
 
+def turns(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> bool:
+    """Whether a parameter saved whole has its axes in another order in PyTorch."""
+    return _axes(len(shape), geometry, kind) != tuple(range(len(shape)))
+
+
 def _axes(ndim: int, geometry: Geometry | None, kind: str) -> tuple[int, ...]:
     """Return the order of a leaf's axes in PyTorch: stack, outputs, inputs (channels first)."""
-    if geometry is None or kind in ("embedding", "Conv1D"):
+    if geometry is None or kind in AS_IT_IS:
         return tuple(range(ndim))
     lead, layout = len(geometry.stack), geometry.layout
     outs = [lead + k for k, c in enumerate(layout) if c == "o"]

@@ -1,5 +1,6 @@
 """PEFT live on a twin: make its adapter, read and write its files, compare everything."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +54,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def entries(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
 def save(folder: Path, params: Any, twin: Twin, **config: Any) -> dict[str, torch.Tensor]:
-    given = {"target_parameters": list(twin.parameters)} if twin.parameters else {}
+    given = {"declared": list(twin.parameters)} if twin.parameters else {}
     jlora.peft.save(
         folder,
         params,

@@ -7,32 +7,10 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from test_peft_layers import quiet
+from live import quiet
+from transformed import SIZES, tree
 
 import jlora.peft
-
-SIZES = dict(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=32,
-)
-
-
-def tree(model):
-    """The model's parameters as Flax names them: a Linear's is a kernel, (in, out)."""
-    modules, params, names = dict(model.named_modules()), {}, {}
-    for name, p in model.named_parameters():
-        module, _, own = name.rpartition(".")
-        kind, x = type(modules[module]), p.detach().numpy().copy()
-        linear = kind is torch.nn.Linear and own == "weight"
-        leaf = "kernel" if linear else "embedding" if kind is torch.nn.Embedding else own
-        leaf = "scale" if own == "weight" and x.ndim == 1 else leaf
-        path = f"{module}.{leaf}".replace(".", "/")
-        params[path], names[path] = x.T.copy() if linear else x, name
-    return params, names
 
 
 def adapted(model):
@@ -126,7 +104,7 @@ def test_an_idle_entry_is_passed_over():
     targets = ["q_proj", "v_proj", "query_key_value"]
     config = peft.LoraConfig(target_modules=targets)
     theirs, _ = adapted(quiet(peft.get_peft_model, Mixed(), config))
-    names = lambda path: path.rpartition("/")[0] + ".weight"  # noqa: E731
+    names = lambda path: path.rpartition("/")[0] + ".weight"
     with pytest.warns(UserWarning, match=r"\['query_key_value', 'v_proj'\].*choose nothing"):
         found = jlora.peft.rules(config.to_dict(), MIXED, names=names)
     assert {path.partition("/")[0] for path in found} == theirs == {"q_proj"}

@@ -7,9 +7,9 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from peft_cases import config, says
-from test_peft_chosen import SIZES, tree
-from test_peft_layers import quiet, randomize
+from helpers import says
+from live import entries, quiet, randomize
+from transformed import SIZES, tree
 
 import jlora
 import jlora.peft
@@ -39,7 +39,7 @@ def test_a_head_with_parts_comes_back(tmp_path, compare, name):
     quiet(wrapped.save_pretrained, tmp_path / "theirs")
     read = jlora.peft.load(tmp_path / "theirs", params, names=names)
     jlora.peft.save(tmp_path / "ours", read, names=names, task_type="SEQ_CLS")
-    saved = config(tmp_path / "ours")["modules_to_save"]
+    saved = entries(tmp_path / "ours")["modules_to_save"]
     assert saved == (["classifier", "pre_classifier"] if name == "distilbert" else ["classifier"])
     again = quiet(peft.PeftModel.from_pretrained, made(name)[0], str(tmp_path / "ours")).eval()
     ids = torch.arange(7)[None] + 2
@@ -52,11 +52,11 @@ def test_a_part_of_a_head_is_refused(tmp_path):
     params, names = tree(model)
     rules = {rf".*{target}/kernel": jlora.LoraSpec(2), "classifier/out_proj/.*": "full"}
     adapted = jlora.attach(params, rules, key=jax.random.key(0))
-    match = says("saves all of \"classifier\"", "fails on", "classifier.dense.bias", "task_type out")
+    match = says('saves all of "classifier"', "fails on", "classifier.dense.bias", "task_type out")
     with pytest.raises(ValueError, match=match):
         jlora.peft.save(tmp_path, adapted, names=names, task_type="SEQ_CLS")
     jlora.peft.save(tmp_path, adapted, names=names)
-    assert config(tmp_path)["modules_to_save"] == ["classifier.out_proj"]
+    assert entries(tmp_path)["modules_to_save"] == ["classifier.out_proj"]
     file = jlora.peft.load(tmp_path, params, names=names)
     assert bool(jnp.array_equal(file["classifier/out_proj/bias"].value, np.zeros(3)))
 
@@ -74,7 +74,7 @@ def test_several_parts_become_the_highest_module(tmp_path):
     rules = {"q": jlora.LoraSpec(2), "[abcd]/kernel": "full"}
     adapted = jlora.attach(params, rules, key=jax.random.key(0), layouts={"q": "io"})
     jlora.peft.save(tmp_path, adapted, names=names)
-    assert config(tmp_path)["modules_to_save"] == ["m.head", "m.tail.only"]
+    assert entries(tmp_path)["modules_to_save"] == ["m.head", "m.tail.only"]
     some = {**adapted, "c/kernel": params["c/kernel"]}
     jlora.peft.save(tmp_path, some, names=names)
-    assert config(tmp_path)["modules_to_save"] == ["m.head.up", "m.tail.only"]
+    assert entries(tmp_path)["modules_to_save"] == ["m.head.up", "m.tail.only"]

@@ -3,6 +3,7 @@
 | what | PEFT | jlora |
 |---|---|---|
 | an entry of target_modules that matches nothing | ignored | a warning |
+| a key behind `module.` or `_orig_mod.`, or with another adapter's name | passed over | read |
 | a key of a file that fits nothing, or that lacks | passed over, or warned of | an error |
 | an entry of adapter_config.json that it does not know | dropped with a warning | an error |
 | "all-linear" in a plain module | takes the output head too | leaves a head of the usual names |
@@ -25,6 +26,8 @@
 | "olora" on transformers' Conv1D | fails | works |
 | "pissa_niter_4" in a file | other random numbers, another base | refused |
 | "pissa" over bfloat16 | rounds A and B too (test_peft_initial) | rounds the residual alone |
+| an embedding saved whole that is the head too (test_peft_tied) | the head is the old one | both |
+| adapters of tied layers that stay tied, merged (test_peft_tied) | the update twice | once |
 | LoRA of an embedding that is the head too | the lookup alone, until merged | both, as merged |
 | bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
 
@@ -85,6 +88,27 @@ def test_keys_that_fit_nothing_or_lack(tmp_path):
         peft.PeftModel.from_pretrained(plain(linear), str(tmp_path))
     with pytest.raises(ValueError, match=r'sets "use_rslora2" to True.*use_rslora'):
         jlora.peft.load(tmp_path, base, **read)
+
+
+@pytest.mark.parametrize("odd", ["module.", "_orig_mod.", "lora_A.other."])
+def test_keys_as_other_writers_leave_them(tmp_path, compare, odd):
+    model = adapt(linear)
+    want = through_files(linear, model, tmp_path)["layer"]["kernel"]
+    file = tmp_path / "adapter_model.safetensors"
+    prefix = "base_model.model."
+    spelled = {
+        key.replace("lora_A.", odd).replace("lora_B.", odd.replace("A", "B"))
+        if "lora_A" in odd
+        else prefix + odd + key.removeprefix(prefix): x
+        for key, x in load_file(file).items()
+    }
+    save_file(spelled, file)
+    theirs = quiet(peft.PeftModel.from_pretrained, plain(linear), str(tmp_path))
+    left = theirs.base_model.model.layer.lora_B["default"].weight.detach().numpy()
+    assert distance(left, want.lora_b.T) > 0.5  # as PEFT began it
+    read = jlora.peft.load(tmp_path, linear.params(plain(linear)), names=linear.names)
+    compare(read["layer"]["kernel"].lora_b, want.lora_b, "B", 0)
+    compare(read["layer"]["kernel"].lora_a, want.lora_a, "A", 0)
 
 
 def test_all_linear_in_a_plain_module():

@@ -79,7 +79,8 @@ def test_a_stack_of_layers(tmp_path, compare):
     model = quiet(peft.get_peft_model, module, config)
     randomize(model)
     quiet(model.save_pretrained, tmp_path)
-    params = jlora.peft.load(tmp_path, {"w": stack}, names={"w": "{}.weight"})
+    read = dict(names={"w": "{}.weight"}, layouts={"w": "io"})
+    params = jlora.peft.load(tmp_path, {"w": stack}, **read)
     np.testing.assert_array_equal(params["w"].scaling, [0.25, 1.5, 2.25])
 
     def fn(p: Any, x: Any) -> Any:

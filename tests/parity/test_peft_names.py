@@ -179,7 +179,9 @@ def test_a_whole_model(tiny_llama, config, compare):
         for name, _ in model.named_parameters()
         if "modules_to_save" in name
     }
-    found = jlora.peft.rules({"peft_type": "LORA", **config}, params, names=names)
+    kinds = {path: "linear" for path in params if path.endswith("_proj/weight")}
+    entries = {"peft_type": "LORA", **config}
+    found = jlora.peft.rules(entries, params, names=names, kinds=kinds)
     ours = {names[path.replace("\\", "")]: rule for path, rule in found.items()}
     assert {n.removesuffix(".weight") for n, r in ours.items() if r != "full"} == theirs
     assert {n for n, r in ours.items() if r == "full"} == whole
@@ -210,7 +212,8 @@ def test_odd_module_names(tmp_path, compare):
     quiet(model.save_pretrained, tmp_path)
     names = {n: f"{n}.0.weight" for n in Odd.NAMES}
     base = {n: np.zeros((5, 5), np.float32) for n in Odd.NAMES}
-    params = jlora.peft.load(tmp_path, base, names=names)
+    layouts = dict.fromkeys(base, "oi")
+    params = jlora.peft.load(tmp_path, base, names=names, layouts=layouts)
     jlora.peft.save(tmp_path / "again", params, names=names)
     first, again = (
         load_file(d / "adapter_model.safetensors") for d in (tmp_path, tmp_path / "again")

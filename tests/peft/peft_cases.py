@@ -83,7 +83,7 @@ RULES = {
     "norm/scale|head/kernel": "full",
     ".*": spec(),
 }
-ORDER = {"target_parameters": ["experts.up", "experts.down"]}
+ORDER = {"declared": ["experts.up", "experts.down"]}
 
 
 @functools.cache

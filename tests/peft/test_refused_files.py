@@ -98,7 +98,7 @@ FILES = {
     "tokens": (
         tensors(m__q_proj__token_adapter__trainable_tokens_delta=zeros(2, 4)),
         {},
-        says("is of trainable tokens"),
+        says("1 keys are unexpected"),
     ),
     "peft_type_missing": (tensors(), {"peft_type": None}, says('has no "peft_type"')),
     "peft_type": (tensors(), {"peft_type": "LOHA"}, says("peft_type 'LOHA' is another method")),
@@ -117,8 +117,16 @@ FILES = {
     "velora_config": (tensors(), {"velora_config": {"scale": 1.0}}, says("uses VeLoRA")),
     "megatron": (tensors(), {"megatron_config": {"a": 1}}, says("uses Megatron's")),
     "replication": (tensors(), {"layer_replication": [[0, 2]]}, says("uses layers replicated")),
-    "token_indices": (tensors(), {"trainable_token_indices": [1]}, says("uses trainable tokens")),
-    "tying": (tensors(), {"ensure_weight_tying": True}, says("uses adapters of tied layers")),
+    "token_indices": (
+        tensors(),
+        {"trainable_token_indices": [1]},
+        says("1 keys are missing", "<the input embedding>.token_adapter.trainable_tokens_delta"),
+    ),
+    "token_indices_by_name": (
+        tensors(),
+        {"trainable_token_indices": {"q_proj": [1]}},
+        says('1 keys are missing: "q_proj.token_adapter.trainable_tokens_delta"'),
+    ),
     "unknown_key": (
         tensors(),
         {"use_rslora2": True},

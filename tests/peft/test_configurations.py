@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 import pytest
-from peft_cases import SMALL_NAMES, base, config, entries, load, says, tensors, write
+from helpers import says
+from peft_cases import SMALL_NAMES, base, config, entries, load, tensors, write
 
 from jlora import peft
 
