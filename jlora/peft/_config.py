@@ -40,7 +40,7 @@ _READ = {
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r"),
     *("rank_pattern", "target_modules", "target_parameters", "use_dora", "use_rslora"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "d_initial"),
 }
 # Keys that only another program's configuration has, and how its adapter becomes PEFT's.
 _FOREIGN = {
@@ -55,6 +55,16 @@ _FOREIGN = {
         "and `lora_b` of a `LoraArray`, with s = alpha / rank",
     ),
 }
+# Other methods of PEFT that jlora has a form of, and their entries that change no number.
+FORMS = {"LORA": "lora", "ADALORA": "adalora", "VERA": "vera"}
+_OWN = {
+    "ADALORA": {
+        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+        *("total_step", "rank_pattern", "alpha_pattern", "use_rslora", "r", "init_r"),
+    },
+    "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "init_weights"},
+}
+EPSILON = 1e-5  # what PEFT's AdaLoRA adds to the rank that it divides by
 # Initializers that move the base weights by what only the writer had: data, or random numbers.
 _MOVES_BASE = ("pissa_niter", "corda", "lora_ga", "loftq")
 
@@ -80,9 +90,15 @@ class Config:
     init_lora_weights: bool | str = True
     task_type: str | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
+    form: str = "lora"
+    d_initial: float = 0.1
 
     def scaling(self, alpha: float | int, rank: int) -> float:
-        """Return s: α/r, or α/√r for rsLoRA."""
+        """Return s: α/r, or α/√r for rsLoRA; AdaLoRA's, and VeRA's, which is 1."""
+        if self.form == "vera":
+            return 1.0
+        if self.form == "adalora":
+            return (alpha if alpha > 0 else rank) / (rank + EPSILON)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -145,11 +161,12 @@ def parse(entries: Mapping[Any, Any], call: str) -> Config:
     kind = _plain(entries.get("peft_type"))
     if kind is None:
         raise ValueError(f'`{call}`: the configuration has no "peft_type".{foreign(entries)}')
-    if kind != "LORA":
+    if kind not in FORMS:
         raise ValueError(
             f'`{call}`: peft_type {kind!r} is another method than LoRA ("LORA"), and jlora does '
-            "not have it. Merge it in PEFT, or train it there."
+            "not read it. Merge it in PEFT, or train it there."
         )
+    entries = _as_lora(entries, kind)
     for key, value in entries.items():
         if key in _VARIANTS and value:
             raise ValueError(
@@ -162,13 +179,28 @@ def parse(entries: Mapping[Any, Any], call: str) -> Config:
                 "know, and which may change the numbers. Take it out if it does not. "
                 + near_misses(str(key), sorted(_READ | set(_VARIANTS)))
             )
-    known = {f.name for f in dataclasses.fields(Config)}
+    known = {f.name for f in dataclasses.fields(Config)} - {"form"}
     typed = {
         key: _typed(key, _plain(value), call)
         for key, value in entries.items()
         if key in known and value is not None
     }
-    return Config(**typed)
+    return Config(**typed, form=FORMS[kind])
+
+
+def _as_lora(entries: Mapping[Any, Any], kind: str) -> Mapping[Any, Any]:
+    """Write the entries of a method that jlora has a form of as those of LoRA."""
+    if kind == "LORA":
+        return entries
+    kept = {key: x for key, x in entries.items() if key not in _OWN[kind]}
+    if kind == "ADALORA":
+        return {**kept, "r": entries.get("init_r", 12)}
+    bias = entries.get("bias", "none")
+    return {
+        **kept,
+        "r": entries.get("r", 256),
+        "bias": {"vera_only": "lora_only"}.get(bias, bias),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -187,6 +219,7 @@ def _typed(key: str, value: Any, call: str) -> Any:
         value = value or None  # an empty list chooses every layer
     good, wanted = {
         "r": (_is_rank, "an integer of at least 1"),
+        "d_initial": (_is_alpha, "a finite number"),
         "lora_alpha": (_is_alpha, "a finite number"),
         "rank_pattern": (lambda v: _is_map(v, _is_rank), "an object of integers of at least 1"),
         "alpha_pattern": (lambda v: _is_map(v, _is_alpha), "an object of finite numbers"),

@@ -27,6 +27,7 @@ from jlora.peft._config import (
 )
 from jlora.peft._initial import REPEATED, residual
 from jlora.peft._keys import order_of
+from jlora.peft._methods import as_lora, with_extra
 from jlora.peft._names import Names, check_keys, check_kinds, places
 from jlora.peft._tensors import from_torch, read, whole_from_torch
 from jlora.peft._tokens import with_tokens
@@ -48,6 +49,8 @@ def load(
 ) -> PyTree:
     """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
 
+    AdaLoRA's and VeRA's files become nodes of these forms (`LoraSpec(form=...)`); VeRA's nodes have
+    a copy each of the A and B that PEFT shares.
     DoRA's m is `lora_magnitude_vector`. A bias of lora_B (`lora_bias`) becomes a part of the
     layer's own, a `FullArray` of value bias + s · b. A, B and m become float32, in which they
     train, as in PEFT: a step of 1e-5 changes few elements of a bfloat16 A. What is trained whole
@@ -117,12 +120,15 @@ def load(
     where = places(leaves, names, call)
     order = order_of(names, declared, where)
     found = Found(where, known, dict(kinds or {}), dict(slices or {}), order)
-    tensors = read(folder / TENSORS, call)
-    plan = assign(tensors, config, found, target_parameters or (), call)
+    method = as_lora(read(folder / TENSORS, call), config, found, call)
+    plan = assign(method.tensors, config, found, target_parameters or (), call)
     _refuse_idle_slices(plan, slices or {}, call)
     shapes = {place.path: tuple(np.shape(by_path[place.path])) for place in where.values()}
     nodes: dict[str, Any] = {
-        path: _lora(parts, shapes[path], path, dtype, call) for path, parts in plan.lora.items()
+        path: with_extra(
+            _lora(parts, shapes[path], path, dtype, call), [p.place for p in parts], method, dtype
+        )
+        for path, parts in plan.lora.items()
     }
     _same_base(plan, by_path, call)
     if isinstance(config, Config) and str(config.init_lora_weights).lower() in REPEATED:

@@ -57,7 +57,8 @@ def rules(
     classifier ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") trains too, as in PEFT, which adds it to
     `modules_to_save`. The keys are the leaves' own paths, escaped. `lora_dropout` is not the
     rules' but `jlora.lora`'s. An entry of a list that chooses nothing is passed over with a
-    warning where others of the list match.
+    warning where others of the list match. AdaLoRA's and VeRA's configurations give specs of these
+    forms.
     `init_lora_weights` may be True, False, "gaussian", "orthogonal", "olora", "pissa" or
     "pissa_niter_16"; those that need data ("eva", "corda", "lora_ga") or a quantizer ("loftq") are
     refused, unless `init` stands in for them.
@@ -85,7 +86,7 @@ def rules(
 
     Raises:
         FileNotFoundError: no file there.
-        ValueError: another method than LoRA, a variant or an initializer that jlora does not have;
+        ValueError: a method, a variant or an initializer that jlora does not have;
             a list or a pattern that matches nothing; layers of one stacked leaf that are to be
             adapted differently; groups that do not divide the outputs and the rank.
         KeyError: `names`, `groups` or `layouts` speak of a leaf that is not there.
@@ -241,6 +242,8 @@ def _rule(
     name = place.name if chosen == "parameter" else place.module
     kind = kind_of(place, None, where.kinds)
     refuse_variants(place, chosen == "parameter", kind, config.use_dora, config.lora_bias, call)
+    if config.form != "lora":
+        return _of_method(config, place, chosen == "parameter" or kind != "linear", init, call)
     return LoraSpec(
         rank=first_match(config.rank_pattern, name, config.r, call),
         alpha=first_match(config.alpha_pattern, name, config.lora_alpha, call),
@@ -249,6 +252,21 @@ def _rule(
         init=init or initializer(config.init_lora_weights, kind == "embedding", call),
         layout=_layout(place, chosen, kind),
     )
+
+
+def _of_method(
+    config: Config, place: Place, odd: bool, init: initializers.Initializer | None, call: str
+) -> LoraSpec:
+    """Return the spec of AdaLoRA's and VeRA's form, at PEFT's scaling."""
+    if odd or config.d_initial != 0.1 or config.init_lora_weights is not True:
+        raise ValueError(
+            f"`{call}`: peft_type {config.form.upper()!r} is of linear layers, which begin as "
+            f'`LoraSpec(form="{config.form}")` has them (d_initial=0.1, init_lora_weights=True); '
+            f'"{place.name}" is not. Take it out of target_modules, or the entry out.'
+        )
+    alpha = config.scaling(config.lora_alpha, config.r) * config.r
+    layout = _layout(place, "lora", "linear")
+    return LoraSpec(config.r, alpha, form=config.form, init=init, layout=layout)
 
 
 def _grouped(spec: LoraSpec, place: Place, n: int, own_init: bool, call: str) -> LoraSpec:

@@ -20,6 +20,7 @@ from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
 from jlora.peft._forms import Shaped, even, shape_of, unrolled
 from jlora.peft._keys import BIAS, Found, declare, in_order, order_of
+from jlora.peft._methods import bare, of_lora
 from jlora.peft._names import (
     Names,
     Place,
@@ -45,6 +46,7 @@ def save(
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
     declared: Sequence[str] | None = None,
+    peft_type: str = "LORA",
     dtype: DTypeLike | None = None,
     **config: Any,
 ) -> None:
@@ -54,7 +56,8 @@ def save(
     an adapter that is there already is replaced, other files in the folder stay.
     What PEFT's LoRA does not have is written as plain LoRA of the same update: slices become one
     A and B, and what stands between A and B or scales it (`LoraSpec(form="lora_xs")`, "vera" and
-    "adalora") goes into B. It loads as plain LoRA too; `jlora.checkpoint` keeps the form.
+    "adalora") goes into B. It loads as plain LoRA too; `jlora.checkpoint` keeps the form, and so
+    does `peft_type`.
 
     Args:
         directory: the folder. For one of several adapters PEFT has a sub-folder of its name.
@@ -67,6 +70,8 @@ def save(
             "parameter" is no layer's weight, `x @ proj`, with the same axes in PyTorch.
         declared: adapted parameters of one module (experts) in the order in which PyTorch declares
             them, as for `load`.
+        peft_type: "ADALORA" or "VERA" to write all nodes, which are of that form, as this method of
+            PEFT's.
         dtype: float32, float16 or bfloat16 for every tensor of the file; None writes each as it is
             in `params`, which loses nothing. To halve the file once training is over, give
             `dtype=jnp.bfloat16`; a file read as bfloat16 and not trained is written as it was.
@@ -113,6 +118,9 @@ def save(
         check_keys(value, [path for path, _ in holes], argument, call)
     for path, node in adapted.items():
         _check(path, node, call)
+    given = adapted
+    if peft_type != "LORA":
+        leaves = [(path, bare(path, node, peft_type, call)) for path, node in leaves]
     leaves = [(path, _plain(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, Shaped(shape_of(node))) for path, node in leaves]
@@ -140,7 +148,10 @@ def save(
     tokens = config.get("trainable_token_indices")
     rows = take_tokens(wholes, adapted, tokens, where, call) if tokens else {}
     entries, spelled = describe_adapter(parts, wholes, found, config, call)
-    tensors = {
+    shared: dict[str, np.ndarray] = {}
+    if peft_type != "LORA":
+        parts, shared, entries = of_lora(peft_type, parts, given, entries, call)
+    tensors = shared | {
         f"{PREFIX}{one.spelled}.{ending}": x
         for one in parts.values()
         for ending, x in one.tensors.items()
