@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora._arrays import Geometry
 from jlora._paths import near_misses
-from jlora.peft._config import Config
+from jlora.peft._config import Alpha, Config
 from jlora.peft._forms import Slices, of_loralib, of_peft
 from jlora.peft._keys import BIAS, Found, Groups, Owner, Tensors, owners, sort
 from jlora.peft._match import first_match, is_saved, targeted
@@ -64,7 +64,7 @@ class Plan:
 
 def assign(
     tensors: Tensors,
-    config: Config | float | int,
+    config: Config | Alpha,
     found: Found,
     parameters: Collection[str],
     call: str,
@@ -125,7 +125,7 @@ def _assign_lora(
     spelled: str,
     kinds: Mapping[str, Mapping[str, str]],
     tensors: Tensors,
-    config: Config | float | int,
+    config: Config | Alpha,
     found: Found,
     call: str,
 ) -> None:
@@ -156,7 +156,7 @@ def _assign_lora(
         parameter = is_parameter(place, geometry)
         refuse_variants(place, parameter, form, config.use_dora, config.lora_bias, call)
     else:
-        scaling = config / made.rank
+        scaling = 1.0 if config == "rank" else config / made.rank
     if bias is not None:
         of = bias_of(place, found.places, call)
         plan.check_shape(keys["bias"], bias, (geometry.fan_out,), of)
@@ -170,7 +170,7 @@ def _of_kind(
     spelled: str,
     kinds: Mapping[str, Mapping[str, str]],
     kind: str,
-    config: Config | float | int,
+    config: Config | Alpha,
 ) -> dict[str, str] | None:
     """Return the keys of a module's parts; note what is too much or missing: then None."""
     dora, bias = (
@@ -189,7 +189,7 @@ def _of_kind(
 def _rank(
     parts: Mapping[str, np.ndarray],
     geometry: Geometry,
-    config: Config | float | int,
+    config: Config | Alpha,
     name: str,
     call: str,
 ) -> int:
@@ -203,7 +203,7 @@ def _note_missing(
     plan: Plan,
     groups: Groups,
     adapted: set[str],
-    config: Config | float | int,
+    config: Config | Alpha,
     found: Found,
     call: str,
 ) -> None:
@@ -219,7 +219,7 @@ def _note_missing(
             plan.missing += [f"{PREFIX}{place.module}.{e}" for e in parts_of(kind).values()]
 
 
-def _asks_lora(place: Place, config: Config | float | int, call: str) -> bool:
+def _asks_lora(place: Place, config: Config | Alpha, call: str) -> bool:
     is_weight = place.parameter in ("weight", "in_proj_weight") and len(place.shape) >= 2
     if not isinstance(config, Config) or not is_weight:
         return False
@@ -229,7 +229,7 @@ def _asks_lora(place: Place, config: Config | float | int, call: str) -> bool:
         return False  # a pattern too costly to try: the file itself says what is adapted
 
 
-def _asks_whole(place: Place, config: Config | float | int, found: Found, call: str) -> bool:
+def _asks_whole(place: Place, config: Config | Alpha, found: Found, call: str) -> bool:
     if not isinstance(config, Config):
         return False
     if is_saved(config.modules_to_save, place.module):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -67,6 +67,10 @@ _OWN = {
 EPSILON = 1e-5  # what PEFT's AdaLoRA adds to the rank that it divides by
 # Initializers that move the base weights by what only the writer had: data, or random numbers.
 _MOVES_BASE = ("pissa_niter", "corda", "lora_ga", "loftq")
+
+
+# What is known of a file without a configuration: alpha, or that it is each module's rank.
+Alpha = float | int | Literal["rank"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +165,7 @@ def parse(entries: Mapping[Any, Any], call: str) -> Config:
     kind = _plain(entries.get("peft_type"))
     if kind is None:
         raise ValueError(f'`{call}`: the configuration has no "peft_type".{foreign(entries)}')
-    if kind not in FORMS:
+    if not isinstance(kind, str) or kind not in FORMS:
         raise ValueError(
             f'`{call}`: peft_type {kind!r} is another method than LoRA ("LORA"), and jlora does '
             "not read it. Merge it in PEFT, or train it there."
@@ -196,11 +200,8 @@ def _as_lora(entries: Mapping[Any, Any], kind: str) -> Mapping[Any, Any]:
     if kind == "ADALORA":
         return {**kept, "r": entries.get("init_r", 12)}
     bias = entries.get("bias", "none")
-    return {
-        **kept,
-        "r": entries.get("r", 256),
-        "bias": {"vera_only": "lora_only"}.get(bias, bias),
-    }
+    bias = "lora_only" if bias == "vera_only" else bias
+    return {**kept, "r": entries.get("r", 256), "bias": bias}
 
 
 def _plain(value: Any) -> Any:

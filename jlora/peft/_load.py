@@ -19,6 +19,7 @@ from jlora.peft._config import (
     CONFIG,
     PICKLE,
     TENSORS,
+    Alpha,
     Config,
     check_init,
     foreign,
@@ -44,7 +45,7 @@ def load(
     slices: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
     declared: Sequence[str] | None = None,
     target_parameters: Collection[str] | None = None,
-    alpha: float | int | None = None,
+    alpha: Alpha | None = None,
     dtype: DTypeLike | None = jnp.float32,
 ) -> PyTree:
     """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
@@ -80,7 +81,8 @@ def load(
             them, needed only where neither their shapes tell nor `names`, a mapping in that order
             (of `model.named_parameters()`).
         target_parameters: PEFT's entry, in any order, for a file without adapter_config.json.
-        alpha: α of all, for files without adapter_config.json, such as loralib's.
+        alpha: α of all, for files without adapter_config.json, such as loralib's; "rank" where it
+            is each module's own rank, so that s is 1.
         dtype: of A, B and m; None keeps the file's.
 
     Returns:
@@ -214,7 +216,7 @@ def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
     raise FileNotFoundError(f"`{call}`: there is no {folder / TENSORS}.{hint}")
 
 
-def _config(folder: Path, alpha: float | int | None, call: str) -> Config | float | int:
+def _config(folder: Path, alpha: Alpha | None, call: str) -> Config | Alpha:
     """Read the configuration; where there is none, alpha is all that is known of it."""
     if (folder / CONFIG).is_file():
         config = parse(read_json(folder / CONFIG, call), call)
@@ -223,7 +225,7 @@ def _config(folder: Path, alpha: float | int | None, call: str) -> Config | floa
     if alpha is None:
         raise FileNotFoundError(
             f"`{call}`: there is no {folder / CONFIG}, so alpha is not known. Copy it too or, for "
-            "loralib's files, give `alpha=`."
+            'loralib\'s files, give `alpha=`: a number, or "rank" where s is 1 everywhere.'
         )
     return alpha
 

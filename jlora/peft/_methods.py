@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jlora import forms
 from jlora._arrays import LoraArray
-from jlora.peft._config import EPSILON, Config
+from jlora.peft._config import EPSILON, Alpha, Config
 from jlora.peft._describe import Adapted
 from jlora.peft._keys import Found, Tensors
 from jlora.peft._names import Place
@@ -45,7 +45,7 @@ class Read(NamedTuple):
     form: str
 
 
-def as_lora(tensors: Tensors, config: Config | float | int, found: Found, call: str) -> Read:
+def as_lora(tensors: Tensors, config: Config | Alpha, found: Found, call: str) -> Read:
     """Write the tensors of another method as A and B of LoRA, and set its own parts apart."""
     form = config.form if isinstance(config, Config) else "lora"
     if form == "lora" or not isinstance(config, Config):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from helpers import says
-from peft_cases import SMALL_NAMES, base, config, entries, load, tensors, write
+from peft_cases import SMALL_NAMES, base, config, entries, load, tensors, write, zeros
 
 from jlora import peft
 
@@ -52,3 +52,14 @@ def test_another_programs_folder_is_named(tmp_path):
     match = says("there is no", "adapter_model.safetensors", "'fine_tune_type' is one of MLX-LM's")
     with pytest.raises(FileNotFoundError, match=match):
         load(tmp_path)
+
+
+def test_an_alpha_that_is_each_rank(tmp_path):
+    """Files without a configuration, of several ranks, whose writers scale by 1."""
+    file = tensors(m__k_proj__lora_A__weight=zeros(1, 5), m__k_proj__lora_B__weight=zeros(3, 1))
+    write(tmp_path, file, {})
+    (tmp_path / "adapter_config.json").unlink()
+    got = load(tmp_path, alpha="rank")
+    assert got["q"]["kernel"].scaling == got["k"]["kernel"].scaling == 1
+    got = load(tmp_path, alpha=2)
+    assert (got["q"]["kernel"].scaling, got["k"]["kernel"].scaling) == (1, 2)
