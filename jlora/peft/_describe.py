@@ -170,9 +170,7 @@ def _highest(
     """
     saved = {m for m, places in inside.items() if wholes.issuperset(places)}
     several = {
-        m
-        for m in saved
-        if len({p.module for p in inside[m]}) > 1 or (heads and m.endswith(heads))
+        m for m in saved if len({p.module for p in inside[m]}) > 1 or (heads and m.endswith(heads))
     }
     modules = {p.module for p in wholes if p.parameter != "bias"}
     return sorted({next((m for m in parents(own) if m in several), own) for own in modules})

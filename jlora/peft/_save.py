@@ -70,8 +70,7 @@ def save(
             "parameter" is no layer's weight, `x @ proj`, with the same axes in PyTorch.
         declared: adapted parameters of one module (experts) in the order in which PyTorch declares
             them, as for `load`.
-        peft_type: "ADALORA" or "VERA" to write all nodes, which are of that form, as this method of
-            PEFT's.
+        peft_type: "ADALORA" or "VERA", this method of PEFT's, where all nodes are of its form.
         dtype: float32, float16 or bfloat16 for every tensor of the file; None writes each as it is
             in `params`, which loses nothing. To halve the file once training is over, give
             `dtype=jnp.bfloat16`; a file read as bfloat16 and not trained is written as it was.
