@@ -1,4 +1,4 @@
-"""LoRA for JAX: a function transform that takes low-rank-adapted weights for plain ones."""
+"""LoRA for JAX: a function transform that accepts low-rank-adapted weights."""
 
 from jlora import arithmetic as arithmetic
 from jlora import forms as forms

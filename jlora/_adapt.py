@@ -1,35 +1,37 @@
-"""Taking an adapter off and putting it on again, merging it and taking it out: of whole trees."""
+"""Split and bind adapters, merge and unmerge them: functions of parameter trees."""
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from jlora import forms
-from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
+from jlora._arrays import Adapted, FullArray, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
 from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
-def _map(fn: Any, tree: PyTree, *rest: PyTree) -> PyTree:
+def _map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: x is None or is_leaf(x))
 
 
 def detach(params: PyTree) -> tuple[PyTree, PyTree]:
     """Split adapted parameters into the base weights, bit for bit, and the adapter.
 
-    Of a node that is `residual` the base is its own, the residual: the original weights are in
-    what `attach` was given.
+    For a `residual` node this returns the residual; the original weights are the ones passed to
+    `attach`.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
 
     Returns:
-        `base`, plain parameters that any model takes, and `adapter`, what one task owns: the same
-        nodes with `base` taken out, and `None` where nothing is adapted.
+        `base`, plain parameters for any model, and `adapter`, the arrays of one task: the same
+        nodes without `base`, and `None` for leaves that are not adapted.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,22 +46,22 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
     return base, adapter
 
 
-def _without_base(node: Any) -> Any:
-    return dataclasses.replace(node, base=None) if is_adapted(node) else None
+def _without_base(node: object) -> Adapted | None:
+    return dataclasses.replace(node, base=None) if isinstance(node, Adapted) else None
 
 
 def bind(base: PyTree, adapter: PyTree) -> PyTree:
-    """Put an adapter on base weights: the inverse of `detach`.
+    """Combine base weights and an adapter: the inverse of `detach`.
 
     Args:
         base: plain parameters.
-        adapter: a tree of the same structure, of nodes without base and `None`.
+        adapter: a tree of the same structure, with nodes without `base` and `None` for leaves.
 
     Returns:
-        The adapted parameters; the arrays are the very same ones.
+        The adapted parameters. No array is copied.
 
     Raises:
-        ValueError: the trees have other paths.
+        ValueError: the two trees have different paths.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,7 +72,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
     """
     _same_paths(base, adapter, "jlora.bind(base, adapter)")
 
-    def put(weight: Any, node: Any) -> Any:
+    def put(weight: PyTree, node: PyTree) -> PyTree:
         return dataclasses.replace(node, base=weight) if is_adapted(node) else weight
 
     return _map(put, base, adapter)
@@ -80,17 +82,17 @@ def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
     def paths(tree: PyTree) -> set[str]:
         return {p for p, _ in leaves_with_paths(tree, lambda x: x is None or is_leaf(x))}
 
-    odd = sorted(paths(one) ^ paths(other))
-    if odd:
-        where = "first" if odd[0] in paths(one) else "second"
+    different = sorted(paths(one) ^ paths(other))
+    if different:
+        where = "first" if different[0] in paths(one) else "second"
         raise ValueError(
-            f"`{call}`: the trees differ in {len(odd)} places; "
-            f'"{odd[0]}" is in the {where} only. Both must come from one model: '
+            f"`{call}`: the trees differ in {len(different)} places; "
+            f'"{different[0]}" is in the {where} only. Both must come from one model: '
             "compare `jax.tree.structure` of the two."
         )
 
 
-def _check(params: PyTree, call: str) -> None:
+def _check_nodes(params: PyTree, call: str) -> None:
     for path, node in leaves_with_paths(params, is_leaf):
         if isinstance(node, LoraArray):
             forms.check(path, node, call)
@@ -99,19 +101,19 @@ def _check(params: PyTree, call: str) -> None:
 def merge(params: PyTree) -> PyTree:
     """Build the plain weights, `W + s · A B`, rounded once, to W's dtype.
 
-    They are summed in float32 or wider; a float8 saturates at its range. Where rounding to 16 bits
-    or less loses more than half of an update, a warning says so (not under `jax.jit`). DoRA's are
-    `m · (W + s · A B) / ‖W + s · A B‖`, whose norm is a constant to the gradient. Stored weights
-    are built, adapted or not.
+    The sum is taken in float32 or wider; float8 weights saturate at the limits of their range. A
+    warning is issued where rounding to 16 bits or less loses more than half of an update (not
+    under `jax.jit`). DoRA's weights are `m · (W + s · A B) / ‖W + s · A B‖`, and no gradient flows
+    through the norm. Stored weights are dequantized, adapted or not.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
 
     Returns:
-        Plain parameters: any model takes them, and inference costs what the base model's costs.
+        Plain parameters for any model. Inference costs the same as for the base model.
 
     Raises:
-        ValueError: a node whose parts do not fit, or are taken out.
+        ValueError: the parts of a node are missing or have wrong shapes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -121,12 +123,12 @@ def merge(params: PyTree) -> PyTree:
         True
 
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
-    under `safe_merge` rounds the delta and the sum separately.
+    rounds the delta and the sum separately under `safe_merge`.
     """
-    _check(params, "jlora.merge")
+    _check_nodes(params, "jlora.merge")
     lost: dict[str, Array] = {}
 
-    def whole(path: str, node: Any) -> Any:
+    def merged_leaf(path: str, node: PyTree) -> PyTree:
         if isinstance(node, FullArray):
             return node.value
         if not isinstance(node, LoraArray):
@@ -137,27 +139,27 @@ def merge(params: PyTree) -> PyTree:
             lost[path] = _lost_share(built(node.base), summed, merged)
         return merged
 
-    tree = map_with_paths(whole, params, is_leaf)
+    tree = map_with_paths(merged_leaf, params, is_leaf)
     _warn_of_loss(params, lost)
     return tree
 
 
-def _rounded(x: Array, dtype: Any) -> Array:
-    """Round to a dtype; what is beyond the range of a float8 becomes the largest that it has."""
+def _rounded(x: Array, dtype: DTypeLike) -> Array:
+    """Round to a dtype; values outside the range of a float8 saturate."""
     if jnp.finfo(dtype).bits <= 8:
         x = jnp.clip(x, -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).max))
     return x.astype(dtype)
 
 
 def _lost_share(base: Array, summed: Array, merged: Array) -> Array:
-    """Return ‖merged - summed‖ / ‖summed - base‖; 0 for an update of nothing but rounding."""
+    """Return ‖merged - summed‖ / ‖summed - base‖; 0 if the update is only rounding error."""
     update, error = summed - base.astype(summed.dtype), merged.astype(summed.dtype) - summed
-    whole, size, lost = (jnp.sqrt(jnp.sum(x * x)) for x in (summed, update, error))
-    return jnp.where(size > 1e-5 * whole, lost / size, 0.0)
+    total, size, lost = (jnp.sqrt(jnp.sum(x * x)) for x in (summed, update, error))
+    return jnp.where(size > 1e-5 * total, lost / size, 0.0)
 
 
 def _warn_of_loss(params: PyTree, lost: dict[str, Array]) -> None:
-    """Say where a narrow dtype keeps less than half of the update."""
+    """Warn where a narrow dtype keeps less than half of an update."""
     shares = {path: float(x) for path, x in jax.device_get(lost).items()}
     most = {path: share for path, share in shares.items() if share > 0.5}
     if most:
@@ -165,30 +167,31 @@ def _warn_of_loss(params: PyTree, lost: dict[str, Array]) -> None:
         node = dict(leaves_with_paths(params, is_adapted))[path]
         warnings.warn(
             f"`jlora.merge`: rounding to the base's dtype loses {most[path]:.0%} of the update of "
-            f"{describe(path, node.base)}, and more than half of that of {len(most)} weights in "
-            "all: the merged model is nearer to the base model than to the adapted one. Run the "
-            "adapter unmerged, `jlora.lora`, or merge into a base cast to a wider dtype.",
+            f"{describe(path, node.base)}; {len(most)} weights lose more than half of theirs. The "
+            "merged model is closer to the base model than to the adapted one. Use the adapter "
+            "unmerged, `jlora.lora`, or merge into a base cast to a wider dtype.",
             stacklevel=3,
         )
 
 
 def unmerge(merged: PyTree, params: PyTree) -> PyTree:
-    """Take an adapter out of merged weights again: the base is `W' - s · A B`, in float32.
+    """Subtract an adapter from merged weights: the base is `W' - s · A B`, in float32.
 
-    DoRA's is `W' · ‖W + s · A B‖ / m - s · A B`, with the norm over the base in `params`, which is
-    also what an output of magnitude 0, whose weight is lost, gets back. Rounding makes it close to
-    the original base, not equal; `detach(params)` has it bit for bit.
+    For DoRA it is `W' · ‖W + s · A B‖ / m - s · A B`, with the norm computed from the base in
+    `params`. An output with magnitude 0 has lost its weight and gets that base back. Because of
+    rounding the result is close to the original base, not equal; `detach(params)` returns the
+    original bit for bit.
 
     Args:
-        merged: plain parameters that `merge` made, perhaps changed since.
-        params: the adapted parameters to take out. Of "full" parameters the original is put back.
+        merged: plain parameters from `merge`; they may have changed since.
+        params: the adapted parameters to subtract. "full" parameters get their original back.
 
     Returns:
         Adapted parameters whose `merge` is `merged`.
 
     Raises:
-        ValueError: the trees have other paths; a "full" parameter whose original is taken out;
-            DoRA's weight whose base is; a stored base, which a merged weight cannot give back.
+        ValueError: the two trees have different paths; the base of a "full" parameter or of a DoRA
+            node is missing; a base is a stored weight, which cannot be recovered from the sum.
 
     Example:
         >>> import jax.numpy as jnp
@@ -205,25 +208,26 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
         if isinstance(node, LoraArray) and is_stored(node.base):
             raise ValueError(
                 f"`{call}`: the base of {describe(path, node)} is stored as "
-                f"`{type(node.base).__name__}`, and a merged weight less its update is not what "
-                "was stored. Take the adapter off instead: `base, adapter = jlora.detach(params)`."
+                f"`{type(node.base).__name__}`, and subtracting the update from a merged weight "
+                "does not recover what was stored. Detach the adapter instead: "
+                "`base, adapter = jlora.detach(params)`."
             )
         full = isinstance(node, FullArray)
         gain = isinstance(node, LoraArray) and forms.has_gain(node)
         if (full or gain) and node.base is None:
-            why = "was trained whole" if full else "has a magnitude, whose norm needs it"
+            why = "is trained in full" if full else "has a magnitude, whose norm needs it"
             raise ValueError(
-                f'`{call}`: the original of "{path}", which {why}, is taken out of `params`, and '
-                "nothing else has it. Give the adapted parameters, `jlora.bind(base, adapter)`."
+                f'`{call}`: `params` lacks the original of "{path}", which {why}. '
+                "Pass the adapted parameters, `jlora.bind(base, adapter)`."
             )
     adapter = _map(_without_base, params)
-    _check(bind(merged, adapter), "jlora.unmerge")
+    _check_nodes(bind(merged, adapter), "jlora.unmerge")
 
-    def base(whole: Any, node: Any) -> Any:
+    def base(weight: PyTree, node: PyTree) -> PyTree:
         if isinstance(node, FullArray):
             return node.base
         if not isinstance(node, LoraArray):
-            return whole
-        return _rounded(forms.base_of(whole, node), whole.dtype)
+            return weight
+        return _rounded(forms.base_of(weight, node), weight.dtype)
 
     return bind(_map(base, merged, params), adapter)

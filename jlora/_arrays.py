@@ -1,30 +1,33 @@
-"""The data model: `LoraArray` and `FullArray`, pytree nodes that stand where a weight stood.
+"""The data model: `LoraArray` and `FullArray`, pytree nodes that replace a weight.
 
-They hold arrays and say which axis is which. They know neither rules nor the transform.
+They hold arrays and describe their axes. They know neither rules nor the transform.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jlora._base import is_stored
 
+# What one axis has: its size, its letter in an einsum, its entry in a `PartitionSpec`.
+Label = Hashable
 Axes = TypeVar("Axes", str, PartitionSpec, tuple[Any, ...])
 
 
-def _not_an_array(self: Any, *_: Any, **__: Any) -> Any:
-    """Answer JAX and NumPy, which ask an operand of an unknown type for its array."""
+def _not_an_array(self: object, *_: object, **__: object) -> Any:
+    """Raise when JAX or NumPy asks a node to convert itself to an array."""
     raise TypeError(
-        f"a `{type(self).__name__}` came where an array was meant: the function does not know "
-        "adapted parameters. Wrap it, `jlora.lora(fn)(params, ...)`, with the parameters as an "
-        "argument, not closed over; or give it plain ones, `jlora.merge(params)`."
+        f"expected an array, got a `{type(self).__name__}`: the function does not support adapted "
+        "parameters. Wrap it, `jlora.lora(fn)(params, ...)`, with the parameters as an argument, "
+        "not closed over; or pass plain parameters, `jlora.merge(params)`."
     )
 
 
@@ -39,7 +42,7 @@ AXES = {"lora_a": "si r", "lora_b": "s r o"}
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
-    """A frozen weight and its low-rank update, `W + s · A B`, never summed.
+    """Hold a frozen weight and its low-rank update, `W + s · A B`, without adding them.
 
     Attributes:
         base: the frozen weight, `(*stack, *dims)`; `None` in a detached adapter.
@@ -48,15 +51,15 @@ class LoraArray:
         scaling: `s`, a scalar or `(*stack)`; a leaf, so another alpha never recompiles.
         layout: one letter per non-stack dimension of `base`, `i` (input) or `o` (output).
         slices: `(start, stop)` ranges of the first output dimension, or `None` for all of it. Each
-            range has an update of its own: `lora_a` is `(*stack, *in_dims, n · rank)`, the ranges'
-            A side by side, and `lora_b` has the ranges' widths, side by side, for that dimension.
+            range has its own update: `lora_a` is `(*stack, *in_dims, n · rank)`, the A of all
+            ranges concatenated, and that dimension of `lora_b` is the sum of the ranges' widths.
             loralib's `MergedLinear`, transposed.
-        residual: whether `base` is not the model's own weight but what an initializer left of it,
-            `W - s · A B` of the first A and B; see `jlora.arithmetic.residual_to_lora`.
-        extra: the other parts of the update by name, which `form` and DoRA define; see
-            `jlora.forms`. A part that `jlora.partition` took out is `None`.
-        form: the name of the variant, as in `LoraSpec(form=...)`: what the parts mean, and which of
-            them train.
+        residual: whether `base` is the residual `W - s · A B` of an initializer, with the initial A
+            and B, and not the model's weight; see `jlora.arithmetic.residual_to_lora`.
+        extra: the other parts of the update by name, as defined by `form` and DoRA; see
+            `jlora.forms`. A part removed by `jlora.partition` is `None`.
+        form: the name of the variant, as in `LoraSpec(form=...)`. It defines what the parts mean
+            and which of them train.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,7 +77,7 @@ class LoraArray:
     layout: str
     slices: tuple[tuple[int, int], ...] | None = None
     residual: bool = False
-    # Not `dict[str, Any]`: Orbax takes an empty dict for a leaf, and puts others of its own there.
+    # Not `dict[str, Any]`: Orbax treats an empty dict as a leaf and replaces it by its own types.
     extra: Any = dataclasses.field(default_factory=dict)
     form: str = "lora"
 
@@ -97,7 +100,7 @@ class LoraArray:
 
     @property
     def rank(self) -> int:
-        """The rank r of the update, of each slice's where it has slices."""
+        """The rank r of the update; with slices, the rank of each slice's update."""
         return self.lora_a.shape[-1] // (1 if self.slices is None else len(self.slices))
 
     @property
@@ -106,7 +109,7 @@ class LoraArray:
         return {"lora_a": self.lora_a, "lora_b": self.lora_b, **self.extra}
 
     def with_parts(self, parts: Mapping[str, Any]) -> "LoraArray":
-        """Return the node with other values for these parts, A and B or in `extra`."""
+        """Return the node with these parts replaced: A, B or entries of `extra`."""
         factors = {name: x for name, x in parts.items() if name in AXES}
         extra = {name: x for name, x in parts.items() if name not in AXES}
         return dataclasses.replace(self, **factors, extra={**self.extra, **extra})
@@ -115,7 +118,7 @@ class LoraArray:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Tied:
-    """Stands for a part of a `LoraArray` that another node has: see `jlora.tie`."""
+    """Refers to a part of a `LoraArray` that another node owns: see `jlora.tie`."""
 
     owner: str
 
@@ -123,11 +126,11 @@ class Tied:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
 class FullArray:
-    """A parameter that is trained whole, keeping its original.
+    """Hold a parameter that is trained in full, and its original.
 
     Attributes:
         base: the original, frozen; `None` in a detached adapter.
-        value: what trains and what the model sees, of the base's shape and dtype.
+        value: the trained value, which the model sees; of the base's shape and dtype.
 
     Reference: PEFT's `modules_to_save` and `bias`.
     """
@@ -151,18 +154,18 @@ class FullArray:
 Adapted = LoraArray | FullArray
 
 
-def is_adapted(x: Any) -> bool:
-    """Whether `x` is a node of jlora's (for `is_leaf=`)."""
+def is_adapted(x: object) -> bool:
+    """Whether `x` is one of jlora's nodes (for `is_leaf=`)."""
     return isinstance(x, Adapted)
 
 
-def is_leaf(x: Any) -> bool:
+def is_leaf(x: object) -> bool:
     """Whether `x` is one leaf of a tree of parameters (for `is_leaf=`)."""
     return is_adapted(x) or is_stored(x)
 
 
-def accumulator(dtype: Any) -> Any:
-    """Return the dtype to sum in: float32, or the dtype itself where it is wider."""
+def accumulator(dtype: DTypeLike) -> Any:
+    """Return the dtype to sum in: float32, or `dtype` if that is wider."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
@@ -171,19 +174,22 @@ def _groups(axes: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in axes.split())
 
 
-def along(axes: str, roles: Sequence[Any], of_base: Axes, rank: Any = None) -> Axes:
-    """Return what a part's axes have, given what the base's axes have: the one derivation of it.
+def along(axes: str, roles: Sequence[Label], of_base: Axes, rank: Label = None) -> Axes:
+    """Derive a property of a part's axes from the same property of the base's axes.
+
+    Shapes, einsum letters and `PartitionSpec`s of all parts are derived here and nowhere else.
 
     Args:
-        axes: the part's, in groups: "si r" has the base's axes of roles s (stack) and i (input), in
-            the base's order, and then the rank; "s r o" stack axes, the rank and output axes.
-        roles: of the base's axes.
-        of_base: what each axis of the base has: its size, its letter in an einsum, its entry in a
-            `PartitionSpec` (which may be shorter than the base's axes are many).
-        rank: what the rank's axis has.
+        axes: the part's axes, in groups: "si r" are the base's axes with role s (stack) or i
+            (input), in the base's order, then the rank; "s r o" are the stack axes, the rank and
+            the output axes.
+        roles: the roles of the base's axes.
+        of_base: one entry per axis of the base: its size, its letter in an einsum or its entry in a
+            `PartitionSpec`, which may have fewer entries than the base has axes.
+        rank: the entry of the rank's axis.
 
     Returns:
-        As many as the part has axes, of the type of `of_base`.
+        One entry per axis of the part, in the type of `of_base`.
 
     Example:
         >>> along("s r o", "sio", (5, 3, 4), 2), along("si r", "sio", "abc", "R")
@@ -208,7 +214,7 @@ def along(axes: str, roles: Sequence[Any], of_base: Axes, rank: Any = None) -> A
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How a layout divides a shape: `(*stack, *dims)` into stack, input and output dimensions."""
+    """Stack, input and output dimensions of a weight: its shape, divided by its layout."""
 
     stack: tuple[int, ...]
     in_dims: tuple[int, ...]
@@ -217,7 +223,7 @@ class Geometry:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], layout: str) -> "Geometry":
-        """Divide `shape`; its leading dimensions beyond the layout's length are stack."""
+        """Divide `shape`; leading dimensions beyond the layout's length are stack dimensions."""
         split = len(shape) - len(layout)
         by_letter = {
             c: tuple(n for n, k in zip(shape[split:], layout, strict=True) if k == c) for c in "io"
@@ -240,19 +246,19 @@ class Geometry:
         sides = {"i": iter(self.in_dims), "o": iter(self.out_dims)}
         return (*self.stack, *(next(sides[letter]) for letter in self.layout))
 
-    def along(self, axes: str, of_base: Axes, rank: Any = None) -> Axes:
-        """Return what a part's axes have, given what the base's have: `along` by the layout."""
+    def along(self, axes: str, of_base: Axes, rank: Label = None) -> Axes:
+        """Derive a property of a part's axes from the base's: `along`, with the layout's roles."""
         return along(axes, "s" * len(self.stack) + self.layout, of_base, rank)
 
     def sliced(self, slices: tuple[tuple[int, int], ...] | None) -> "Geometry":
-        """Return the geometry of the outputs in the slices, side by side."""
+        """Return the geometry with the outputs restricted to the slices, concatenated."""
         if slices is None:
             return self
         width = sum(stop - start for start, stop in slices)
         return dataclasses.replace(self, out_dims=(width, *self.out_dims[1:]))
 
     def across(self, outputs: Array) -> Array:
-        """Arrange `(*stack, *out_dims)` to broadcast against a weight."""
+        """Reshape `(*stack, *out_dims)` to broadcast against a weight."""
         rest = iter(outputs.shape[len(self.stack) :])
         dims = (next(rest) if letter == "o" else 1 for letter in self.layout)
         return outputs.reshape(*self.stack, *dims)

@@ -1,15 +1,16 @@
-"""Putting an adapter on: by rules, a `LoraArray` or a `FullArray` where a weight stood."""
+"""Attach an adapter: by rules, replace weights by `LoraArray` or `FullArray` nodes."""
 
 import collections
 import functools
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
@@ -27,36 +28,37 @@ def attach(
     key: PRNGKeyArray,
     layouts: Mapping[str, str] | None = None,
 ) -> PyTree:
-    """Put a `LoraArray` where a rule asks for one: `W + s · A B` for `W`, `A B = 0` at first.
+    """Replace each weight that a rule selects by a `LoraArray`: `W + s · A B`, initially W.
 
-    Under `LoraSpec(dora=True)` it is `m · (W + s · A B) / ‖W + s · A B‖`, and m begins as the norm;
-    `LoraSpec(form=...)` has the other variants.
+    With `LoraSpec(dora=True)` the weight is `m · (W + s · A B) / ‖W + s · A B‖`, and m is
+    initialized to the norm. `LoraSpec(form=...)` selects the other variants.
 
-    The key of a leaf is `key` folded with its path, so another rule never changes its A and B.
-    Where A B starts as a part of W (`pissa`, `olora`, `milora`), the node's `base` is a new array,
-    the residual `W - s · A B` in W's dtype, and that is what `detach` gives back.
+    The key of a leaf is `key` folded with its path, so changing one rule never changes the A and B
+    of another leaf. Where A B starts as part of W (`pissa`, `olora`, `milora`), the node's `base`
+    is a new array, the residual `W - s · A B` in W's dtype; `detach` returns the residual.
 
     Args:
-        params: any pytree of arrays; it is not changed.
-        rules: ordered mapping from a regular expression, matched whole against the "/"-joined path
-            of a leaf, to a `LoraSpec`, `"full"` (train it whole) or `None` (leave it). The first
-            match wins.
+        params: any pytree of arrays; it is not modified.
+        rules: ordered mapping from a regular expression, which must match the full "/"-joined path
+            of a leaf, to a `LoraSpec`, `"full"` (train the parameter in full) or `None` (leave it
+            unchanged). The first match wins.
         key: a PRNG key for A (and B).
-        layouts: path to layout, as `jlora.layouts(fn, params, ...)` gives; a spec's own comes
-            first. Without either, 2-D weights are "io" and 4-D ones "iiio", as Flax has Dense and
-            convolutions, but for leaves called "weight" (Equinox: "oi"), which need one.
+        layouts: mapping from path to layout, as returned by `jlora.layouts(fn, params, ...)`. A
+            layout in the spec takes precedence. Without either, 2-D weights are "io" and 4-D
+            weights "iiio", as in Flax's Dense and Conv. Leaves named "weight", which Equinox
+            stores (out, in), require a layout.
 
     Returns:
-        A tree of the same shape, with nodes for leaves. Ranks above min(in, out), which PEFT takes
-        too, are right but wasteful: a warning says so.
+        A tree of the same structure, with nodes in place of the selected leaves. A rank above
+        min(in, out), which PEFT also accepts, is correct but wasteful and issues a warning.
 
     Raises:
-        ValueError: a rule that decides nothing, a rank that the initializer does not have, a layout
-            that does not fit, a weight whose layout is not known, a vector, a leaf that is already
-            adapted, two leaves of one path, an initializer that moves the base under a form whose
-            update is zero at first.
-        TypeError: a leaf that is no array of floating-point numbers; rules that are no mapping.
-        KeyError: a path in `layouts` that no leaf has.
+        ValueError: a rule applies to no leaf; the initializer does not support the rank; a layout
+            does not fit or is not known; a selected leaf is a vector or already adapted; two
+            leaves have the same path; the initializer changes the base but the form's initial
+            update is zero.
+        TypeError: a selected leaf is not a floating-point array; `rules` is not a mapping.
+        KeyError: `layouts` has a path that is not in `params`.
 
     Example:
         >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
@@ -72,8 +74,8 @@ def attach(
     twice = [path for path, count in collections.Counter(paths).items() if count > 1]
     if twice:
         raise ValueError(
-            f'`jlora.attach`: two leaves have the path "{twice[0]}", so no rule and no file could '
-            'tell them apart. Rename the key that has a "/" in it.'
+            f'`jlora.attach`: two leaves have the path "{twice[0]}", so neither rules nor files '
+            'can tell them apart. Rename the key that contains "/".'
         )
     known = set(paths)
     for path in layouts:
@@ -90,12 +92,12 @@ def attach(
 
     _check_ranks(key, dict(leaves), plan)
 
-    def replace(path: str, leaf: Any) -> Any:
+    def replace(path: str, leaf: PyTree) -> PyTree:
         if path not in plan:
             return leaf
         planned = plan[path]
         if planned is None:
-            # A real copy: under donation one buffer must not be given away twice.
+            # A real copy: the same buffer must not be donated twice.
             return FullArray(leaf, jnp.array(leaf, copy=True))
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return _node(path, leaf_key, leaf, *planned)
@@ -103,21 +105,21 @@ def attach(
     return map_with_paths(replace, params, is_leaf)
 
 
-def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> LoraArray:
-    """Put an update on one weight that begins as nothing."""
+def _node(path: str, key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str) -> LoraArray:
+    """Adapt one weight; the model is unchanged at first."""
     lora_a, lora_b, *rest = _factors(key, weight, spec, layout)
     if rest and is_stored(weight):
         raise ValueError(
-            f"`jlora.attach`: the initializer of {describe(path, weight)} takes A B out of the "
-            f"weight, but the weight is stored as `{type(weight).__name__}` and stays as it is. "
-            "Leave `init` out, or give the array itself, `leaf.dequantize()`."
+            f"`jlora.attach`: the initializer of {describe(path, weight)} subtracts A B from the "
+            f"weight, but the weight is stored as `{type(weight).__name__}` and cannot change. "
+            "Omit `init`, or pass the array itself, `leaf.dequantize()`."
         )
     why = forms.named(spec.form).refusal("residual")
     if rest and why is not None:
         raise ValueError(
-            f'`jlora.attach`: the initializer of "{path}" takes A B out of the weight, but under '
-            f'`form="{spec.form}"` {why}. Leave `init` out, or give one that leaves the weight '
-            "alone."
+            f'`jlora.attach`: the initializer of "{path}" subtracts A B from the weight, but with '
+            f'`form="{spec.form}"` {why}. Omit `init`, or pass an initializer that does not change '
+            "the weight."
         )
     geometry = Geometry.of(weight.shape, layout)
     base, scaling = rest[0] if rest else weight, jnp.full(geometry.stack, spec.s, jnp.float32)
@@ -134,59 +136,63 @@ def _node(path: str, key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str
     return forms.begun(node, spec.dora, spec.dtype)
 
 
-def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec, str] | None:
-    """Check one leaf against its rule; return its spec and layout, or None for "full"."""
+def _plan(
+    path: str, leaf: PyTree, rule: LoraSpec | str, known: str | None
+) -> tuple[LoraSpec, str] | None:
+    """Validate one leaf against its rule; return its spec and layout, or None for "full"."""
     call = "jlora.attach"
     if is_adapted(leaf):
         raise ValueError(
             f"`{call}`: {describe(path, leaf)} is already adapted. Start from the plain weights, "
-            "`base, adapter = jlora.detach(params)`, or give its path the rule None."
+            "`base, adapter = jlora.detach(params)`, or map its path to None."
         )
-    if rule == "full":
+    if not isinstance(rule, LoraSpec):  # "full"
         if is_stored(leaf):
             raise TypeError(
                 f"`{call}`: {describe(path, leaf)} is stored as `{type(leaf).__name__}`, which has "
-                "no gradient. Give the array itself, `leaf.dequantize()`, or narrow the rule."
+                "no gradient. Pass the array itself, `leaf.dequantize()`, or narrow the rule."
             )
         if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
             raise TypeError(
                 f"`{call}`: {describe(path, leaf)} is not an array of real or complex numbers, so "
-                "it cannot be trained. Narrow the rule, or give this path the rule None."
+                "it cannot be trained. Narrow the rule, or map this path to None."
             )
         return None
     if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             f"`{call}`: {describe(path, leaf)} is not a floating-point array, so it has no "
-            "low-rank update. Narrow the rule, or give this path the rule None."
+            "low-rank update. Narrow the rule, or map this path to None."
         )
     ndim = len(leaf.shape)
     if ndim < 2:
         raise ValueError(
             f"`{call}`: {describe(path, leaf)} has no input and output side, so it has no low-rank "
-            'update. Train it whole with the rule "full", or narrow the rule: r".*/kernel".'
+            'update. Train it in full with the rule "full", or narrow the rule: r".*/kernel".'
         )
     default = None if is_doubtful(path) else _DEFAULT_LAYOUTS.get(ndim)
     layout = rule.layout or known or default
     if layout is None:
         why = (
-            "Equinox and PyTorch store what has this name (out, in). " if is_doubtful(path) else ""
+            "Equinox and PyTorch store weights of this name (out, in). "
+            if is_doubtful(path)
+            else ""
         )
         raise ValueError(
-            f"`{call}`: which axes of {describe(path, leaf)} are input and which output? {why}Give "
-            "`layouts=jlora.layouts(fn, params, x)`, which reads it from the model, or "
-            '`LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
+            f"`{call}`: it is not known which axes of {describe(path, leaf)} are input and which "
+            f"output. {why}Pass `layouts=jlora.layouts(fn, params, x)`, which reads it from the "
+            'model, or `LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
         )
     check_layout(layout, f"{call}: layout {layout!r} of {path!r}")
     if len(layout) > ndim:
         raise ValueError(
             f"`{call}`: the layout {layout!r} has {len(layout)} letters, but "
-            f"{describe(path, leaf)} has {ndim} dimensions. One letter per dimension."
+            f"{describe(path, leaf)} has {ndim} dimensions. Give one letter per dimension."
         )
     geometry = Geometry.of(leaf.shape, layout)
     width = geometry.out_dims[0]
     if rule.slices is not None and rule.slices[-1][1] > width:
         raise ValueError(
-            f"`{call}`: the slices {rule.slices} reach beyond the {width} outputs of "
+            f"`{call}`: the slices {rule.slices} exceed the {width} outputs of "
             f"{describe(path, leaf)} with layout {layout!r}. Slices are (start, stop) ranges of "
             "the first output dimension."
         )
@@ -194,7 +200,7 @@ def _plan(path: str, leaf: Any, rule: Any, known: str | None) -> tuple[LoraSpec,
 
 
 def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Warn of ranks above min(in, out), and refuse them where the initializer has no such rank."""
+    """Warn of ranks above min(in, out); refuse them if the initializer does not support them."""
     above = []
     for path, planned in plan.items():
         if planned is None:
@@ -215,20 +221,22 @@ def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str
         made = jax.eval_shape(init, key, jax.ShapeDtypeStruct(sides, leaves[path].dtype))
         if made[0].shape[-1:] != (spec.rank,) or made[1].shape[:1] != (spec.rank,):
             raise ValueError(
-                f"{said}, and the initializer takes A and B from the weight, which has no more "
-                f"directions. Use `LoraSpec(rank={min(sides)})` or less here, or another `init`."
+                f"{said}, but the initializer computes A and B from the weight, which has no more "
+                f"directions. Use `LoraSpec(rank={min(sides)})` or less, or another `init`."
             )
-        above.append(f"{said}: such an update is full. `LoraSpec(rank={min(sides)})` is enough")
+        above.append(f"{said}: the update has full rank. `LoraSpec(rank={min(sides)})` suffices")
     if above:
-        more = f", and so for {len(above) - 1} more leaves" if len(above) > 1 else ""
+        more = f" (also for {len(above) - 1} more leaves)" if len(above) > 1 else ""
         warnings.warn(f"{above[0]}{more}.", stacklevel=3)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tuple[Any, ...]:
-    """Call the initializer on `(in, out)` matrices, one per stack element, and arrange.
+def _factors(
+    key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str
+) -> tuple[ArrayLike, ...]:
+    """Call the initializer on `(in, out)` matrices, one per stack element, and reshape.
 
-    Returns A and B and, of an initializer that moves the base, what is left of the weight.
+    Returns A and B and, if the initializer changes the base, the residual.
     """
     geometry = Geometry.of(weight.shape, layout)
     chosen = spec.init or forms.named(spec.form).init
@@ -245,11 +253,13 @@ def _factors(key: PRNGKeyArray, weight: Any, spec: LoraSpec, layout: str) -> tup
     return a.reshape(shapes[0]), b.reshape(shapes[1]), *map(geometry.from_matrix, rest)
 
 
-def _sliced(init: Any, slices: tuple[tuple[int, int], ...], geometry: Geometry) -> Any:
-    """Initialize each range of outputs as a weight of its own."""
+def _sliced(
+    init: Callable[..., tuple[Array, ...]], slices: tuple[tuple[int, int], ...], geometry: Geometry
+) -> Callable[[PRNGKeyArray, Array], tuple[Array, ...]]:
+    """Initialize each range of outputs as a separate weight."""
     per = geometry.fan_out // geometry.out_dims[0]  # columns per element of the sliced dimension
 
-    def run(key: PRNGKeyArray, matrix: Any) -> tuple[Any, ...]:
+    def run(key: PRNGKeyArray, matrix: Array) -> tuple[Array, ...]:
         keys = jax.random.split(key, len(slices))
         columns = [slice(start * per, stop * per) for start, stop in slices]
         parts = [init(k, matrix[:, some]) for k, some in zip(keys, columns, strict=True)]

@@ -1,14 +1,14 @@
-"""What may stand in `LoraArray.base`: an array, or a stored weight, built where it is used.
+"""What `LoraArray.base` may be: an array, or a stored weight, which is built where it is used.
 
-In the walk a stored weight is `Deferred`: an expression over what is stored. Operations that leave
-a weight a weight (transpose, slice, cast, concatenate, ...) extend the expression and run nothing.
-A product evaluates it, multiplies and drops the result, so for the backward pass only what is
-stored is kept:
+In the walk a stored weight is `Deferred`: an expression over the stored arrays. Operations that
+only rearrange a weight (transpose, slice, cast, concatenate, ...) extend the expression and run
+nothing. A product evaluates it, multiplies and drops the result, so only the stored arrays are
+residuals of the backward pass:
 
-    y = x · build(stored)        kept: stored        backward: dx = dy · build(stored)ᵀ, built again
+    y = x · build(stored)      residual: stored      backward: dx = dy · build(stored)ᵀ, rebuilt
 
-`jax.checkpoint` around build and product is what says so. What is stored is frozen: no gradient
-reaches its leaves.
+`jax.checkpoint` around build and product does this. Stored arrays are frozen: no gradient reaches
+them.
 """
 
 import dataclasses
@@ -20,25 +20,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jlora import _compat
 
 
 class StoredWeight(Protocol):
-    """A registered pytree node that stands for a weight: codes and scales, a packed file's bytes.
+    """Represent a weight by a registered pytree node: codes and scales, a packed file's bytes.
 
-    Its leaves are what is kept in memory and on disk; `jax.jit`, `jax.device_put` and Orbax see
-    them. Everything in jlora treats the node as one leaf.
+    Its leaves are stored in memory and on disk, and visible to `jax.jit`, `jax.device_put` and
+    Orbax. jlora treats the node as one leaf.
 
     Two attributes are optional:
 
-    - `stack`, the number of leading axes of the weight that every leaf of the node has as well, so
-      that taking one element along them from each leaf gives the node of one layer. `lax.scan` and
-      indexing then build one layer at a time. Derive it from the leaves' shapes, as `shape`.
-    - `dot(x, axes, dtype)`, the format's own product for `x · W`: contract the axes `axes[0]` of x
-      with the axes `axes[1]` of the weight; return x's other axes, then the weight's, in `dtype`;
-      or `NotImplemented`, and the weight is built.
+    - `stack`, the number of leading axes that the weight shares with every leaf of the node, so
+      that indexing them in each leaf gives the node of one layer. `lax.scan` and indexing then
+      build one layer at a time. Derive it from the leaves' shapes, as `shape`.
+    - `dot(x, axes, dtype)`, the format's own product `x · W`: contract the axes `axes[0]` of x
+      with the axes `axes[1]` of the weight; return the remaining axes of x, then those of the
+      weight, in `dtype`. If it returns `NotImplemented`, the weight is built.
 
     Example:
         >>> import dataclasses, functools, jax, jax.numpy as jnp, jlora
@@ -59,12 +59,12 @@ class StoredWeight(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it stands for."""
+        """The shape of the represented weight."""
         ...
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the weight that it stands for."""
+        """The dtype of the represented weight."""
         ...
 
     def dequantize(self) -> Array:
@@ -73,12 +73,12 @@ class StoredWeight(Protocol):
 
 
 def is_stored(x: object) -> bool:
-    """Whether `x` is a stored weight; asked of its type, for its leaves may be anything."""
+    """Whether `x` is a stored weight. Asks its type, because its leaves may be anything."""
     return hasattr(type(x), "dequantize")
 
 
 class Step(NamedTuple):
-    """One output of one operation, equal by value: layers alike share one trace."""
+    """One output of one operation, compared by value so that equal layers share one trace."""
 
     primitive: Any
     params: tuple[tuple[str, Hashable], ...]
@@ -92,11 +92,11 @@ class Step(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deferred:
-    """A weight that is not built yet: a stored one, or an operation on such.
+    """A weight that is not built yet: a stored weight, or an operation on one.
 
     Attributes:
-        operands: what the operation takes, arrays or `Deferred`; the stored weight without one.
-        step: the operation; None for the stored weight itself.
+        operands: the operation's operands, arrays or `Deferred`; without one, the stored weight.
+        step: the operation, or None for the stored weight itself.
     """
 
     operands: tuple[Any, ...]
@@ -104,22 +104,22 @@ class Deferred:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what it will be."""
+        """The shape of the weight."""
         return tuple(self.operands[0].shape) if self.step is None else self.step.shape
 
     @property
     def dtype(self) -> Any:
-        """The dtype of what it will be."""
+        """The dtype of the weight."""
         return self.operands[0].dtype if self.step is None else self.step.dtype
 
     @property
     def ndim(self) -> int:
-        """The number of dimensions of what it will be."""
+        """The number of dimensions of the weight."""
         return len(self.shape)
 
     @property
     def stack(self) -> int:
-        """How many leading axes can be sliced before the weight is built."""
+        """The number of leading axes that can be sliced before the weight is built."""
         return getattr(self.operands[0], "stack", 0) if self.step is None else 0
 
     def build(self) -> Array:
@@ -133,36 +133,36 @@ class Deferred:
 Base = Array | Deferred
 
 
-def deferred(base: Any) -> Any:
-    """Return what the walk takes for a base: a stored weight waits, and has no gradient."""
+def deferred(base: PyTree) -> PyTree:
+    """Wrap a stored weight in `Deferred`, without gradient; return any other base unchanged."""
     return Deferred((jax.tree.map(lax.stop_gradient, base),)) if is_stored(base) else base
 
 
-def built(x: Any) -> Any:
-    """Return an array: a stored weight or a `Deferred` is built, anything else is returned."""
+def built(x: PyTree) -> PyTree:
+    """Build a stored weight or a `Deferred`; return anything else unchanged."""
     if isinstance(x, Deferred):
         return x.build()
     return x.dequantize() if is_stored(x) else x
 
 
-def standin(x: Any) -> Any:
-    """Return what a function is traced on: of a stored weight, the shape that it stands for."""
+def standin(x: PyTree) -> PyTree:
+    """Return what a function is traced on: the shape and dtype of a stored weight, or `x`."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_stored(x) else x
 
 
-def using(fn: Callable[..., Any], *operands: Any) -> Any:
-    """Call `fn` with what is not built yet built, for this call alone: see the top of this file."""
+def using(fn: Callable[..., Any], *operands: PyTree) -> PyTree:
+    """Build deferred operands, for this call alone, and call `fn`: see the top of this file."""
     if not any(isinstance(x, Deferred) for x in operands):
         return fn(*operands)
     return jax.checkpoint(lambda *operands: fn(*map(built, operands)))(*operands)
 
 
-def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
-    """Apply an equation; a weight that is not built yet is, for this equation alone."""
+def bind(eqn: JaxprEqn, *operands: PyTree) -> list[Any]:
+    """Apply an equation; deferred operands are built for this equation alone."""
     if not any(isinstance(x, Deferred) for x in operands):
         return _compat.bind(eqn, *operands)
 
-    def run(*operands: Any) -> list[Any]:
+    def run(*operands: PyTree) -> list[Any]:
         own = _own_product(eqn, operands)
         return _compat.bind(eqn, *map(built, operands)) if own is NotImplemented else [own]
 
@@ -170,14 +170,14 @@ def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
 
 
 def rearranges(operands: Sequence[Any]) -> bool:
-    """Whether all are weights or the integers of an index, so that a weight is what comes out."""
+    """Whether all operands are weights or integer indices, so that the result is a weight."""
     return all(
         hasattr(x, "base") or jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in operands
     )
 
 
-def rearrange(eqn: JaxprEqn, *operands: Any) -> list[Any]:
-    """Apply an equation whose results are weights again: of one not built yet it is noted."""
+def rearrange(eqn: JaxprEqn, *operands: PyTree) -> list[Any]:
+    """Apply an equation whose results are weights; for a deferred operand, defer it too."""
     if not any(isinstance(x, Deferred) for x in operands):
         return _compat.bind(eqn, *operands)
     sliced = _layers(eqn, operands)
@@ -196,7 +196,7 @@ def rearrange(eqn: JaxprEqn, *operands: Any) -> list[Any]:
 
 
 def _layers(eqn: JaxprEqn, operands: Sequence[Any]) -> Deferred | None:
-    """Index a stored weight along its stack axes, in each leaf; None for another operation."""
+    """Index a stored weight along its stack axes, leaf by leaf; None for other operations."""
     x, name, p = operands[0], eqn.primitive.name, eqn.params
     if not (isinstance(x, Deferred) and x.stack):
         return None
@@ -229,7 +229,7 @@ def _layers(eqn: JaxprEqn, operands: Sequence[Any]) -> Deferred | None:
 
 
 def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
-    """Return the format's own product, where it has one and the equation is plain."""
+    """Return the format's own product, if it has one and the equation is a single product."""
     at = [n for n, x in enumerate(operands) if isinstance(x, Deferred)]
     if eqn.primitive.name != "dot_general" or len(at) > 1:
         return NotImplemented
@@ -253,11 +253,11 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
     return lax.transpose(out, (*range(first, out.ndim), *range(first)))
 
 
-def peel(x: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Split what a scan slices along its first axis from how one slice is seen.
+def peel(x: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Split a scanned operand into what the scan slices and a function applied to each slice.
 
-    What is stored is sliced where every leaf has the layers' axis, under casts and transposes that
-    leave it first. Anything else is built before the loop.
+    A stored weight is sliced leaf by leaf if every leaf has the layers' axis, also under casts and
+    transposes that keep this axis first. Anything else is built before the loop.
     """
     if not isinstance(x, Deferred):
         return x, lambda piece: piece

@@ -1,8 +1,8 @@
-"""Every fact that differs between JAX releases, and the seams where jlora touches JAX's tracing.
+"""Differences between JAX releases, and the functions through which jlora uses JAX's tracing.
 
 Jaxpr parameters are not a stable interface: in 2026 `scan` replaced `num_consts`/`num_carry` by
-`ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`. A parameter that has changed between the
-releases that jlora supports is read here; a rule reads the other parameters of its own primitive.
+`ft_in`/`ft_out`, and `ClosedJaxpr` became `Jaxpr`. Parameters that changed between the releases
+that jlora supports are read here; rules read the other parameters of their own primitives.
 """
 
 import contextlib
@@ -13,10 +13,12 @@ import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Primitive
 from jax.sharding import AxisType
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 
 class Body(NamedTuple):
-    """A jaxpr with its constants beside it, whichever class JAX wraps it in."""
+    """A jaxpr and its constants, independent of the class that JAX wraps it in."""
 
     eqns: Sequence[JaxprEqn]
     constvars: Sequence[Any]
@@ -26,7 +28,7 @@ class Body(NamedTuple):
 
 
 def body(jaxpr: Any) -> Body:
-    """Open a `Jaxpr` or `ClosedJaxpr`; before JAX 0.11 the second wraps the first."""
+    """Unpack a `Jaxpr` or `ClosedJaxpr`; before JAX 0.11 the second wraps the first."""
     consts = getattr(jaxpr, "consts", ())
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return Body(inner.eqns, inner.constvars, consts, inner.invars, inner.outvars)
@@ -40,12 +42,12 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def bind(eqn: JaxprEqn, *operands: Any) -> list[Any]:
-    """Apply an equation's own primitive, its rules and parameters untouched, to `operands`."""
+def bind(eqn: JaxprEqn, *operands: PyTree) -> list[Any]:
+    """Apply an equation's primitive, with the equation's parameters, to `operands`."""
     return apply(eqn.primitive, eqn.params, *operands)
 
 
-def apply(primitive: Primitive, params: dict[str, Any], *operands: Any) -> list[Any]:
+def apply(primitive: Primitive, params: dict[str, Any], *operands: PyTree) -> list[Any]:
     """Apply a primitive with the parameters of an equation."""
     out = primitive.bind(*operands, **primitive.get_bind_params(params))
     return list(out) if primitive.multiple_results else [out]
@@ -59,23 +61,23 @@ def named_like(eqn: JaxprEqn) -> Any:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """Return the user's `file:line (function)` that made an equation."""
+    """Return the user's `file:line (function)` that created an equation."""
     return source_info_util.summarize(eqn.source_info)
 
 
-def varying_axes(x: Any) -> list[str]:
-    """Return the mesh axes along which an array differs inside a shard_map, as far as is told."""
-    if not isinstance(x, jax.Array):  # a stored weight, which a shard_map meets built
+def varying_axes(x: PyTree) -> list[str]:
+    """Return the mesh axes along which an array is known to vary inside a shard_map."""
+    if not isinstance(x, jax.Array):  # a stored weight, which is built before a shard_map
         return []
     aval = jax.typeof(x)
     kinds = getattr(aval, "manual_axis_type", None)  # `vma` before 0.10.2
     return sorted(getattr(aval, "vma", ()) if kinds is None else kinds.varying)
 
 
-def in_mesh_of(x: Any) -> Any:
-    """Return a context in which an explicitly sharded array may be used, whatever is around it.
+def in_mesh_of(x: ArrayLike) -> Any:
+    """Return a context in which an explicitly sharded array may be used, whatever the current mesh.
 
-    An equation that leaves an explicit mesh (`reshard`, of `auto_axes`) stands outside it already.
+    An equation that leaves an explicit mesh (`reshard` in `auto_axes`) is already outside of it.
     """
     mesh = jax.typeof(x).sharding.mesh
     if AxisType.Explicit in mesh.axis_types and mesh != jax.sharding.get_abstract_mesh():
@@ -84,7 +86,7 @@ def in_mesh_of(x: Any) -> Any:
 
 
 def manual_axes(params: dict[str, Any]) -> Any:
-    """Return the mesh axes that a shard_map makes manual."""
+    """Return the mesh axes that are manual inside a shard_map."""
     return params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
 
 

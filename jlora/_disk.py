@@ -1,6 +1,6 @@
-"""Folders that appear at once, and what is read from them is what was written.
+"""Write directories atomically, and verify what is read with checksums.
 
-Knows nothing of adapters.
+This file does not know about adapters.
 """
 
 import contextlib
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 try:
     import fcntl
-except ImportError:  # Windows: folders that a killed process left stay there
+except ImportError:  # Windows: directories of killed processes are not removed
     fcntl = None
 
 _NEW, _OLD = "new", "old"
@@ -26,29 +27,29 @@ _NEW, _OLD = "new", "old"
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Generator[Path]:
-    """Give a new folder to fill, which becomes `target` if nothing is raised.
+    """Yield a new directory, which replaces `target` if nothing is raised.
 
-    Until then it is in a hidden folder next to `target`, which a lock shows to be in use. What was
-    in `target` is there as well while the two are exchanged. Hidden folders of processes that were
-    killed are removed at the end.
+    Until then it is in a locked, hidden directory next to `target`. The old `target` is moved into
+    the hidden directory during the exchange. Hidden directories left by killed processes are
+    removed at the end.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}-saving-", dir=target.parent))
     lock = _locked(hidden, wait=True)
     try:
-        new = hidden / _NEW  # with the permissions of any new folder; `hidden` is its owner's alone
+        new = hidden / _NEW  # has default permissions; `hidden` is accessible to its owner only
         new.mkdir()
         yield new
         _exchange(new, target)
         _clear(target, hidden)
     finally:
-        if not (hidden / _OLD).exists():  # or it is the only copy
+        if not (hidden / _OLD).exists():  # otherwise it is the only copy
             shutil.rmtree(hidden, ignore_errors=True)
         _unlock(lock)
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; the old one is there until the new one is."""
+    """Rename `new` to `target`; restore the old `target` if that fails."""
     old = new.parent / _OLD
     if target.exists():
         target.rename(old)
@@ -56,20 +57,20 @@ def _exchange(new: Path, target: Path) -> None:
         new.rename(target)
     except BaseException:
         if old.exists():
-            old.rename(target)  # if this fails too, it stays where it is
+            old.rename(target)  # if this fails too, the old directory remains in `hidden`
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear(target: Path, own: Path) -> None:
-    """Remove what killed processes left of this target: nothing but such folders, none in use."""
+    """Remove this target's hidden directories that are not in use, left by killed processes."""
     name = re.compile(rf"\.{re.escape(target.name)}-saving-\w+")
     for folder in target.parent.iterdir():
         if folder == own or not name.fullmatch(folder.name) or folder.is_symlink():
             continue
         with contextlib.suppress(OSError):
             lock = _locked(folder, wait=False)
-            # An empty one may be about to be locked.
+            # An empty directory may be about to be locked.
             if lock is not None and {p.name for p in folder.iterdir()} in (
                 {_NEW},
                 {_OLD},
@@ -80,13 +81,13 @@ def _clear(target: Path, own: Path) -> None:
 
 
 def _locked(folder: Path, wait: bool) -> int | None:
-    """Lock a folder for as long as this process lives; None where another has it."""
+    """Lock a directory until this process ends; None if another process holds the lock."""
     if fcntl is None:
         return None
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # in use, or a file system without locks
+    except OSError:  # in use, or the file system has no locks
         os.close(lock)
         return None
     return lock
@@ -97,10 +98,10 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
-def digest(x: Any) -> str | None:
-    """Return the SHA-256 of an array's dtype, shape and bytes; None where they are elsewhere too.
+def digest(x: ArrayLike) -> str | None:
+    """Return the SHA-256 of an array's dtype, shape and bytes.
 
-    An array over several processes has no one place where all its bytes are.
+    None for an array that is sharded over several processes: no process has all of its bytes.
     """
     if not getattr(x, "is_fully_addressable", True):
         return None
@@ -111,15 +112,15 @@ def digest(x: Any) -> str | None:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """Write JSON that holds its own SHA-256."""
+    """Return JSON that contains its own SHA-256."""
     return json.dumps({**content, "sha256": _sum(content)}, indent=2)
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Read what `seal` wrote; a ValueError if it is not that. Without a sum nothing is checked."""
+    """Parse what `seal` returned, or raise ValueError; without a checksum nothing is verified."""
     content = json.loads(text)
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     found = content.pop("sha256", None)
     if found is not None and found != _sum(content):
         raise ValueError("its checksum differs")

@@ -1,4 +1,4 @@
-"""`Moments`: what is kept of the inputs of a weight, three sums that batches add to."""
+"""`Moments`: running first and second moments of a weight's inputs."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ import jax
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """The sums over all inputs x of one weight, each x flattened to `(in,)`.
+    """Hold sums over all inputs x of one weight, each x flattened to `(in,)`.
 
-    Batches stream: `jax.tree.map(jnp.add, one, other)` is what both together would have given.
+    Batches can be streamed: `jax.tree.map(jnp.add, one, other)` are the moments of both.
 
     Attributes:
         second: Σ x xᵀ, `(*stack, in, in)`, float32 or wider.
         total: Σ x, `(*stack, in)`, of the same dtype.
-        count: how many inputs were seen, `(*stack)`, of the same dtype.
+        count: the number of inputs, `(*stack)`, of the same dtype.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,7 +1,6 @@
-"""What trains and what is frozen: labels for optax, and two trees for `jax.grad`."""
+"""Trainable and frozen leaves: labels for optax, and two trees for `jax.grad`."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
@@ -13,15 +12,15 @@ from jlora._base import is_stored
 
 
 def labels(params: PyTree) -> PyTree:
-    """Label every leaf "adapter" (what trains of an update, a full parameter's value) or "frozen".
+    """Label every leaf "adapter" (trainable parts of an update, `FullArray.value`) or "frozen".
 
-    Which parts of an update train is said by its form: see `jlora.forms`.
+    The form of an update defines which of its parts train: see `jlora.forms`.
 
     Args:
-        params: a tree with `LoraArray` and `FullArray` nodes, of arrays or of anything.
+        params: a tree with `LoraArray` and `FullArray` nodes; the leaves may be of any type.
 
     Returns:
-        A tree of the same structure, with strings for leaves: what `optax.multi_transform` takes.
+        A tree of the same structure with strings as leaves, for `optax.multi_transform`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -30,8 +29,8 @@ def labels(params: PyTree) -> PyTree:
         ('adapter', 'frozen')
     """
 
-    def label(node: Any) -> Any:
-        def fill(part: Any, word: str) -> Any:
+    def label(node: PyTree) -> PyTree:
+        def fill(part: PyTree, word: str) -> PyTree:
             return jax.tree.map(lambda _: word, part)
 
         if isinstance(node, LoraArray):
@@ -47,13 +46,13 @@ def labels(params: PyTree) -> PyTree:
 
 
 def partition(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Split into the leaves that train and the leaves that do not; `None` fills the holes.
+    """Split into the trainable and the frozen leaves, with `None` in place of the others.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
 
     Returns:
-        `trainable` and `frozen`, each of the shape of `params`; `combine` puts them together.
+        `trainable` and `frozen`, each with the structure of `params`; `combine` is the inverse.
 
     Example:
         >>> import jax.numpy as jnp
@@ -73,17 +72,17 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
-    """Fill the holes of one tree from the other: the inverse of `partition`.
+    """Merge the leaves of two trees into one: the inverse of `partition`.
 
     Args:
         trainable: a tree with `None` where `frozen` has a leaf.
         frozen: a tree with `None` where `trainable` has a leaf.
 
     Returns:
-        The whole tree.
+        The tree of all leaves.
 
     Raises:
-        ValueError: the trees have other structures.
+        ValueError: the two trees have different structures.
 
     Example:
         >>> combine({"a": 1, "b": None}, {"a": None, "b": 2})
@@ -95,17 +94,21 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
 
 
 def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Update the adapter with `tx` and leave the rest: no state for it, zero updates.
+    """Wrap an optimizer so that it updates the adapter only: frozen leaves get zero updates.
 
-    `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`. Compute
-    gradient and update in one `jax.jit`, and XLA drops the gradients of the frozen weights; donate
-    the parameters to it, or the step hands out a second copy of them.
+    `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`. There is
+    no optimizer state for frozen leaves. Compute gradient and update in one `jax.jit`, so that XLA
+    drops the gradients of the frozen weights, and donate the parameters to it, or the step
+    allocates a second copy of them.
+
+    Not to be confused with `optax.transforms.freeze(mask)`, which wraps nothing and zeroes the
+    updates of the masked leaves.
 
     Args:
         tx: an optax gradient transformation.
 
     Returns:
-        A transformation over the whole tree of parameters.
+        A transformation of the tree of all parameters.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""Paths of leaves: how a key path becomes "layers_0/attn/q_proj/kernel", and what was nearly meant.
+"""Paths of leaves as strings, "layers_0/attn/q_proj/kernel", and near misses for errors.
 
-Knows nothing of adapters.
+This file does not know about adapters.
 """
 
 import difflib
@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
+from jaxtyping import PyTree
 
 
-def path_strs(paths: Sequence[KeyPath], tree: Any, start: int = 0) -> list[str]:
-    """Join key paths of a tree with "/", from one of their keys on.
+def path_strs(paths: Sequence[KeyPath], tree: PyTree, start: int = 0) -> list[str]:
+    """Join key paths of a tree with "/", beginning with the key at index `start`.
 
-    The `value` of a box (`nnx.Param`, `nn.Partitioned`) is the box: a node that has nothing else,
-    unlike a NamedTuple's query, key and value.
+    The `value` of a box (`nnx.Param`, `nn.Partitioned`) has the path of the box. A box has no other
+    child, unlike a NamedTuple of query, key and value.
     """
     boxes = {p[:-1] for p in paths if _is_value(p)}
     if boxes:
@@ -34,7 +35,7 @@ def _is_value(path: KeyPath) -> bool:
 
 
 def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, Any]]:
     """Return `(path, leaf)` for every leaf, in tree order."""
     pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
@@ -43,26 +44,26 @@ def leaves_with_paths(
 
 
 def map_with_paths(
-    fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
+    fn: Callable[[str, Any], Any], tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> PyTree:
     """Return the tree of `fn(path, leaf)`."""
     structure = jax.tree.structure(tree, is_leaf)
     return structure.unflatten([fn(path, x) for path, x in leaves_with_paths(tree, is_leaf)])
 
 
 def tells(path: str) -> bool:
-    """Whether a leaf's name says that its inputs come first, as Flax's names do."""
+    """Whether a leaf has one of Flax's names for weights whose inputs come first."""
     leaf = path.rpartition("/")[2]
     return "kernel" in leaf or "embedding" in leaf
 
 
 def is_doubtful(path: str) -> bool:
-    """Whether a leaf's name is one of PyTorch's and Equinox's, where the outputs come first."""
+    """Whether a leaf has the name of PyTorch and Equinox for weights whose outputs come first."""
     return re.search(r"(^|_)weight(_|$)", path.rpartition("/")[2]) is not None
 
 
 def near_misses(word: str, known: Iterable[str]) -> str:
-    """Say which of `known` may have been meant by `word`, as the last sentence of an error."""
+    """Suggest names similar to `word`, as the last sentence of an error."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.4) or known[:3]
     if not close:
@@ -70,7 +71,7 @@ def near_misses(word: str, known: Iterable[str]) -> str:
     return "Closest: " + ", ".join(f'"{c}"' for c in close) + "."
 
 
-def describe(path: str, leaf: Any) -> str:
+def describe(path: str, leaf: PyTree) -> str:
     """Name a leaf by path, dtype and shape: `"dense/kernel" float32[3,4]`."""
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", type(leaf).__name__)
     dims = "" if shape is None else f"[{','.join(map(str, shape))}]"

@@ -1,4 +1,4 @@
-"""What is adapted, in numbers and in words: summary, explain."""
+"""Reports: `summary` counts parameters, `explain` lists where they are used."""
 
 import collections
 import dataclasses
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from jlora._arrays import LoraArray, is_leaf
@@ -17,13 +19,13 @@ from jlora.transform._walk import Settings, Use
 
 
 def summary(params: PyTree) -> str:
-    """Count what trains, in the words of PEFT's `print_trainable_parameters`.
+    """Count the trainable parameters, in the format of PEFT's `print_trainable_parameters`.
 
     Args:
-        params: a tree with `LoraArray` and `FullArray` nodes; of arrays or their shapes.
+        params: a tree with `LoraArray` and `FullArray` nodes, of arrays or `ShapeDtypeStruct`s.
 
     Returns:
-        One line. "all params" counts base weights and adapters, scalings left out.
+        One line. "all params" counts base weights and adapters, without scalings.
 
     Example:
         >>> import jax.numpy as jnp
@@ -32,13 +34,13 @@ def summary(params: PyTree) -> str:
         trainable params: 14 || all params: 26 || trainable%: 53.8462
     """
 
-    def unscaled(x: Any) -> Any:
+    def unscaled(x: PyTree) -> PyTree:
         return dataclasses.replace(x, scaling=None) if isinstance(x, LoraArray) else x
 
     trainable, _ = partition(params)
     counted = jax.tree.map(unscaled, params, is_leaf=is_leaf)
     trained, total = (
-        # An Equinox module's leaves are functions and numbers as well.
+        # The leaves of an Equinox module include functions and numbers.
         sum(
             math.prod(x.shape)
             for x in jax.tree.leaves(tree, is_leaf=is_stored)
@@ -52,11 +54,11 @@ def summary(params: PyTree) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; printed, it is a table.
+    """Hold the result of `explain`; its string is a table.
 
     Attributes:
-        uses: one entry per parameter and place of use.
-        unused: paths of adapted parameters that the function never reads.
+        uses: one entry per parameter and equation that uses it.
+        unused: the paths of adapted parameters that the function never reads.
     """
 
     uses: tuple[Use, ...]
@@ -64,7 +66,7 @@ class Explanation:
 
     @property
     def materialized(self) -> int:
-        """How many uses build W + s·A·B."""
+        """The number of uses that materialize W + s·A·B."""
         return sum(not use.factored for use in self.uses)
 
     def __str__(self) -> str:
@@ -94,20 +96,21 @@ class Explanation:
         )
 
 
-def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> Explanation:
-    """Say where each adapted parameter is used, and whether that use is factored.
+def explain(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyTree) -> Explanation:
+    """List where each adapted parameter is used, and whether that use is factored.
 
-    `lora(fn)(params, *args, **kwargs)` is traced, not run, and nothing is warned of.
+    `lora(fn)(params, *args, **kwargs)` is traced, not run, and no warning is issued.
 
     Args:
         fn: the plain function.
-        params: its first argument, adapted parameters as a rule.
-        *args: its other arguments, which may be adapted as well.
+        params: its first argument, usually adapted parameters.
+        *args: its other arguments, which may contain adapted parameters.
         **kwargs: its keyword arguments.
 
     Returns:
-        An `Explanation`; `print` it for the table: per parameter and place the primitive, the form,
-        why it is materialized where it is, the FLOPs that the adapter adds, and the line.
+        An `Explanation`; `print` it for the table. For each parameter and use it has the primitive,
+        whether the use is factored or why it is materialized, the extra FLOPs of the adapter, and
+        the source line.
 
     Example:
         >>> import jax.numpy as jnp
@@ -117,9 +120,9 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         (0, 'dot_general', 140)
     """
     sites: dict[tuple[int, str], Use] = collections.OrderedDict()
-    alive = []  # an equation's identity is its address, so none may be freed meanwhile
+    alive = []  # equations are identified by address, so none may be freed until the end
 
-    def observe(eqn: Any, use: Use) -> None:
+    def observe(eqn: JaxprEqn, use: Use) -> None:
         alive.append(eqn)
         sites.setdefault((id(eqn), use.name), use)
 
@@ -127,16 +130,16 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     leaves, tree = jax.tree.flatten(((params, *args), kwargs))
     dynamic = [k for k, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
-    def run(*arrays: Any) -> None:
+    def run(*arrays: ArrayLike) -> None:
         filled = list(leaves)
         for k, x in zip(dynamic, arrays, strict=True):
             filled[k] = x
         call(fn, settings, None, *tree.unflatten(filled))
 
     jax.eval_shape(run, *(leaves[k] for k in dynamic))
-    given = ((params, *args), kwargs)
-    pairs = jax.tree_util.tree_leaves_with_path(given, is_leaf=is_leaf)
-    names = argument_paths(pairs, given)
+    arguments = ((params, *args), kwargs)
+    pairs = jax.tree_util.tree_leaves_with_path(arguments, is_leaf=is_leaf)
+    names = argument_paths(pairs, arguments)
     adapted = [p for p, (_, x) in zip(names, pairs, strict=True) if isinstance(x, LoraArray)]
     order = {name: k for k, name in enumerate(adapted)}
     uses = sorted(sites.values(), key=lambda use: order[use.name])

@@ -1,4 +1,4 @@
-"""What to adapt and how: `LoraSpec`, and rules from regular expressions to specs."""
+"""Which weights to adapt and how: `LoraSpec`, and rules from regular expressions to specs."""
 
 import dataclasses
 import itertools
@@ -14,39 +14,44 @@ from jax.typing import DTypeLike
 from jlora import forms
 from jlora._paths import near_misses
 
+Slices = tuple[tuple[int, int], ...] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """Say how one group of weights is adapted: `W + s · A B`, `s = α/r` (or `α/√r`).
+    """Specify how a group of weights is adapted: `W + s · A B`, `s = α/r` (or `α/√r`).
 
     Args:
-        rank: r, at least 1; above min(in, out) of a weight it is wasteful. PEFT's `r`.
-        alpha: α, 16 where it is not given, whatever the rank. PEFT's `lora_alpha`, which is 8.
+        rank: r, at least 1; a rank above min(in, out) of a weight is wasteful. PEFT's `r`.
+        alpha: α, 16 by default, for any rank. PEFT's `lora_alpha`, whose default is 8.
         scaling: "lora" for s = α/r, "rslora" for s = α/√r (PEFT's `use_rslora`).
         init: a function of `jlora.initializers`, `(key, weight, rank, scaling, dtype) -> (A, B)`,
-            or `(A, B, residual)` where A B is a part of the weight. `None` is the form's own.
+            or `(A, B, residual)` if A B is part of the weight. `None` is the form's default.
         layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
-        dtype: of A, B and m, a floating type; float32 also over a bfloat16 base.
-        slices: `(start, stop)` ranges of the first output dimension, each with an update of its
-            own; what lies between has none. For the query and value of a fused kernel of width
+        dtype: the dtype of A, B and m, a floating type; float32 by default, also for a bfloat16
+            base.
+        slices: `(start, stop)` ranges of the first output dimension, each with its own update;
+            outputs outside the ranges have none. For the query and value of a fused kernel of width
             3 · 768: `slices=((0, 768), (1536, 2304))`. loralib's `MergedLinear(enable_lora=...)`.
-        dora: also train a magnitude m per output (of all outputs, where there are slices), in
+        dora: also train a magnitude m per output (for all outputs, even with slices), in
             `m · (W + s · A B) / ‖W + s · A B‖`. PEFT's `use_dora`.
-        form: the variant, by its name in `jlora.forms`: what the update is and what of it trains.
-            "lora": A and B (`init`: `kaiming`).
-            "lora_fa": B over a frozen A (`kaiming`).
-            "lora_xs": R, r × r and zero at first, in `W + s · A R B`, between frozen singular
+        form: the variant, by its name in `jlora.forms`. It defines the update and its trainable
+            parts; the default `init` is in parentheses.
+            "lora": A and B (`kaiming`).
+            "lora_fa": B, with a frozen A (`kaiming`).
+            "lora_xs": R, r × r and initially zero, in `W + s · A R B`, between frozen singular
             vectors of W (`lora_xs`).
-            "vera": two vectors, 0.1 and zero at first, in `W + s · A Λ_d B Λ_b`, between random A
-            and B (`vera`). The paper has s = 1, `alpha=rank`, and one A and B for all layers:
+            "vera": two vectors, initially 0.1 and zero, in `W + s · A Λ_d B Λ_b`, with random A
+            and B (`vera`). The paper uses s = 1, `alpha=rank`, and the same A and B for all layers:
             `jlora.tie`.
-            "adalora": A, B and r singular values, zero at first, in `W + s · A Λ B` (`adalora`).
-            `jlora.optim.adalora` chooses which of them stay zero.
-            "mica": A over a frozen B (`mica`).
+            "adalora": A, B and r singular values, initially zero, in `W + s · A Λ B` (`adalora`).
+            `jlora.optim.adalora` prunes the singular values.
+            "mica": A, with a frozen B (`mica`).
 
     Raises:
-        ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout of other
-            letters, slices that are empty, overlap or go backwards, or that the form cannot have.
+        ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout with letters
+            other than i and o, slices that are empty, overlap or are not in increasing order, or
+            that the form does not support.
         TypeError: rank not an integer, init not callable, dtype not floating, dora not a bool.
 
     Example:
@@ -67,7 +72,7 @@ class LoraSpec:
     init: forms.Initializer | None = None
     layout: str | None = None
     dtype: DTypeLike = jnp.float32
-    slices: tuple[tuple[int, int], ...] | None = None
+    slices: Slices = None
     dora: bool = False
     form: str = "lora"
 
@@ -76,7 +81,7 @@ class LoraSpec:
             raise TypeError(f"`LoraSpec(rank={self.rank!r})`: the rank must be an integer.")
         if not hasattr(self.alpha, "__float__"):
             raise TypeError(f"`LoraSpec(alpha={self.alpha!r})`: alpha must be a number.")
-        # Hashable, whatever they came as: NumPy's and JAX's numbers, lists from JSON.
+        # Make these hashable: they may be numbers of NumPy or JAX, or lists from JSON.
         object.__setattr__(self, "rank", operator.index(self.rank))
         if not isinstance(self.alpha, int | float):
             object.__setattr__(self, "alpha", float(self.alpha))
@@ -84,7 +89,7 @@ class LoraSpec:
         if self.rank < 1:
             raise ValueError(
                 f"`LoraSpec(rank={self.rank})`: the rank must be at least 1. "
-                "To leave a weight alone give its rule None."
+                "To leave a weight unchanged, map its path to None."
             )
         if not math.isfinite(self.alpha):
             raise ValueError(f"`LoraSpec(alpha={self.alpha})`: alpha must be finite.")
@@ -97,11 +102,11 @@ class LoraSpec:
         if self.slices is not None and why is not None:
             raise ValueError(
                 f"`LoraSpec(form={self.form!r}, slices=...)`: {why}. "
-                'Use the form "lora" for slices, or leave them out.'
+                'Use the form "lora" for slices, or omit them.'
             )
         if not (self.init is None or callable(self.init)):
             raise TypeError(
-                f"`LoraSpec(init={self.init!r})`: give a function, e.g. "
+                f"`LoraSpec(init={self.init!r})`: pass a function, e.g. "
                 "`init=jlora.initializers.kaiming`."
             )
         if not isinstance(self.dora, bool):
@@ -111,7 +116,7 @@ class LoraSpec:
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(
                 f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "
-                "dtype must be floating; leave it out for float32."
+                "dtype must be floating; omit it for float32."
             )
 
     @property
@@ -120,8 +125,8 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
 
-def _ranges(slices: Any) -> tuple[tuple[int, int], ...] | None:
-    """Return slices as pairs of integers, in rising order and apart."""
+def _ranges(slices: Any) -> Slices:
+    """Convert slices to pairs of integers; refuse pairs that overlap or do not increase."""
     if slices is None:
         return None
     try:
@@ -132,27 +137,27 @@ def _ranges(slices: Any) -> tuple[tuple[int, int], ...] | None:
     rising = all(start < stop for start, stop in pairs)
     if not bounds or bounds[0] < 0 or not rising or bounds != sorted(bounds):
         raise ValueError(
-            f"`LoraSpec(slices={slices!r})`: give (start, stop) ranges in rising "
+            f"`LoraSpec(slices={slices!r})`: give (start, stop) ranges in increasing "
             "order that do not overlap, e.g. `slices=((0, 768), (1536, 2304))`, or None."
         )
     return pairs
 
 
 def check_layout(layout: str, call: str) -> None:
-    """Refuse a layout that has other letters than i and o, or lacks one of them."""
+    """Refuse a layout that has letters other than i and o, or lacks one of them."""
     if set(layout) != {"i", "o"}:
         raise ValueError(
             f'`{call}`: a layout has one letter per dimension, "i" for input and "o" for output, '
             'and at least one of each: "io" for a Dense kernel, "iiio" for an HWIO convolution, '
-            '"ioo" for an attention query. Stack dimensions lead and have no letter.'
+            '"ioo" for an attention query. Stack dimensions come first and have no letter.'
         )
 
 
 def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[str, Any]:
-    """Return the first matching rule's value per path; every rule must decide at least one."""
+    """Return the value of the first matching rule per path; refuse a rule that decides none."""
     if not isinstance(rules, Mapping):
         raise TypeError(
-            f"`{call}`: give a mapping from regular expressions to specs, e.g. "
+            f"`{call}`: pass a mapping from regular expressions to specs, e.g. "
             f'`{{r".*/kernel": jlora.LoraSpec(rank=8)}}`; got {rules!r}.'
         )
     compiled = {key: _compile(key, call) for key in rules}
@@ -160,7 +165,7 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
         if not (value is None or value == "full" or isinstance(value, LoraSpec)):
             raise TypeError(
                 f'`{call}`: the rule "{key}" has the value {value!r}; give a `jlora.LoraSpec`, '
-                '"full" (train the parameter whole) or None (leave it).'
+                '"full" (train the parameter in full) or None (leave it unchanged).'
             )
     chosen: dict[str, Any] = {}
     decided: set[str] = set()
@@ -175,12 +180,12 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
             continue
         if any(pattern.fullmatch(path) for path in paths):
             raise ValueError(
-                f'`{call}`: the rule "{key}" never applies: an earlier rule takes every parameter '
-                "that it matches, and the first match wins. Move it up, or take it out."
+                f'`{call}`: the rule "{key}" never applies: an earlier rule matches each of its '
+                "parameters, and the first match wins. Move it up, or remove it."
             )
         raise ValueError(
             f'`{call}`: the rule "{key}" matches no parameter. Rules are regular expressions that '
-            f'match a whole path, e.g. r".*/kernel". {near_misses(key, paths)}'
+            f'must match the full path, e.g. r".*/kernel". {near_misses(key, paths)}'
         )
     return chosen
 
@@ -188,8 +193,8 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
 def _first_match(compiled: Mapping[str, re.Pattern[str]]) -> Callable[[str], str | None]:
     """Return the function from a path to the first key that matches it.
 
-    Keys that are paths, such as those of `jlora.peft.rules`, one a leaf, are looked up; only the
-    others are tried one by one.
+    Keys that are literal paths, such as those of `jlora.peft.rules`, one per leaf, are looked up
+    in a dictionary; only the others are tried one by one.
     """
     literal: dict[str, tuple[int, str]] = {}
     tried: list[tuple[int, str]] = []

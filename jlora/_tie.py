@@ -1,8 +1,8 @@
-"""Parts that several weights share: one array in the tree, and references to it elsewhere.
+"""Parts shared by several weights: one array in the tree, and references to it elsewhere.
 
-A tied tree is a pytree like any other: the shared array is one leaf, so it is stored, trained,
-saved and donated once. `untie` writes it out where it is used, and its gradient is the sum of its
-uses' because that is what the gradient of writing it out is.
+The shared array is a single leaf of the tied tree, so it is stored, trained, saved and donated
+once. `untie` replaces each reference by the array. The gradient of the shared array is then the sum
+of the gradients of its uses, by the chain rule.
 """
 
 import dataclasses
@@ -20,25 +20,25 @@ from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misse
 
 
 def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
-    """Let all weights that a pattern matches share a part of their updates.
+    """Share parts of the update among all weights that match a pattern.
 
-    `W_k + s · A B_k`, or what else is asked for. The largest weight's values stay, and a smaller
-    weight takes the leading part of them: its first inputs of A, its first outputs of B. The
-    layers of a stack share as well.
+    Sharing A gives `W_k + s · A B_k`. The shared values are those of the largest weight; a smaller
+    weight uses the leading part of them: the first inputs of A, the first outputs of B. The layers
+    of a stack share the part as well.
 
     Args:
         params: adapted parameters, from `jlora.attach`.
-        groups: from a regular expression, matched whole against the "/"-joined path of a weight, to
-            the names of parts: "lora_a", "lora_b", and those of a form that can be shared. VeRA:
-            `{".*": ("lora_a", "lora_b")}`.
+        groups: mapping from a regular expression, which must match the full "/"-joined path of a
+            weight, to the names of parts: "lora_a", "lora_b", and the shareable parts of a form.
+            For VeRA: `{".*": ("lora_a", "lora_b")}`.
 
     Returns:
-        A tree whose shared parts are there once. `jlora.partition`, `jlora.freeze` and
-        `jlora.checkpoint` take it as it is; everything else takes `jlora.untie` of it.
+        A tree that contains each shared part once. `jlora.partition`, `jlora.freeze` and
+        `jlora.checkpoint` accept it; for all other functions call `jlora.untie` first.
 
     Raises:
-        ValueError: a pattern that matches no adapted weight, an unknown part, a part that is tied
-            already; weights of several ranks, dtypes, or choices of what is frozen, or with slices.
+        ValueError: a pattern matches no adapted weight; a part is unknown or already tied; the
+            weights differ in rank, dtype or frozen parts, or have slices.
 
     Example:
         >>> import jax
@@ -66,7 +66,7 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
         if not found:
             raise ValueError(
                 f'`{call}`: "{pattern}" matches no adapted weight. Patterns are regular '
-                f"expressions that match a whole path. {near_misses(pattern, nodes)}"
+                f"expressions that must match the full path. {near_misses(pattern, nodes)}"
             )
         for part in parts:
             _refuse(part, {path: (nodes[path].rank, moved[path]) for path in found}, call)
@@ -79,20 +79,20 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
 
 
 def untie(params: PyTree) -> PyTree:
-    """Write shared parts out where they are used: what the other functions take.
+    """Replace references to shared parts by the arrays, as other functions require.
 
-    Inside the function that is differentiated, so that a shared part's gradient is the sum of its
-    uses'.
+    Call it inside the function that is differentiated: the gradient of a shared part is then the
+    sum of the gradients of its uses.
 
     Args:
-        params: what `jlora.tie` returned, its base weights in place; any other tree comes back as
-            it is.
+        params: what `jlora.tie` returned, with its base weights; any other tree is returned
+            unchanged.
 
     Returns:
         A tree of `LoraArray` nodes that have all their parts.
 
     Raises:
-        ValueError: a weight whose part is another's that is not in the tree, or whose base is out.
+        ValueError: the owner of a shared part is not in the tree, or a base is missing.
 
     Example:
         >>> import jax
@@ -107,7 +107,7 @@ def untie(params: PyTree) -> PyTree:
     call = "jlora.untie(params)"
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if isinstance(x, LoraArray)}
 
-    def written_out(path: str, node: LoraArray, part: str) -> Any:
+    def resolved(path: str, node: LoraArray, part: str) -> Any:
         value, source = node.parts[part], node
         if isinstance(value, Tied):
             owner, source = value.owner, nodes.get(value.owner)
@@ -115,12 +115,12 @@ def untie(params: PyTree) -> PyTree:
             if source is None or value is None or isinstance(value, Tied):
                 raise ValueError(
                     f'`{call}`: the {part} of "{path}" is that of "{owner}", which has none here. '
-                    f"Give the whole tree that `jlora.tie` returned. {near_misses(owner, nodes)}"
+                    f"Pass the full tree that `jlora.tie` returned. {near_misses(owner, nodes)}"
                 )
             if node.base is None or source.base is None:
                 raise ValueError(
-                    f'`{call}`: the base of "{path}" or of "{owner}", which says how long their '
-                    f"{part} is, is taken out. Put it together first: `jlora.bind(base, adapter)` "
+                    f'`{call}`: the base of "{path}" or of "{owner}", which defines the shape of '
+                    f"their {part}, is missing. Put it back first: `jlora.bind(base, adapter)` "
                     "or `jlora.combine(trainable, frozen)`."
                 )
         return value if value is None or node.base is None else _leading(value, part, source, node)
@@ -128,12 +128,12 @@ def untie(params: PyTree) -> PyTree:
     moved = {}
     for path, node in nodes.items():
         shared = [part for part in node.parts if part in forms.shareable()]
-        moved[path] = node.with_parts({part: written_out(path, node, part) for part in shared})
+        moved[path] = node.with_parts({part: resolved(path, node, part) for part in shared})
     return _put(params, moved)
 
 
 def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) -> None:
-    """Refuse a part that these weights, of known ranks, cannot share."""
+    """Refuse a part that these weights, given with their ranks, cannot share."""
     if part not in forms.shareable():
         raise ValueError(
             f"`{call}`: {part!r} cannot be shared; give names among "
@@ -145,7 +145,7 @@ def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) ->
         if node.slices is not None:
             raise ValueError(
                 f"`{call}`: {describe(path, node.base)} is adapted on slices of its outputs, each "
-                "with an A and B of its own. Leave it out of the pattern."
+                "with its own A and B. Exclude it from the pattern."
             )
         value = node.parts.get(part)
         if isinstance(value, Tied) or value is None:
@@ -159,30 +159,30 @@ def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) ->
         one, other = list(kinds.values())[:2]
         raise ValueError(
             f'`{call}`: the {part} of "{one}" and of "{other}" differ in rank, dtype, form or in '
-            "whether they train. Give both the same `jlora.LoraSpec`, or a pattern each."
+            "whether they train. Give both the same `jlora.LoraSpec`, or one pattern each."
         )
 
 
 def _width(node: LoraArray, part: str) -> int:
-    """Return how many inputs or outputs a part has; 1 where it has the rank alone."""
+    """Return the number of inputs or outputs of a part; 1 if its only axis is the rank."""
     return math.prod(_matrix(node, part))
 
 
 def _matrix(node: LoraArray, part: str, rank: int = 1) -> tuple[int, ...]:
-    """Return a part's shape for one element of the stack, its inputs and its outputs in one."""
+    """Return a part's shape for one stack element, with inputs and outputs flattened."""
     geometry = Geometry.of(node.shape, node.layout)
     flat = Geometry((), (geometry.fan_in,), (geometry.fan_out,), "io")
     return flat.along(forms.parts(node)[part].axes, flat.shape, rank)
 
 
 def _first(node: LoraArray, part: str) -> Array:
-    """Return a part of the first layer of a stack, with as many axes as the stack has."""
+    """Return a part of the first layer of a stack, keeping the stack axes with size 1."""
     stack = Geometry.of(node.shape, node.layout).stack
     return node.parts[part][(slice(0, 1),) * len(stack)]
 
 
 def _leading(value: Array, part: str, source: LoraArray, node: LoraArray) -> Array:
-    """Return the leading part of a shared array that a node asks for, the same for its stack."""
+    """Return the leading part of a shared array that a node uses, broadcast over its stack."""
     stack = Geometry.of(node.shape, node.layout).stack
     if source is node and value.shape[: len(stack)] == stack:
         return value
@@ -190,7 +190,7 @@ def _leading(value: Array, part: str, source: LoraArray, node: LoraArray) -> Arr
     rank = value.shape[-1 if axes.endswith("r") else len(source.shape) - len(source.layout)]
     dims = dataclasses.replace(to, stack=()).along(axes, to.shape[len(stack) :], rank)
     if value.shape == (*stack, *dims):
-        return value  # the very array
+        return value  # without a copy
     own = value.reshape(-1, *_matrix(source, part, rank))
     own = own[(slice(None), *(slice(n) for n in _matrix(node, part, rank)))]
     return jnp.broadcast_to(own.reshape(*(1,) * len(stack), *dims), (*stack, *dims))

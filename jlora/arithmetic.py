@@ -1,4 +1,4 @@
-"""Arithmetic of adapters: exact, by factors side by side, never through a dense delta."""
+"""Arithmetic of adapters: exact, by concatenating factors; a dense delta is never built."""
 
 import dataclasses
 from typing import Any
@@ -12,24 +12,24 @@ from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
 def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
-    """Turn what was trained over a residual into plain LoRA of rank 2r on the original weights.
+    """Convert an adapter trained over a residual to LoRA of rank 2r on the original weights.
 
     `W_res + s A B = W + s A B - s₀ A₀ B₀ = W + s₀ [A, A₀] [(s/s₀) B; -B₀]`
 
     Args:
         params: trained parameters, or their adapter from `jlora.detach`.
-        initial: what the training began with, from `jlora.attach` (or `corda`, `lora_ga`), or its
-            adapter.
-        base: the original weights, what `jlora.attach` was given.
+        initial: the parameters before training, from `jlora.attach` (or `corda`, `lora_ga`), or
+            their adapter.
+        base: the original weights, as passed to `jlora.attach`.
 
     Returns:
-        `base` with the adapter on it. Nodes that are not `residual` keep their A and B; the base
-        weights are the very arrays that were given. In float32 it differs from `params` by
-        rounding; where W is bfloat16, by the one rounding of the residual as well.
+        `base` with the adapter attached. Nodes that are not `residual` keep their A and B; base
+        weights are not copied. In float32 the result differs from `params` by rounding; where W is
+        bfloat16, also by the rounding of the residual.
 
     Raises:
-        ValueError: nothing is a residual; a node of `initial` is not what the one of `params`
-            began as; `base` has other paths.
+        ValueError: no node is a residual; a node of `initial` does not match that of `params`;
+            `base` has different paths.
 
     Example:
         >>> import jax
@@ -37,7 +37,7 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
         >>> base = {"w": jax.random.normal(jax.random.key(0), (6, 4))}
         >>> spec = LoraSpec(rank=2, init=initializers.pissa)
         >>> initial = attach(base, {"w": spec}, key=jax.random.key(1))
-        >>> plain = residual_to_lora(initial, initial, base)  # as if nothing had been learned
+        >>> plain = residual_to_lora(initial, initial, base)  # before any training
         >>> plain["w"].rank, bool(jnp.allclose(merge(plain)["w"], base["w"], atol=1e-6))
         (4, True)
 
@@ -45,43 +45,43 @@ def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
     `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.
     """
     call = "jlora.arithmetic.residual_to_lora(params, initial, base)"
-    begun = dict(leaves_with_paths(initial, is_adapted))
+    first = dict(leaves_with_paths(initial, is_adapted))
     adapter = detach(params)[1]
     moved = {
-        path: _difference(node, _begun(path, node, begun.get(path), call))
+        path: _difference(node, _initial(path, node, first.get(path), call))
         for path, node in leaves_with_paths(adapter, is_adapted)
         if isinstance(node, LoraArray) and node.residual
     }
     if not moved:
         raise ValueError(
-            f"`{call}`: nothing in `params` stands over a residual, so there is nothing to "
-            "convert: it is plain LoRA already."
+            f"`{call}`: no node of `params` has a residual as its base, so there is nothing to "
+            "convert."
         )
 
     is_leaf = lambda x: x is None or is_adapted(x)
     return bind(base, map_with_paths(lambda path, x: moved.get(path, x), adapter, is_leaf))
 
 
-def _begun(path: str, node: LoraArray, first: Any, call: str) -> LoraArray:
-    """Return the initial node; refuse one that the trained one cannot have begun as."""
+def _initial(path: str, node: LoraArray, first: object, call: str) -> LoraArray:
+    """Return the initial node; refuse one that does not match the trained one."""
 
-    def kind(x: Any) -> Any:
+    def kind(x: LoraArray) -> tuple[Any, ...]:
         return x.lora_a.shape, x.lora_b.shape, x.layout, x.slices, x.residual
 
     if any(isinstance(x, Tied) for x in (node.lora_a, node.lora_b)):
         raise ValueError(
-            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '
+            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Pass '
             "`jlora.untie(params)`, and of `initial` too."
         )
     if node.lora_a is None or node.lora_b is None:
         raise ValueError(
-            f'`{call}`: A or B of "{path}" is taken out. Put it together first: '
+            f'`{call}`: A or B of "{path}" is missing. Put it back first: '
             "`jlora.combine(trainable, frozen)`."
         )
     if not isinstance(first, LoraArray) or first.lora_a is None or kind(first) != kind(node):
         raise ValueError(
-            f"`{call}`: {describe(path, node.lora_a)} (its A) did not begin as what `initial` has "
-            "there. Give what `jlora.attach` returned, with the same rules."
+            f"`{call}`: {describe(path, node.lora_a)} (its A) does not match the node in "
+            "`initial`. Pass what `jlora.attach` returned, with the same rules."
         )
     return first
 
@@ -92,10 +92,10 @@ def _difference(node: LoraArray, first: LoraArray) -> LoraArray:
     axis = node.lora_b.ndim - outs - 1
     parts = 1 if node.slices is None else len(node.slices)
 
-    def apart(a: Array) -> Array:
-        return a.reshape(*a.shape[:-1], parts, -1)  # each slice's ranks by themselves
+    def per_slice(a: Array) -> Array:
+        return a.reshape(*a.shape[:-1], parts, -1)  # one axis for slices, one for the rank
 
-    a = jnp.concatenate([apart(node.lora_a), apart(first.lora_a)], -1)
+    a = jnp.concatenate([per_slice(node.lora_a), per_slice(first.lora_a)], -1)
     grown = jnp.asarray(node.scaling, jnp.float32) / jnp.asarray(first.scaling, jnp.float32)
     grown = grown.reshape(*grown.shape, *(1,) * (node.lora_b.ndim - grown.ndim))
     b = node.lora_b * grown.astype(node.lora_b.dtype)

@@ -1,23 +1,25 @@
-"""Adapters on disk, through Orbax: what one task owns, a few MB, without the base weights.
+"""Save and restore adapters with Orbax: the arrays of one task, without the base weights.
 
-A checkpoint describes itself: next to the arrays it keeps each leaf's path, kind and layout, so it
-restores into plain base weights. It is written to a hidden folder, then renamed into place. Orbax
-stores arrays without checksums; the index has one of each array and one of itself.
+A checkpoint is self-describing: an index stores the path, kind and layout of each leaf, so that the
+adapter can be restored onto plain base weights. It is written to a temporary sibling directory,
+then renamed into place. Orbax stores arrays without checksums; the index has one for each array and
+one for itself.
 """
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._adapt import bind, detach
-from jlora._arrays import FullArray, Geometry, LoraArray, Tied, is_adapted, is_leaf
+from jlora._arrays import Adapted, FullArray, Geometry, LoraArray, Tied, is_adapted, is_leaf
 from jlora._disk import digest, replacing, seal, unseal
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._tie import untie
@@ -27,16 +29,17 @@ _ARRAYS = "arrays"
 
 
 def save(directory: str | os.PathLike[str], params: PyTree) -> None:
-    """Save the adapter of `params`, and nothing of its base weights.
+    """Save the adapter of `params`, without the base weights.
 
     Args:
-        directory: where; a checkpoint that is there already is replaced, at the end, in one step.
-            Hidden folders that a killed process left next to it are removed.
+        directory: the target; an existing checkpoint is replaced by a rename once the new one is
+            written. Hidden directories left next to it by killed processes are removed.
         params: adapted parameters, or an adapter from `jlora.detach`.
 
     Raises:
-        ValueError: nothing is adapted, a part of a node is taken out (`jlora.partition`), or
-            `directory` holds something else than a checkpoint, or is a file or the current folder.
+        ValueError: nothing is adapted; a part of a node is missing (`jlora.partition`);
+            `directory` contains something other than a checkpoint, is a file or is the current
+            directory.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -48,15 +51,15 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         >>> bool((restored["w"].lora_a == params["w"].lora_a).all())
         True
 
-    Reference: PEFT's `save_pretrained`; its file format is `jlora.peft`'s.
+    Reference: PEFT's `save_pretrained`; for its file format see `jlora.peft`.
     """
     call = f"jlora.checkpoint.save({str(directory)!r}, params)"
-    target = Path(directory).resolve()  # what a link points to is replaced, not the link
+    target = Path(directory).resolve()  # replaces the target of a link, not the link
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if is_adapted(x)}
     if not nodes:
         raise ValueError(
             f"`{call}`: nothing in `params` is adapted. "
-            "Give what `jlora.attach` returned, not the merged or the base weights."
+            "Pass what `jlora.attach` returned, not the merged or the base weights."
         )
     _refuse_target(target, call)
     for path, node in nodes.items():
@@ -84,57 +87,62 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         (new / _INDEX).write_text(seal({"version": 2, "leaves": index, "arrays": checked}))
 
 
-def _entry(x: Any) -> dict[str, Any]:
-    """Describe an array, so that what is read can be compared with what was written."""
+def _entry(x: Array | np.ndarray) -> dict[str, Any]:
+    """Return shape, dtype and checksum of an array, to verify what is read."""
     return {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name, "sha256": digest(x)}
 
 
 def _refuse_target(target: Path, call: str) -> None:
-    """Refuse to replace what is no checkpoint, or the folder that the process stands in."""
+    """Refuse to replace anything but a checkpoint, and the current directory."""
     why = None
     if target.exists() and not target.is_dir():
         why = "this is a file"
     elif target == Path.cwd():
-        why = "this is the current folder"
+        why = "this is the current directory"
     elif target.exists() and not (target / _INDEX).is_file() and any(target.iterdir()):
-        why = "the folder holds other files"
+        why = "the directory contains other files"
     if why is not None:
-        raise ValueError(f"`{call}`: {why}, which saving would replace. Give a folder of its own.")
+        raise ValueError(
+            f"`{call}`: {why}, which saving would replace. Pass a new or empty directory."
+        )
 
 
-def _refuse_part(path: str, node: Any, call: str) -> None:
-    """Refuse what `jlora.partition` returned: half of an adapter could not be restored."""
-    lora = isinstance(node, LoraArray)
-    needed = {**node.parts, "scaling": node.scaling} if lora else {"value": node.value}
+def _refuse_part(path: str, node: Adapted, call: str) -> None:
+    """Refuse the output of `jlora.partition`: half of an adapter could not be restored."""
+    needed = (
+        {**node.parts, "scaling": node.scaling}
+        if isinstance(node, LoraArray)
+        else {"value": node.value}
+    )
     for name, value in needed.items():
         if value is None:
             raise ValueError(
-                f'`{call}`: the {name} of "{path}" is taken out, and without it the adapter could '
-                "not be restored. Give `jlora.combine(trainable, frozen)`."
+                f'`{call}`: the {name} of "{path}" is missing, and without it the adapter could '
+                "not be restored. Pass `jlora.combine(trainable, frozen)`."
             )
 
 
 def _parts(node: LoraArray) -> dict[str, Any]:
-    """Return what a node has beside its base."""
+    """Return all parts of a node except its base."""
     parts = {**node.parts, "scaling": node.scaling}
     return {p: x if isinstance(x, Tied) else jax.numpy.asarray(x) for p, x in parts.items()}
 
 
 def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
-    """Put a saved adapter on base weights, bit for bit as it was saved, which checksums confirm.
+    """Restore a saved adapter onto base weights, bit for bit, verified by checksums.
 
     Args:
         directory: what `save` wrote.
-        params: base parameters, plain or adapted (their adapter is left out). An adapter over a
-            residual needs that residual: what the training began with, made again in the same way.
+        params: base parameters, plain or adapted (their adapter is ignored). An adapter over a
+            residual requires that residual: recreate the initial parameters of the training run.
 
     Returns:
-        The adapted parameters; the base weights are the very arrays that were given.
+        The adapted parameters. Base weights are not copied.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a checkpoint that is damaged, or of another model: the paths and shapes that do
-            not fit are named; or over another kind of base, plain or residual.
+        FileNotFoundError: `directory` is not a checkpoint.
+        ValueError: the checkpoint is damaged, is of another model (the error names paths and shapes
+            that do not match), or requires another base: original weights or a residual.
 
     Example:
         See `save`.
@@ -155,15 +163,15 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(source / _ARRAYS).item_metadata.tree
-            _check_shapes(metadata, checked)  # before anything of these sizes is made
+            _verify_shapes(metadata, checked)  # before anything is allocated
             target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metadata)
             arrays = checkpointer.restore(source / _ARRAYS, target)
-    except Exception as error:  # Orbax and tensorstore raise of many kinds for a damaged folder
+    except Exception as error:  # Orbax and tensorstore raise many types for damaged files
         raise ValueError(
             f"`{call}`: the arrays cannot be read: {str(error).splitlines()[0]}. The checkpoint is "
-            "damaged or was copied in part; copy the whole folder again."
+            "damaged or incomplete; copy the full directory again."
         ) from error
-    _check_values(arrays, checked, index, call)
+    _verify_values(arrays, checked, index, call)
     nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
     adapter = map_with_paths(lambda path, _: nodes.get(path), base, is_leaf)
     restored = bind(base, adapter)
@@ -173,8 +181,8 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     return restored
 
 
-def _check_shapes(metadata: Any, checked: Any) -> None:
-    """Refuse arrays that are not those of the index; an older index does not list them."""
+def _verify_shapes(metadata: Mapping[str, Any], checked: Mapping[str, Any] | None) -> None:
+    """Refuse arrays that differ from the index; an older index does not list them."""
     if checked is not None:
         found = {
             leaf: {p: (list(x.shape), np.dtype(x.dtype).name) for p, x in parts.items()}
@@ -184,18 +192,25 @@ def _check_shapes(metadata: Any, checked: Any) -> None:
             leaf: {p: (x["shape"], x["dtype"]) for p, x in parts.items()}
             for leaf, parts in checked.items()
         }:
-            raise ValueError(f"their shapes and dtypes are not those of {_INDEX}")
+            raise ValueError(f"their shapes and dtypes differ from those in {_INDEX}")
 
 
-def _check_values(arrays: Any, checked: Any, index: dict[str, Any], call: str) -> None:
-    """Refuse values that are not those that were saved."""
-    for path, entry in index.items() if checked is not None else ():
+def _verify_values(
+    arrays: Mapping[str, Any],
+    checked: Mapping[str, Any] | None,
+    index: dict[str, Any],
+    call: str,
+) -> None:
+    """Refuse values that differ from those that were saved."""
+    if checked is None:
+        return
+    for path, entry in index.items():
         for part, x in checked.get(entry["leaf"], {}).items():
             if x["sha256"] not in (None, digest(arrays[entry["leaf"]][part])):
                 raise ValueError(
                     f'`{call}`: the {part} of "{path}" is not what was saved: its checksum differs '
-                    f'from that in {_INDEX}, so a file in "{_ARRAYS}" is damaged. Copy the whole '
-                    "folder again, or take an earlier checkpoint."
+                    f'from that in {_INDEX}, so a file in "{_ARRAYS}" is damaged. Copy the full '
+                    "directory again, or use an earlier checkpoint."
                 )
 
 
@@ -203,7 +218,7 @@ def _read_index(source: Path, call: str) -> tuple[dict[str, dict[str, Any]], Any
     file = source / _INDEX
     if not file.is_file():
         raise FileNotFoundError(
-            f"`{call}`: no checkpoint of jlora is there (no {_INDEX}). Give the folder that "
+            f"`{call}`: this is not a checkpoint of jlora (no {_INDEX}). Pass the directory that "
             "`jlora.checkpoint.save` wrote."
         )
     try:
@@ -226,33 +241,34 @@ def _read_index(source: Path, call: str) -> tuple[dict[str, dict[str, Any]], Any
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"`{call}`: {_INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
-            "Copy the whole folder again."
+            "Copy the full directory again."
         ) from None
     return index, checked
 
 
 def _same_bases(index: dict[str, Any], nodes: dict[str, Any], call: str) -> None:
-    """Refuse an adapter over a residual on plain weights, and a plain one on a residual."""
+    """Refuse an adapter over a residual on original weights, and the reverse."""
     for path, node in nodes.items():
         ours = getattr(node, "residual", False)
         if index.get(path, {}).get("residual", False) and not ours:
             raise ValueError(
-                f'`{call}`: the adapter of "{path}" was trained over a residual, W less its first '
-                "A and B (`pissa`, `corda`, ...), so on W it gives other numbers. Restore it into "
-                "what the training began with, made again with the same rules, key and data, or "
-                "save it converted: "
-                "`jlora.arithmetic.residual_to_lora(params, initial, base)`."
+                f'`{call}`: the adapter of "{path}" was trained over a residual, W minus the '
+                "initial s A B (`pissa`, `corda`, ...), and does not fit W. Restore it into the "
+                "initial parameters, recreated with the same rules, key and data, or convert it "
+                "before saving: `jlora.arithmetic.residual_to_lora(params, initial, base)`."
             )
         if ours and not index.get(path, {}).get("residual", False):
             raise ValueError(
-                f'`{call}`: the base of "{path}" in `params` is a residual, W less its first A and '
-                "B, and the adapter is of W itself. Give the original weights, what "
-                "`jlora.attach` was given."
+                f'`{call}`: the base of "{path}" in `params` is a residual, W minus the initial '
+                "s A B, but the adapter was trained over W itself. Pass the original weights, as "
+                "passed to `jlora.attach`."
             )
 
 
-def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -> Any:
-    """Make one node, without its base, and check that it fits the leaf."""
+def _node(
+    path: str, leaf: PyTree, entry: dict[str, Any], arrays: Mapping[str, Any], call: str
+) -> Adapted:
+    """Make one node, without its base, and verify that it fits the leaf."""
     saved = {k: jax.numpy.asarray(x) for k, x in arrays.get(entry["leaf"], {}).items()}
     if entry["kind"] == "full" and set(saved) == {"value"}:
         shapes, want = [saved["value"].shape], [leaf.shape]
@@ -262,7 +278,7 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
         if entry["tied"]:
             return node
         geometry, parts = Geometry.of(leaf.shape, node.layout), forms.parts(node)
-        ones = (1,) * len(geometry.stack)  # where `jlora.tie` lets the layers of a stack share
+        ones = (1,) * len(geometry.stack)  # if `jlora.tie` shares it among layers
         shapes = [node.parts[name].shape for name in parts]
         want = [
             (*ones, *shape[len(ones) :]) if found[: len(ones)] == ones else shape
@@ -283,7 +299,7 @@ def _node(path: str, leaf: Any, entry: dict[str, Any], arrays: Any, call: str) -
 
 
 def _lora(path: str, parts: dict[str, Any], entry: dict[str, Any], call: str) -> LoraArray:
-    """Make a node of its parts, without its base; in version 1 they have other names."""
+    """Make a node from its parts, without its base; version 1 has other names for them."""
     form, scaling = entry.get("form"), parts.pop("scaling", None)
     if form is None:
         try:
@@ -291,7 +307,7 @@ def _lora(path: str, parts: dict[str, Any], entry: dict[str, Any], call: str) ->
         except KeyError:
             raise ValueError(
                 f'`{call}`: no form freezes {entry["frozen"]} of "{path}", which has the parts '
-                f"{sorted(parts)}. Restore it with the jlora that saved it, and merge."
+                f"{sorted(parts)}. Restore it with the version of jlora that saved it, and merge."
             ) from None
         parts = {renamed.get(name, name): x for name, x in parts.items()}
     forms.named(form, call)
@@ -304,4 +320,6 @@ def _lora(path: str, parts: dict[str, Any], entry: dict[str, Any], call: str) ->
 
 
 def _missing(path: str, call: str) -> ValueError:
-    return ValueError(f'`{call}`: the arrays of "{path}" are missing. Copy the whole folder again.')
+    return ValueError(
+        f'`{call}`: the arrays of "{path}" are missing. Copy the full directory again.'
+    )

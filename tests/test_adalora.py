@@ -131,9 +131,9 @@ def tx(**settings):
 
 ERRORS = {
     "rank": (lambda: tx(target_rank=0), r"`jlora.optim.adalora\(target_rank=0,.*at least 1"),
-    "phases": (lambda: tx(final_steps=11), r"final_steps=11.*the phases fit into the training"),
+    "phases": (lambda: tx(final_steps=11), r"final_steps=11.*the phases must fit into"),
     "every": (lambda: tx(every=0), r"every=0.*at least 1"),
-    "beta": (lambda: tx(beta2=1.0), r"beta2=1.0\)`.*the rates lie between 0 and 1"),
+    "beta": (lambda: tx(beta2=1.0), r"beta2=1.0\)`.*the rates must be between 0 and 1"),
     "plain": (lambda: tx().init(plain()), r'no weight has singular values.*form="adalora"'),
     "above": (
         lambda: tx(target_rank=5).init(params(True)),
@@ -141,7 +141,7 @@ ERRORS = {
     ),
     "params": (
         lambda: tx().update(params(True), tx().init(params(True))),
-        r"Give the parameters: `tx.update\(grads, state, params\)`",
+        r"Pass the parameters: `tx.update\(grads, state, params\)`",
     ),
     "orthogonality": (
         lambda: optim.orthogonality(plain()),

@@ -199,7 +199,9 @@ def test_unmerge_undoes_merge():
 def test_unmerge_needs_the_original_of_a_full_parameter():
     tree = params(b="full")
     adapter = jlora.detach(tree)[1]
-    with pytest.raises(ValueError, match=r'the original of "b", which was trained whole'):
+    with pytest.raises(
+        ValueError, match=r'`params` lacks the original of "b", which is trained in full'
+    ):
         jlora.unmerge(jlora.merge(tree), adapter)
     assert jlora.unmerge(jlora.merge(tree), tree)["b"].base is tree["b"].base
 

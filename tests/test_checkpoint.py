@@ -76,9 +76,9 @@ def test_a_new_checkpoint_has_the_permissions_of_any_new_folder(tmp_path):
 @pytest.mark.parametrize(("half", "name"), [(0, "scaling"), (1, "lora_a")])
 def test_half_of_an_adapter_is_refused(tmp_path, half, name):
     part = jlora.partition(adapted())[half]["stack"]
-    with pytest.raises(ValueError, match=rf'the {name} of "w" is taken out.*jlora.combine'):
+    with pytest.raises(ValueError, match=rf'the {name} of "w" is missing.*jlora.combine'):
         checkpoint.save(tmp_path / "a", {"w": part})
-    with pytest.raises(ValueError, match=r'the value of "w" is taken out'):
+    with pytest.raises(ValueError, match=r'the value of "w" is missing'):
         checkpoint.save(tmp_path / "a", {"w": jlora.FullArray(jnp.ones(3), None)})
     assert not list(tmp_path.iterdir())
 
@@ -127,7 +127,7 @@ def test_a_file_and_the_current_folder_are_not_replaced(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "file", adapted())
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match="this is the current folder"):
+    with pytest.raises(ValueError, match="this is the current directory"):
         checkpoint.save(".", adapted())
     assert (tmp_path / "file").read_text() == "mine" and pathlib.Path.cwd().exists()
 
@@ -135,11 +135,11 @@ def test_a_file_and_the_current_folder_are_not_replaced(tmp_path, monkeypatch):
 def test_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nothing in `params` is adapted"):
         checkpoint.save(tmp_path / "a", base())
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of jlora is there"):
+    with pytest.raises(FileNotFoundError, match=r"this is not a checkpoint of jlora"):
         checkpoint.restore(tmp_path / "a", base())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"holds other files"):
+    with pytest.raises(ValueError, match=r"contains other files"):
         checkpoint.save(tmp_path / "mine", adapted())
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 

@@ -95,7 +95,7 @@ def test_an_index_that_was_edited(tmp_path):
     with pytest.raises(ValueError, match="its checksum differs"):
         checkpoint.restore(tmp_path / "x", base())
     index.write_text("[]")
-    with pytest.raises(ValueError, match="it is no object"):
+    with pytest.raises(ValueError, match="it is not a JSON object"):
         checkpoint.restore(tmp_path / "x", base())
 
 

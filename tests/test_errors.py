@@ -49,7 +49,7 @@ REFUSED = {
         ValueError,
         says("`jlora.attach(rules=...)`", '".*/kernal" matches no parameter', '"dense/kernel"'),
     ),
-    "only_a_part_matches": ({"dense": SPEC}, {}, ValueError, says("match a whole path")),
+    "only_a_part_matches": ({"dense": SPEC}, {}, ValueError, says("must match the full path")),
     "shadowed": (
         {r".*kernel": SPEC, "dense/kernel": None},
         {},
@@ -70,7 +70,7 @@ REFUSED = {
         says(
             "rank 5 is above min(in, out) = min(4, 6)",
             '"dense/kernel" float32[4,6]',
-            "the initializer takes A and B from the weight",
+            "the initializer computes A and B from the weight",
             "rank=4",
         ),
     ),
@@ -132,7 +132,7 @@ def test_already_adapted(rule):
     ("kw", "match"),
     [
         ({"rank": 0}, says("`LoraSpec(rank=0)`", "at least 1")),
-        ({"rank": -3}, says("`LoraSpec(rank=-3)`", "give its rule None")),
+        ({"rank": -3}, says("`LoraSpec(rank=-3)`", "map its path to None")),
         ({"alpha": float("inf")}, says("`LoraSpec(alpha=inf)`", "finite")),
         ({"alpha": float("nan")}, says("`LoraSpec(alpha=nan)`", "finite")),
         ({"layout": "xy"}, says("LoraSpec(layout='xy')", "one letter per dimension")),
@@ -163,10 +163,10 @@ PLAIN = {
     ),
     "rules": (
         "jlora.attach({}, jlora.LoraSpec(2), key=None)",
-        "TypeError: `jlora.attach(rules=...)`: give a mapping",
+        "TypeError: `jlora.attach(rules=...)`: pass a mapping",
     ),
     "bool": ("jlora.LoraSpec(rank=True)", "TypeError: `LoraSpec(rank=True)`: the rank must be an"),
-    "init": ("jlora.LoraSpec(init='kaiming')", "TypeError: `LoraSpec(init='kaiming')`: give a fun"),
+    "init": ("jlora.LoraSpec(init='kaiming')", "TypeError: `LoraSpec(init='kaiming')`: pass a fun"),
     "dora": ("jlora.LoraSpec(dora=1)", "TypeError: `LoraSpec(dora=1)`: give True or False."),
     "dtype": ("jlora.LoraSpec(dtype='int32')", "TypeError: `LoraSpec(dtype=int32)`: A and B are"),
     "scaling": (

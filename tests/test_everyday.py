@@ -266,7 +266,7 @@ def test_a_rank_above_the_smaller_side_is_taken_with_a_warning():
         merged = jlora.merge(params)
         assert all(bool((merged[k] == base[k]).all()) for k in base)
     rules = {"w": jlora.LoraSpec(3, form="lora_xs")}
-    with pytest.raises(ValueError, match="initializer takes A and B from the weight"):
+    with pytest.raises(ValueError, match="initializer computes A and B from the weight"):
         jlora.attach(base, rules, key=jax.random.key(0))
 
 

@@ -218,11 +218,11 @@ def test_pefts_files_hold_it_as_plain_lora(form, tmp_path):
 ERRORS = {
     "slices": (
         lambda: LoraSpec(2, form="vera", slices=((0, 3),)),
-        r"slices=...\)`: what stands between A and B is of the whole weight",
+        r"slices=...\)`: the parts between A and B belong to all outputs together",
     ),
     "residual": (
         lambda: attached("lora_xs", init=initializers.pissa),
-        r'the initializer of "w" takes A B out of the weight.*form="lora_xs"',
+        r'the initializer of "w" subtracts A B from the weight.*form="lora_xs"',
     ),
     "lambda_d": (
         lambda: jlora.merge({"w": attached("vera").with_parts({"lambda_d": jnp.ones(3)})}),
@@ -238,7 +238,7 @@ ERRORS = {
 ERRORS |= {
     "miss_residual": (
         lambda: attached("miss", init=initializers.pissa),
-        r'takes A B out of the weight, but under `form="miss"` A is fixed',
+        r'subtracts A B from the weight, but with `form="miss"` A is fixed',
     ),
     "unknown": (
         lambda: LoraSpec(2, form="lora_x"),
@@ -259,11 +259,11 @@ ERRORS |= {
     "axes": (lambda: forms.Part("s rank"), r"Part\('s rank'\)`: the axes begin with the stack"),
     "twice": (
         lambda: forms.register(forms.Form("miss", form_miss.blocks)),
-        r"register\(Form\('miss', ...\)\)`: there is a form of this name already",
+        r"register\(Form\('miss', ...\)\)`: a form of this name is already registered",
     ),
     "field": (
         lambda: forms.register(forms.Form("x", form_miss.blocks, extra={"base": forms.Part("s")})),
-        r"a LoraArray has a field 'base'",
+        r"LoraArray has a field 'base'",
     ),
     "frozen": (
         lambda: forms.register(forms.Form("x", form_miss.blocks, frozen=("second_a",))),

@@ -464,7 +464,7 @@ def test_a_tree_without_lora_arrays(name):
 @pytest.mark.parametrize("name", ["riemannian", "lora_rite", "lora_fa"])
 @pytest.mark.parametrize("form", ["lora_xs", "vera", "adalora"])
 def test_what_stands_between_the_factors(name, form):
-    says = rf'`jlora.optim.{name}\(.*\)`: something stands between A and B of "w"'
+    says = rf'`jlora.optim.{name}\(.*\)`: the update of "w" has other parts between A and B'
     with pytest.raises(ValueError, match=says):
         OPTIMIZERS[name]().init(attached(form=form))
 
@@ -482,7 +482,7 @@ def test_the_form_whose_a_is_frozen():
 @pytest.mark.parametrize("name", ["riemannian", "lora_rite", "lora_fa"])
 def test_a_factor_that_is_taken_out(name, part, hole):
     node = dataclasses.replace(attached()["w"], **{part: hole})
-    says = rf'`jlora.optim.{name}\(.*\)`: {part} of "layer/w" is taken out.*`jlora.freeze\(tx\)`'
+    says = rf'`jlora.optim.{name}\(.*\)`: {part} of "layer/w" is missing.*`jlora.freeze\(tx\)`'
     with pytest.raises(ValueError, match=says):
         OPTIMIZERS[name]().init({"layer": {"w": node}})
 
@@ -512,15 +512,15 @@ def test_a_scaling_that_is_not_known():
 # What beartype would refuse first under this suite's import hook is asked of a plain Python.
 PLAIN = {
     "lora_plus(optax.adam(0.1))": (
-        "`jlora.optim.lora_plus(ratio)`: it does not wrap an optimizer, it stands in a chain: "
+        "`jlora.optim.lora_plus(ratio)`: this does not wrap an optimizer. Use it in a chain: "
         "`optax.chain(tx, jlora.optim.lora_plus(16.0))`."
     ),
     "riemannian(optax.adam(0.1))": (
-        "`jlora.optim.riemannian(delta)`: it does not wrap an optimizer, it stands in a chain: "
+        "`jlora.optim.riemannian(delta)`: this does not wrap an optimizer. Use it in a chain: "
         "`optax.chain(jlora.optim.riemannian(), tx)`."
     ),
     "lora_fa(0.1)": (
-        "`jlora.optim.lora_fa(0.1)`: it wraps an optimizer: "
+        "`jlora.optim.lora_fa(0.1)`: pass the optimizer to wrap: "
         "`jlora.optim.lora_fa(optax.adamw(1e-4))`."
     ),
 }
@@ -535,7 +535,7 @@ def test_an_optimizer_where_a_number_belongs_and_the_reverse():
 
 
 def test_a_delta_of_zero():
-    with pytest.raises(ValueError, match=r"riemannian\(delta=0\)`: give a delta above 0.*B starts"):
+    with pytest.raises(ValueError, match=r"riemannian\(delta=0\)`: give a delta above 0.*B is"):
         riemannian(0)
 
 

@@ -111,7 +111,7 @@ def test_the_parts_are_the_largest_and_the_smallest():
 @pytest.mark.parametrize("init", [pissa, milora])
 @pytest.mark.parametrize("alpha", [0, -4])
 def test_no_scaling_below_zero(init, alpha):
-    with pytest.raises(ValueError, match=says("is to be a part of the weight", "alpha above 0")):
+    with pytest.raises(ValueError, match=says("cannot be a part of the weight", "alpha above 0")):
         attach = functools.partial(jlora.attach, {"w": drawn((4, 4))}, key=KEY)
         attach({"w": LoraSpec(2, alpha, init=init)})
 
@@ -193,13 +193,13 @@ def test_conversion_refuses():
     call = arithmetic.residual_to_lora
     with pytest.raises(ValueError, match="there is nothing to convert"):
         call(jlora.attach(base, {"w": LoraSpec(2)}, key=KEY), initial, base)
-    with pytest.raises(ValueError, match=r'"w".*did not begin as what `initial` has'):
+    with pytest.raises(ValueError, match=r'"w".*does not match the node in `initial`'):
         call(initial, jlora.attach(base, {"w": LoraSpec(2)}, key=KEY), base)
-    with pytest.raises(ValueError, match=r'"w".*did not begin as what `initial` has'):
+    with pytest.raises(ValueError, match=r'"w".*does not match the node in `initial`'):
         call(initial, base, base)
     with pytest.raises(ValueError, match=r"the trees differ in 1 places"):
         call(other, initial, {"w": base["w"]})
-    with pytest.raises(ValueError, match=r"A or B of \"w\" is taken out.*jlora.combine"):
+    with pytest.raises(ValueError, match=r"A or B of \"w\" is missing.*jlora.combine"):
         call(jlora.partition(initial)[1], initial, base)
 
 

@@ -111,12 +111,14 @@ def test_pefts_files_have_them_as_one_update(tmp_path):
     "slices", [(), ((3, 3),), ((0, 4), (2, 6)), ((4, 6), (0, 2)), ((-1, 3),), ((5, 2),)]
 )
 def test_ranges_that_make_no_sense(slices):
-    with pytest.raises(ValueError, match=r"`LoraSpec\(slices=.*rising order that do not overlap"):
+    with pytest.raises(
+        ValueError, match=r"`LoraSpec\(slices=.*increasing order that do not overlap"
+    ):
         LoraSpec(2, slices=slices)
 
 
 def test_ranges_beyond_the_weight():
-    with pytest.raises(ValueError, match=r"slices \(\(0, 22\),\) reach beyond the 21 outputs of"):
+    with pytest.raises(ValueError, match=r"slices \(\(0, 22\),\) exceed the 21 outputs of"):
         tree("io", (11, 21), slices=((0, 22),))
 
 

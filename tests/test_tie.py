@@ -226,7 +226,7 @@ ERRORS = {
     ),
     "no_base": (
         lambda: jlora.untie(jlora.detach(jlora.tie(adapted(), {".*": BOTH}))[1]),
-        r'the base of "a/k" or of "b/k".* is taken out.*`jlora.bind',
+        r'the base of "a/k" or of "b/k".* is missing.*`jlora.bind',
     ),
 }
 

@@ -1,14 +1,14 @@
 """The variants of LoRA: one file each, and one line in the table below.
 
-A form says which parts an update has besides A and B and which of the base's axes they have, how
-they begin, which of them train, how they make one A and one B, and what it refuses. Everything else
-asks the form: `register` makes one from outside known to `LoraSpec(form=...)` and to all of jlora.
+A form defines the parts of an update besides A and B: their axes, their initial values, whether
+they train, how they combine into one A and one B, and what is not supported. All other code asks
+the form. `register` adds a form from outside, for `LoraSpec(form=...)` and all of jlora.
 
-DoRA's magnitude, `LoraSpec(dora=True)`, composes with every form; it is in `jlora.forms.dora`.
+DoRA's magnitude, `LoraSpec(dora=True)`, composes with every form; see `jlora.forms.dora`.
 
 ```python
 def blocks(key, weight, rank, scaling, dtype):
-    ...  # A, fixed, and B, which is zero at first
+    ...  # A, which is frozen, and B, which is initially zero
 
 
 jlora.forms.register(jlora.forms.Form("miss", blocks, frozen=("lora_a",)))

@@ -1,4 +1,4 @@
-"""The one draw that forms and initializers have in common."""
+"""The random distribution shared by forms and initializers."""
 
 import jax
 from jax.typing import DTypeLike

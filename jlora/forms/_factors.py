@@ -1,4 +1,4 @@
-"""A node of any form as one A and one B; the shapes of its parts."""
+"""Reduce a node of any form to one A and one B; derive the shapes of its parts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,16 +17,16 @@ Slices = tuple[tuple[int, int], ...] | None
 def shapes(
     parts: Mapping[str, Part], geometry: Geometry, rank: int, slices: Slices = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of parts; of slices A has the ranks side by side, and B their outputs.
+    """Return the shapes of parts; with slices, A concatenates their ranks and B their outputs.
 
     Args:
-        parts: of a form, or some of them.
-        geometry: of the weight.
-        rank: r, of each slice.
+        parts: the parts of a form, or some of them, by name.
+        geometry: the weight's geometry.
+        rank: r, per slice.
         slices: as in `LoraSpec`.
 
     Returns:
-        The shapes, by the names of the parts.
+        The shapes, by name.
 
     Example:
         >>> shapes(named("lora_xs").parts, Geometry.of((5, 3, 4), "io"), 2)["core"]
@@ -47,8 +47,8 @@ def factor_shapes(
     """Return the shapes of `lora_a` and `lora_b`.
 
     Args:
-        geometry: of the weight.
-        rank: r, of each slice.
+        geometry: the weight's geometry.
+        rank: r, per slice.
         slices: as in `LoraSpec`.
 
     Returns:
@@ -63,15 +63,15 @@ def factor_shapes(
 
 
 def changed_b(node: LoraArray, geometry: Geometry, change: Callable[[Array], Array]) -> Array:
-    """Return B after `change`, which is given it as matrices, in float32 or wider.
+    """Apply `change` to B as matrices, in float32 or wider.
 
     Args:
-        node: whose B it is.
-        geometry: of the weight.
-        change: from `(*stack, rank, out)` to the same shape.
+        node: the node with B.
+        geometry: the weight's geometry.
+        change: a function of `(*stack, rank, out)` that preserves the shape.
 
     Returns:
-        What has become of B, in B's shape and dtype.
+        The changed B, in B's shape and dtype.
 
     Example:
         >>> node = LoraArray(None, jnp.ones((3, 2)), jnp.ones((2, 4)), 1.0, "io")
@@ -85,13 +85,13 @@ def changed_b(node: LoraArray, geometry: Geometry, change: Callable[[Array], Arr
 
 
 def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Array, Array]:
-    """Return the one A and the one B, over all outputs, whose product is the update.
+    """Return one A and one B, for all outputs, whose product is the update.
 
-    Slices are blocks of B's rows, one below the other, with zeros elsewhere.
+    Each slice becomes a block of rows of B, with zeros outside its range of outputs.
 
     Args:
-        node: of any form.
-        shape: of the weight; `None` reads it from the base.
+        node: a node of any form.
+        shape: the weight's shape; `None` reads it from the base.
 
     Returns:
         A, `(*stack, *in_dims, rank)`, and B, `(*stack, rank, *out_dims)`.
@@ -119,11 +119,11 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
 
 
 def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
-    """Write an update of any form, of slices too, as LoRA: one A and one B; a gain stays.
+    """Convert an update of any form, also with slices, to LoRA: one A and one B; a gain is kept.
 
     Args:
-        node: of any form.
-        shape: of the weight; `None` reads it from the base.
+        node: a node of any form.
+        shape: the weight's shape; `None` reads it from the base.
 
     Returns:
         A node of the form "lora" with the same weight.
@@ -141,12 +141,12 @@ def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
 
 
 def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Build `s · A B`, in float32 or the widest of that, the weight's dtype and A's.
+    """Build `s · A B`, in the widest of float32, the weight's dtype and A's dtype.
 
     Args:
-        node: of any form; its base is not read.
-        shape: of the weight.
-        dtype: of the weight.
+        node: a node of any form; its base is not read.
+        shape: the weight's shape.
+        dtype: the weight's dtype.
 
     Returns:
         An array of `shape`.

@@ -1,4 +1,4 @@
-"""What a variant of LoRA is: a record of its parts, and the registry of records."""
+"""`Form`, the description of a variant of LoRA, and the registry of forms."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from jlora._arrays import AXES, Geometry, LoraArray
 
 Factors = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
-# A, B and what is left of the weight, for `base`.
+# A, B and the residual, which becomes `base`.
 Split = tuple[Float[Array, "in rank"], Float[Array, "rank out"], Float[Array, "in out"]]
 Initializer = Callable[..., Factors | Split]
 Begin = Callable[[LoraArray, tuple[int, ...], DTypeLike], Array]
@@ -19,15 +19,15 @@ _FIELDS = [field.name for field in dataclasses.fields(LoraArray)]
 
 
 def zeros(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Begin a part as zeros.
+    """Initialize a part to zeros.
 
     Args:
         node: not read.
-        shape: of the part.
-        dtype: of the part.
+        shape: the part's shape.
+        dtype: the part's dtype.
 
     Returns:
-        An array.
+        An array of zeros.
 
     Example:
         >>> zeros(LoraArray(None, None, None, None, "io"), (2,), jnp.float32).tolist()
@@ -38,19 +38,19 @@ def zeros(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One array of an update.
+    """Describe one array of an update.
 
     Args:
-        axes: which of the base's axes it has, in groups: `s` stack, `i` inputs, `o` outputs, and
-            `r` the rank. "s r r" is a matrix for each element of the stack, "so" has one number
+        axes: its axes, in groups: the base's axes with role `s` (stack), `i` (input) or `o`
+            (output), and `r`, the rank. "s r r" is one matrix per stack element, "so" one number
             per output.
-        begin: its first value, a function of the node so far (base, A, B and the parts before
-            this one), of the shape and of the dtype.
-        frozen: whether it does not train.
+        begin: its initial value, a function of the node so far (base, A, B and the parts before
+            this one), the shape and the dtype.
+        frozen: whether it is frozen.
         shared: whether several weights may share it; see `jlora.tie`.
 
     Raises:
-        ValueError: axes of other letters, or without the stack's in front.
+        ValueError: `axes` has other letters, or does not begin with the stack.
 
     Example:
         >>> Part("s r r").frozen
@@ -66,25 +66,25 @@ class Part:
         if not self.axes.startswith("s") or set(self.axes) - set("sior "):
             raise ValueError(
                 f'`jlora.forms.Part({self.axes!r})`: the axes begin with the stack, "s"; the rest '
-                'are "i" (inputs), "o" (outputs) and, apart, "r" (the rank): "si r".'
+                'are "i" (inputs), "o" (outputs) and, as its own group, "r" (the rank): "si r".'
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Form:
-    """A variant of LoRA: its parts besides A and B, what trains, and the one A and B they make.
+    """Describe a variant of LoRA: its parts, which of them train, and how they form A and B.
 
     Args:
-        name: what `LoraSpec(form=...)` calls it.
-        init: begins A and B where the spec has no `init`, as those of `jlora.initializers` do.
-        frozen: which of "lora_a" and "lora_b" do not train.
-        extra: the other parts, in the order in which they begin. At first they make the update
-            zero, unless A and B do.
-        factors: how the parts make one A, `(*stack, *in_dims, rank)`, and one B,
-            `(*stack, rank, *out_dims)`; the rank may be another one than the node's. `None`: A and
-            B are the update by themselves.
-        refuses: what it cannot have, and why: "slices", and "residual", an initializer that takes
-            A B out of the weight. Where there are `factors` it can have neither.
+        name: its name in `LoraSpec(form=...)`.
+        init: the default initializer of A and B, as in `jlora.initializers`.
+        frozen: which of "lora_a" and "lora_b" are frozen.
+        extra: the other parts, in the order of their initialization. Their initial values make the
+            update zero, unless A and B do.
+        factors: a function from the node to one A, `(*stack, *in_dims, rank)`, and one B,
+            `(*stack, rank, *out_dims)`; the rank may differ from the node's. With `None` the update
+            is the product of the node's own A and B.
+        refuses: unsupported features and why: "slices", and "residual", an initializer that
+            subtracts A B from the weight. With `factors` neither is supported.
 
     Example:
         >>> Form("ours", init=lambda key, weight, rank, scaling, dtype: ...).is_product
@@ -112,29 +112,29 @@ class Form:
         return {**factors, **self.extra}
 
     def refusal(self, of: str) -> str | None:
-        """Return why it cannot have slices or a residual; None if it can."""
+        """Return why slices or a residual are not supported; None if they are."""
         return self.refuses.get(of, None if self.is_product else _REFUSED[of])
 
 
 _REFUSED = {
-    "slices": "what stands between A and B is of the whole weight",
-    "residual": "the update begins as zero whatever A and B are",
+    "slices": "the parts between A and B belong to all outputs together",
+    "residual": "the update is initially zero for any A and B",
 }
 _FORMS: dict[str, Form] = {}
 
 
 def register(form: Form) -> None:
-    """Make a form known: to `LoraSpec(form=...)` and to all that takes its nodes.
+    """Register a form for `LoraSpec(form=...)` and all functions of jlora.
 
     Args:
-        form: of a name that is not registered yet.
+        form: a form whose name is not registered yet.
 
     Returns:
-        Nothing.
+        None.
 
     Raises:
-        ValueError: the name is registered already, a part has the name of a field of `LoraArray`,
-            or `frozen` has other names than "lora_a" and "lora_b".
+        ValueError: the name is already registered, a part has the name of a field of `LoraArray`,
+            or `frozen` has names other than "lora_a" and "lora_b".
 
     Example:
         >>> from jlora import LoraSpec, initializers
@@ -144,33 +144,35 @@ def register(form: Form) -> None:
     """
     call = f"jlora.forms.register(Form({form.name!r}, ...))"
     if form.name in _FORMS:
-        raise ValueError(f"`{call}`: there is a form of this name already. Choose another name.")
+        raise ValueError(
+            f"`{call}`: a form of this name is already registered. Choose another name."
+        )
     for name in form.extra:
         if name in _FIELDS:
             raise ValueError(
-                f"`{call}`: a LoraArray has a field {name!r}, so no part of `extra` can have that "
-                "name. Choose another one."
+                f"`{call}`: LoraArray has a field {name!r}, so no part in `extra` can have that "
+                "name. Choose another name."
             )
     if not set(form.frozen) <= set(AXES):
         raise ValueError(
             f'`{call}`: frozen={form.frozen!r}; it takes "lora_a" and "lora_b". For a part of '
-            "`extra` give `Part(..., frozen=True)`."
+            "`extra` use `Part(..., frozen=True)`."
         )
     _FORMS[form.name] = form
 
 
 def named(name: str, call: str = "jlora.forms.named(name)") -> Form:
-    """Return the form of a name.
+    """Return a registered form by name.
 
     Args:
-        name: what it was registered as.
-        call: what an error is said to come from.
+        name: the name of the form.
+        call: the call that error messages name.
 
     Returns:
-        The record.
+        The form.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no form of this name is registered.
 
     Example:
         >>> named("lora_fa").frozen
@@ -185,7 +187,7 @@ def named(name: str, call: str = "jlora.forms.named(name)") -> Form:
 
 
 def shareable() -> tuple[str, ...]:
-    """Return the names of all parts that weights can share, of any form.
+    """Return the names of all parts, of any form, that weights can share.
 
     Args:
         None.

@@ -1,4 +1,4 @@
-"""What is asked of a node of any form: its parts, its gain, its weight, and whether they fit."""
+"""Functions of a node of any form: its parts, gain and weight, and validation."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -16,13 +16,13 @@ def of(node: LoraArray) -> Form:
     """Return a node's form.
 
     Args:
-        node: of a registered form.
+        node: a node of a registered form.
 
     Returns:
-        The record.
+        The form.
 
     Raises:
-        ValueError: the form is not registered here.
+        ValueError: the form is not registered.
 
     Example:
         >>> of(LoraArray(None, None, None, None, "io")).name
@@ -32,10 +32,10 @@ def of(node: LoraArray) -> Form:
 
 
 def has_gain(node: LoraArray) -> bool:
-    """Whether the weight is the sum times a gain per output, as DoRA's is.
+    """Whether the weight is the sum times a gain per output, as in DoRA.
 
     Args:
-        node: of any form.
+        node: a node of any form.
 
     Returns:
         A bool.
@@ -48,13 +48,13 @@ def has_gain(node: LoraArray) -> bool:
 
 
 def parts(node: LoraArray) -> dict[str, Part]:
-    """Return what is known of all parts of a node's update, by name.
+    """Return the descriptions of all parts of a node's update, by name.
 
     Args:
-        node: of any form.
+        node: a node of any form.
 
     Returns:
-        "lora_a", "lora_b" and those of `extra`.
+        A mapping with "lora_a", "lora_b" and the names in `extra`.
 
     Example:
         >>> node = LoraArray(None, None, None, None, "io")
@@ -65,15 +65,15 @@ def parts(node: LoraArray) -> dict[str, Part]:
 
 
 def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
-    """Add the other parts of its form to a node that has A and B, with their first values.
+    """Add the other parts of the form to a node that has A and B, with their initial values.
 
     Args:
-        node: with a base, A and B.
+        node: a node with base, A and B.
         with_dora: whether to add DoRA's magnitude.
-        dtype: of the parts.
+        dtype: the dtype of the parts.
 
     Returns:
-        A node that has all its parts.
+        A node with all its parts.
 
     Example:
         >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
@@ -88,10 +88,10 @@ def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
 
 
 def gain(node: LoraArray) -> Float[Array, "..."] | None:
-    """Return what the outputs are multiplied by; None for nothing.
+    """Return the factor of each output; None for a node without gain.
 
     Args:
-        node: of any form, with its base.
+        node: a node of any form, with its base.
 
     Returns:
         `(*stack, *out_dims)`, in float32 or wider.
@@ -105,10 +105,10 @@ def gain(node: LoraArray) -> Float[Array, "..."] | None:
 
 
 def weight(node: LoraArray) -> Float[Array, "..."]:
-    """Build the weight: base and update, times the gain.
+    """Build the weight: base plus update, times the gain.
 
     Args:
-        node: of any form, with its base.
+        node: a node of any form, with its base.
 
     Returns:
         An array of the base's shape, in float32 or wider.
@@ -127,11 +127,11 @@ def weight(node: LoraArray) -> Float[Array, "..."]:
 def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
     """Return the base whose merged weight is `merged`, in float32 or wider.
 
-    `W' / g - s · A B`, with the gain of `node`. An output of gain 0 is lost: it has `node`'s base.
+    `W' / g - s · A B`, with the gain of `node`. An output with gain 0 gets the base of `node`.
 
     Args:
-        merged: the weight.
-        node: the update; its base is read for the gain alone.
+        merged: the merged weight.
+        node: the update; its base is read only if it has a gain.
 
     Returns:
         An array of the weight's shape.
@@ -142,30 +142,30 @@ def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
         1.0
     """
     update = delta(node, merged.shape, merged.dtype)
-    whole = merged.astype(update.dtype)
+    wide = merged.astype(update.dtype)
     by = gain(node)
     if by is None:
-        return whole - update
+        return wide - update
     by = Geometry.of(node.shape, node.layout).across(by).astype(update.dtype)
     lost = by == 0
     return jnp.where(
-        lost, built(node.base).astype(update.dtype), whole / jnp.where(lost, 1.0, by) - update
+        lost, built(node.base).astype(update.dtype), wide / jnp.where(lost, 1.0, by) - update
     )
 
 
 def check(path: str, node: LoraArray, call: str) -> None:
-    """Refuse a `LoraArray` whose parts do not fit one another, before anything is computed.
+    """Refuse a `LoraArray` whose parts are missing or have wrong shapes.
 
     Args:
-        path: of the node, for the error.
-        node: of any form.
-        call: what an error is said to come from.
+        path: the node's path, for the error.
+        node: a node of any form.
+        call: the call that error messages name.
 
     Returns:
-        Nothing.
+        None.
 
     Raises:
-        ValueError: a part is tied, taken out, of another shape, or not one of the form's.
+        ValueError: a part is tied, missing, of a wrong shape, or not a part of the form.
 
     Example:
         >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
@@ -173,20 +173,20 @@ def check(path: str, node: LoraArray, call: str) -> None:
     """
     if any(isinstance(x, Tied) for x in node.parts.values()):
         raise ValueError(
-            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Give '
+            f'`{call}`: "{path}" is tied: a part of it is another node\'s. Pass '
             "`jlora.untie(params)`, inside the function that is differentiated."
         )
     if any(x is None for x in (node.base, node.scaling, *node.parts.values())):
         raise ValueError(
-            f'`{call}`: "{path}" is a part of a LoraArray (its base or its factors are taken out). '
-            "Put it together first: `jlora.bind(base, adapter)` or "
+            f'`{call}`: "{path}" is a part of a LoraArray (its base or its factors are missing). '
+            "Combine the parts first: `jlora.bind(base, adapter)` or "
             "`jlora.combine(trainable, frozen)`."
         )
     known = parts(node)
     if set(node.parts) != set(known):
         raise ValueError(
             f"`{call}`: {describe(path, node.base)} of the form {node.form!r} has the parts "
-            f"{sorted(known)}; got {sorted(node.parts)}. Give what `jlora.attach` returned."
+            f"{sorted(known)}; got {sorted(node.parts)}. Pass what `jlora.attach` returned."
         )
     geometry = Geometry.of(node.shape, node.layout)
     want = shapes(known, geometry, node.rank, node.slices)

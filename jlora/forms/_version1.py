@@ -1,11 +1,11 @@
-"""Nodes as checkpoints of version 1 have them: `frozen` and three fields in place of a form."""
+"""Nodes in checkpoints of version 1, which have `frozen` and three fields instead of a form."""
 
 from collections.abc import Iterable
 
 from jlora.forms.adalora import VALUES
 
 _FORMS: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[str, dict[str, str]]] = {
-    # frozen, and the fields that stand for a form
+    # frozen, and the fields that identify a form
     ((), ()): ("lora", {}),
     (("lora_a",), ()): ("lora_fa", {}),
     (("lora_b",), ()): ("mica", {}),
@@ -16,17 +16,17 @@ _FORMS: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[str, dict[str, str]]
 
 
 def from_version_1(frozen: Iterable[str], parts: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """Return the form, and the new names of those parts that have one.
+    """Return the form, and the new names of renamed parts.
 
     Args:
-        frozen: the names of the parts that do not train.
+        frozen: the names of the frozen parts.
         parts: the names of all parts.
 
     Returns:
         The form's name, and a mapping from old names to new ones.
 
     Raises:
-        KeyError: no form freezes these of these parts.
+        KeyError: no form has these parts with these frozen.
 
     Example:
         >>> from_version_1((), ("lora_a", "lora_b", "core"))

@@ -1,7 +1,7 @@
-"""AdaLoRA: `W + s · A Λ B`, where Λ has r singular values, some of which are held at zero.
+"""AdaLoRA: `W + s · A Λ B`, where Λ holds r singular values, some of which are pruned to zero.
 
 Zhang et al. 2023, arXiv:2303.10512, eq. 3. PEFT's `ADALORA`, whose `lora_E` are the singular
-values. `jlora.optim.adalora` chooses which of them stay zero.
+values. `jlora.optim.adalora` prunes them.
 """
 
 import jax
@@ -25,7 +25,7 @@ def adalora(
 ) -> Factors:
     """Draw A and B from `N(0, 0.02²)`: the singular vectors of AdaLoRA.
 
-    Neither is zero: with `LoraSpec(form="adalora")` it is the singular values that begin as zero.
+    Neither is zero: with `LoraSpec(form="adalora")` the singular values are initially zero.
 
     Args:
         key: a PRNG key.

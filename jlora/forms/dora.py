@@ -1,13 +1,12 @@
-"""DoRA: the update turns a weight's columns, and their lengths train by themselves.
+"""DoRA: the update changes the direction of W's columns, and their lengths train separately.
 
-It composes with every form: a part more, which gives a gain. PEFT's `use_dora`, whose
+It composes with every form, as one more part that defines a gain. PEFT's `use_dora`, whose
 `lora_magnitude_vector` is m.
 
     W' = g ∘ (W + s · A B)        g = m / ‖W + s · A B‖
 
-The norm is over the inputs, one per output, and a constant to the gradient (Liu et al. 2024,
-arXiv:2402.09353, eq. 5 and section 4.3). It comes from its three terms, ‖W‖² + 2 s Σ B ∘ (WᵀA)ᵀ +
-s² Σ B ∘ (AᵀA B): nothing of W's own shape is made.
+The norm is taken over the inputs, one per output, and is a constant for the gradient (Liu et al.
+2024, arXiv:2402.09353, eq. 5 and section 4.3).
 """
 
 import functools
@@ -20,7 +19,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jlora import _base, _compat
 from jlora._arrays import AXES, Geometry, LoraArray, accumulator
@@ -33,10 +32,10 @@ MAGNITUDE = "magnitude"
 def gain(node: LoraArray) -> Float[Array, "..."]:
     """Return `m / ‖W + s · A B‖`, `(*stack, *out_dims)`, in float32 or wider.
 
-    A column of zeros has no direction: its gain is 1, so that B can give it one.
+    A zero column has no direction; its gain is 1, so that B can train one.
     """
     square, size = _terms(node)
-    # Inside a shard_map m lies as the outputs do, so along the other axes the inputs are split.
+    # Inside a shard_map m is sharded like the outputs: W's other mesh axes split the inputs.
     split = {*_compat.varying_axes(node.base)} - {*_compat.varying_axes(node.extra[MAGNITUDE])}
     if split:
         square, size = lax.psum((square, size), sorted(split))
@@ -47,12 +46,12 @@ def gain(node: LoraArray) -> Float[Array, "..."]:
 
 
 def column_norm(node: LoraArray) -> Float[Array, "..."]:
-    """Return `‖W + s · A B‖` over the inputs, `(*stack, *out_dims)`; no gradient flows through."""
+    """Return `‖W + s · A B‖` over the inputs, `(*stack, *out_dims)`, without gradient."""
     return _root(*_terms(node))
 
 
 def _root(square: Array, size: Array) -> Array:
-    """Return the norm; what cancels to less than its rounding, or below zero, is held there."""
+    """Return the norm; a square that cancels to less than its rounding error is clamped to it."""
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).eps * size))
 
 
@@ -62,8 +61,18 @@ def _terms(node: LoraArray) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _squares(w: Any, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, Array]:
-    """Return ‖W + s·AB‖² and ‖W‖² + ‖s·AB‖², against which the first is rounded."""
+def _squares(w: PyTree, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, Array]:
+    """Return ‖W + s·AB‖² and ‖W‖² + ‖s·AB‖², which sets the rounding error of the first.
+
+    Per output column o, with w_o and b_o the columns of W and B (sums over inputs i, ranks r),
+
+        ‖w_o + s A b_o‖² = ‖w_o‖² + 2 s ⟨w_o, A b_o⟩ + s² ‖A b_o‖²
+
+    where ⟨w_o, A b_o⟩ = Σ_r (WᵀA)_or B_ro and ‖A b_o‖² = b_oᵀ (AᵀA) b_o = Σ_r B_ro (AᵀA B)_ro.
+    So nothing larger than WᵀA, (out, r), is built: W is read twice and W + s·AB is never formed.
+    The cross term may be negative, and the sum cancels where s·AB is close to -W: its absolute
+    error is then that of the two squares, which is why their sum is returned as well.
+    """
     if _base.is_stored(w):
         if getattr(w, "stack", 0):  # one layer is built at a time
             s = jnp.broadcast_to(s, a.shape[:1]) if s.ndim == 0 else s
@@ -83,7 +92,8 @@ def _squares(w: Any, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, 
         )
 
     wide_a, b = a.astype(wide), b.astype(wide)
-    # W first: XLA on CPUs multiplies no bfloat16 by a second operand of several free axes.
+    # W comes first: XLA on CPUs does not support bfloat16 products whose second operand has
+    # several free axes.
     wa = [dot(f"{dims},{of_a}->{out}R", w, x) for x in _in_dtype(a, w.dtype)]
     aa = dot(f"{of_a},{along(AXES['lora_a'], rank='S')}->{stack}RS", wide_a, wide_a)
     aab = dot(f"{stack}RS,{along(AXES['lora_b'], rank='S')}->{of_b}", aa, b)
@@ -97,9 +107,9 @@ def _squares(w: Any, a: Array, b: Array, s: Array, layout: str) -> tuple[Array, 
 
 
 def _mesh_axes(w: Array, dims: str) -> dict[str, Any] | None:
-    """Return the mesh axes of W's own, where the mesh is explicit: a sum over them has to be told.
+    """Return the mesh axes of W on an explicit mesh, where products require an output sharding.
 
-    What is summed over several devices comes out as W's outputs lie.
+    The norm is sharded like the outputs of W.
     """
     sharding = jax.typeof(w).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
@@ -107,12 +117,12 @@ def _mesh_axes(w: Array, dims: str) -> dict[str, Any] | None:
     return dict(zip(dims, sharding.spec, strict=True))
 
 
-def _in_dtype(a: Array, dtype: Any) -> list[Array]:
-    """Write A as a sum in W's dtype, so that W need not be cast to A's."""
+def _in_dtype(a: Array, dtype: DTypeLike) -> list[Array]:
+    """Split A into a sum of arrays in W's dtype, so that W is not cast to A's dtype."""
     kind = jnp.finfo(dtype)
     if jnp.finfo(a.dtype).bits <= kind.bits:
         return [a.astype(dtype)]
-    # Not two casts, which a compiler may take for none.
+    # Not two casts, which a compiler may remove.
     near = lax.reduce_precision(a, kind.nexp, kind.nmant)
     return [near.astype(dtype), (a - near).astype(dtype)]
 

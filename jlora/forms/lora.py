@@ -1,4 +1,4 @@
-"""LoRA: `W + s · A B`, A and B train.
+"""LoRA: `W + s · A B` with trainable A and B.
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3. PEFT's `LORA`.
 """

@@ -1,7 +1,7 @@
-"""LoRA-FA: `W + s · A B` over a frozen A, so that no input is kept for A's gradient.
+"""LoRA-FA: `W + s · A B` with a frozen A, so that no inputs are saved for A's gradient.
 
-Zhang et al. 2023, arXiv:2308.03303. PEFT's `create_lorafa_optimizer` freezes A as well; its
-gradient of B is `jlora.optim.lora_fa`.
+Zhang et al. 2023, arXiv:2308.03303. PEFT's `create_lorafa_optimizer` also freezes A; for its
+gradient of B see `jlora.optim.lora_fa`.
 """
 
 from jlora.forms._form import Form

@@ -1,4 +1,4 @@
-"""LoRA-XS: `W + s · A R B`, R of r × r trains between frozen singular vectors of W.
+"""LoRA-XS: `W + s · A R B` with a trainable r × r matrix R between frozen singular vectors of W.
 
 Bałazy et al. 2024, arXiv:2405.17604, eq. 1.
 """
@@ -20,10 +20,10 @@ def lora_xs(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Factors:
-    """Give A the input directions of W's largest singular values, and B the rest of them.
+    """Set A and B to the truncated SVD of W: `A B` is its best approximation of rank r.
 
-    `W = U S Vᵀ`, `A = Uᵣ`, `B = Sᵣ Vᵣᵀ`. Both stay frozen under `LoraSpec(form="lora_xs")`, whose
-    R, between them, begins as zero; the weight stays as it is.
+    `W = U S Vᵀ`, `A = Uᵣ`, `B = Sᵣ Vᵣᵀ`. Both are frozen with `LoraSpec(form="lora_xs")`,
+    where R is initially zero, so the weight does not change.
 
     Args:
         key: a PRNG key; not read.
@@ -40,8 +40,8 @@ def lora_xs(
         >>> jnp.diag(a @ b).tolist()
         [3.0, 0.0, 0.0]
 
-    Reference: Bałazy et al. 2024, arXiv:2405.17604, section 3.2, where W is (out, in) and so A is
-    `Uᵣ Sᵣ` and on the side of the outputs. There R begins as `N(0, 1e-5²)`.
+    Reference: Bałazy et al. 2024, arXiv:2405.17604, section 3.2, where W is (out, in), so its A
+    is `Uᵣ Sᵣ` and on the output side. The paper initializes R to `N(0, 1e-5²)`.
     """
     u, s, vt = jnp.linalg.svd(weight.astype(accumulator(weight.dtype)), full_matrices=False)
     return u[:, :rank].astype(dtype), (s[:rank, None] * vt[:rank]).astype(dtype)

@@ -1,4 +1,4 @@
-"""MiCA: `W + s · A B` over a frozen B, the output directions that W uses least.
+"""MiCA: `W + s · A B` with a frozen B, the output directions of W's smallest singular values.
 
 arXiv:2604.01694. PEFT's `init_lora_weights="mica"`.
 """
@@ -20,8 +20,8 @@ def mica(
 ) -> Factors:
     """Set A to zero, and B to the output directions of W's smallest singular values.
 
-    `B = Vₘᵀ`, m the last r of min(in, out). PEFT trains A alone here, as
-    `LoraSpec(form="mica")` does.
+    `B = Vₘᵀ`, where m are the last r of min(in, out). PEFT trains only A, as does
+    `LoraSpec(form="mica")`.
 
     Args:
         key: a PRNG key; not read.
@@ -31,7 +31,7 @@ def mica(
         dtype: of A and B.
 
     Returns:
-        `lora_a` (in, rank) and `lora_b` (rank, out); A·B = 0, and the weight stays as it is.
+        `lora_a` (in, rank) and `lora_b` (rank, out); A·B = 0, so the model starts unchanged.
 
     Example:
         >>> import jax

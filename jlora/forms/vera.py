@@ -1,8 +1,8 @@
-"""VeRA: `W + s · A Λ_d B Λ_b`, two diagonals train over frozen random A and B.
+"""VeRA: `W + s · A Λ_d B Λ_b` with two trainable diagonals and frozen random A and B.
 
 Kopiczko et al. 2023, arXiv:2310.11454, eq. 2. PEFT's `VERA`, whose `vera_lambda_d` and
-`vera_lambda_b` are the diagonals. The paper has s = 1, `alpha=rank`, and one A and B for all
-layers: `jlora.tie`.
+`vera_lambda_b` are the diagonals. The paper uses s = 1, `alpha=rank`, and the same A and B
+for all layers: `jlora.tie`.
 """
 
 import math
@@ -27,7 +27,7 @@ def vera(
 ) -> Factors:
     """Draw A from `U(±√(6/in))` and B from `U(±√(6/rank))`: the frozen factors of VeRA.
 
-    Neither is zero: with `LoraSpec(form="vera")` it is Λ_b that begins as zero.
+    Neither is zero: with `LoraSpec(form="vera")` Λ_b is initially zero.
 
     Args:
         key: a PRNG key.

@@ -1,16 +1,16 @@
 """Initial values of A and B: plain functions `(key, weight, rank, scaling, dtype) -> (A, B)`.
 
-`weight` is one weight arranged as `(in, out)`; A comes back as `(in, rank)` and B as `(rank, out)`.
-`jlora.attach` arranges, and maps over stacks. A function that never reads the weight's values costs
-nothing for them: `attach` compiles it, and what is not used is not computed.
+`weight` is one weight as an `(in, out)` matrix; A is returned as `(in, rank)`, B as `(rank, out)`.
+`jlora.attach` reshapes, and maps over stacks. It compiles the function, so a function that does not
+read the weight's values does not pay for them.
 
-A function whose `s·A·B` is not zero may return a third array, `(in, out)`: what is to stand for the
-weight, `W - s·A·B`, so that the model starts unchanged all the same. `attach` makes it the node's
-`base`, a new array, and marks the node `residual`.
+A function whose `s·A·B` is not zero may return a third array, `(in, out)`: the residual
+`W - s·A·B`, so that the model still starts unchanged. `attach` stores it as the node's `base`, a
+new array, and marks the node `residual`.
 
-Those that begin a form of their own (`vera`, `lora_xs`, ...) are in its file in `jlora.forms`.
-`eva`, `corda` and `lora_ga` read data as well, and come after `attach`: functions of its tree and
-of the moments of the inputs, or of a gradient.
+Initializers of a specific form (`vera`, `lora_xs`, ...) are defined with the form in `jlora.forms`.
+`eva`, `corda` and `lora_ga` use data and are called after `attach`: they are functions of its tree
+and of the moments of the inputs, or of a gradient.
 """
 
 from jlora.forms import Factors as Factors

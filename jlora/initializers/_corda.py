@@ -1,4 +1,4 @@
-"""CorDA: A and B take a part out of the weight that is large, or small, on a task's inputs."""
+"""CorDA: A and B take the part of the weight that is largest, or smallest, on a task's inputs."""
 
 import functools
 
@@ -9,33 +9,34 @@ from jaxtyping import Array, Float, PyTree
 from jlora._arrays import accumulator
 from jlora._paths import describe
 from jlora.forms import Split
-from jlora.initializers._data import adapted, known, moments_of, replaced, split
+from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced, split
 from jlora.initializers._decomposed import share
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def corda(params: PyTree, moments: PyTree, *, method: str = "ipm") -> PyTree:
-    """Give A and B the part of W that a task's inputs bring out most, or least; freeze the rest.
+    """Initialize A and B with the part of W that responds most, or least, to a task's inputs.
 
-    `C W = U S Vᵀ`, `A = C⁻¹ Uᵣ √(Sᵣ/s)`, `B = √(Sᵣ/s) Vᵣᵀ`, where `C = Σ x xᵀ / n` with 0.01 of its
-    mean diagonal added to it, twice as much until `‖C C⁻¹ - I‖ < 0.05`, as in PEFT.
+    `C W = U S Vᵀ`, `A = C⁻¹ Uᵣ √(Sᵣ/s)`, `B = √(Sᵣ/s) Vᵣᵀ`, where `C = Σ x xᵀ / n` plus 0.01 of its
+    mean diagonal, doubled until `‖C C⁻¹ - I‖ < 0.05`, as in PEFT.
 
-    A slice of the outputs is a weight of its own. Under DoRA the magnitude stays: the residual and
-    `s A B` are W together.
+    Each slice of the outputs is decomposed separately. With DoRA the magnitude does not change,
+    because the residual plus `s A B` is still W.
 
     Args:
-        params: what `jlora.attach` returned; its A and B are not read, it is not changed.
-        moments: what `jlora.capture` returned for it, of one batch or added up.
-        method: "ipm", the r largest (the inputs are of what is to be learned), or "kpm", the r
-            smallest (they are of what is to be kept).
+        params: what `jlora.attach` returned. Its A and B are not read, and it is not modified.
+        moments: what `jlora.capture` returned for `params`, for one batch or summed over several.
+        method: "ipm" for the r largest singular values (inputs of the task to learn), or "kpm" for
+            the r smallest (inputs of the knowledge to preserve).
 
     Returns:
-        `params` with other A and B, over the residual `W - s A B` in W's dtype.
+        `params` with new A and B, and the residual `W - s A B` in W's dtype as base.
 
     Raises:
-        ValueError: another method; no `LoraArray`; one over a residual, or whose s is not above 0;
-            moments of another structure or shape, not finite, or zero; fewer inputs than the rank.
+        ValueError: the method is unknown; there is no `LoraArray`, or one over a residual or with s
+            not above 0; the moments do not match in structure or shape, are not finite, or are
+            zero; there are fewer inputs than the rank.
 
     Example:
         >>> import jlora
@@ -47,26 +48,26 @@ def corda(params: PyTree, moments: PyTree, *, method: str = "ipm") -> PyTree:
         True
 
     Reference: Yang et al. 2024, arXiv:2406.05223, eq. 2 to 5. PEFT's `init_lora_weights="corda"`,
-    `CordaConfig(corda_method)`; it divides each batch by its largest element first, which moves
-    size between A and B and, with several batches, weighs these by it.
+    `CordaConfig(corda_method)`; it first divides each batch by its largest element, which moves
+    scale between A and B and, with several batches, weights them unequally.
     """
     call = "jlora.initializers.corda(params, moments)"
     if method not in ("ipm", "kpm"):
         raise ValueError(f'`jlora.initializers.corda(method={method!r})`: give "ipm" or "kpm".')
-    nodes = adapted(params, call)
+    nodes = lora_nodes(params, call)
     seen = moments_of(nodes, moments, call, least=0)
     new = {}
     for path, node in nodes.items():
-        if known(node.scaling) and (jnp.asarray(node.scaling) <= 0).any():
+        if concrete(node.scaling) and (jnp.asarray(node.scaling) <= 0).any():
             raise ValueError(
-                f"`{call}`: s·A·B is to be a part of {describe(path, node)}, which its scaling "
-                "does not allow. Give an alpha above 0."
+                f"`{call}`: s·A·B cannot be a part of {describe(path, node)}, because its scaling "
+                "is not above 0. Give an alpha above 0."
             )
-        spread = jnp.trace(seen[path].second, axis1=-2, axis2=-1)
-        if known(spread) and not (spread > 0).all():
+        trace = jnp.trace(seen[path].second, axis1=-2, axis2=-1)
+        if concrete(trace) and not (trace > 0).all():
             raise ValueError(
-                f"`{call}`: all inputs of {describe(path, node)} were zero, so no direction of it "
-                "matters more than another. Give other data, or another rule for this weight."
+                f"`{call}`: all inputs of {describe(path, node)} were zero, so its directions "
+                "cannot be ordered. Use other data, or another rule for this weight."
             )
         covariance = seen[path].second / seen[path].count[..., None, None]
         init = functools.partial(_oriented, rank=node.rank, largest=method == "ipm")
@@ -90,18 +91,18 @@ def _oriented(
 
 
 def _damped(covariance: Float[Array, "n n"]) -> tuple[Array, Array]:
-    """Return C with as much on its diagonal as its inverse needs, and the inverse."""
+    """Return C, damped on its diagonal until it can be inverted, and the inverse."""
     eye = jnp.eye(len(covariance), dtype=covariance.dtype)
     mean = jnp.diagonal(covariance).mean()
 
-    def tried(damp: Array) -> tuple[Array, Array, Array]:
+    def damped(damp: Array) -> tuple[Array, Array, Array]:
         c = covariance + damp * mean * eye
         return damp, c, jnp.linalg.inv(c)
 
-    def rough(state: tuple[Array, Array, Array]) -> Array:
+    def inaccurate(state: tuple[Array, Array, Array]) -> Array:
         _, c, inverse = state
         return jnp.linalg.norm(jnp.matmul(c, inverse, precision=_EXACT) - eye) >= 0.05
 
-    start = tried(jnp.asarray(0.01, covariance.dtype))
-    _, c, inverse = jax.lax.while_loop(rough, lambda state: tried(2 * state[0]), start)
+    start = damped(jnp.asarray(0.01, covariance.dtype))
+    _, c, inverse = jax.lax.while_loop(inaccurate, lambda state: damped(2 * state[0]), start)
     return c, inverse

@@ -1,7 +1,7 @@
-"""Initial values that are parts of the weight itself: singular values and vectors, or Q and R.
+"""Initializers from a decomposition of the weight: singular value or QR.
 
-Decompositions run in float32 (or wider). What A and B take out of the weight is left out of the
-third array that comes back, the residual: summed in float32 and rounded once to the weight's dtype.
+Decompositions run in float32 or wider. The third array returned is the residual, `W - s·A·B`,
+computed in float32 and rounded once to the weight's dtype.
 """
 
 import jax
@@ -20,7 +20,7 @@ def _wide(weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
 
 
 def residual_of(weight: Array, a: Array, b: Array, scaling: ArrayLike) -> Array:
-    """Return `W - s·A·B` of A and B as they are stored, in W's dtype."""
+    """Return `W - s·A·B` for A and B as stored, in W's dtype."""
     wide = _wide(weight)
     ab = jnp.matmul(a.astype(wide.dtype), b.astype(wide.dtype), precision=_EXACT)
     return (wide - jnp.asarray(scaling, wide.dtype) * ab).astype(weight.dtype)
@@ -29,11 +29,11 @@ def residual_of(weight: Array, a: Array, b: Array, scaling: ArrayLike) -> Array:
 def share(
     weight: Array, u: Array, s: Array, vt: Array, scaling: ArrayLike, dtype: DTypeLike
 ) -> Split:
-    """Give A and B the root of the singular values each, so that `s·A·B = U S Vᵀ`."""
+    """Divide the singular values between A and B, so that `s·A·B = U S Vᵀ`."""
     if isinstance(scaling, int | float) and scaling <= 0:
         raise ValueError(
-            f"`jlora.initializers`: s·A·B is to be a part of the weight, which scaling={scaling} "
-            "does not allow. Give an alpha above 0."
+            f"`jlora.initializers`: s·A·B cannot be a part of the weight with scaling={scaling}. "
+            "Give an alpha above 0."
         )
     root = jnp.sqrt(s / jnp.asarray(scaling, s.dtype))
     a, b = (u * root[None]).astype(dtype), (root[:, None] * vt).astype(dtype)
@@ -49,10 +49,11 @@ def pissa(
     *,
     niter: int | None = None,
 ) -> Split:
-    """Give A and B the largest singular values of W, `s A B = Uᵣ Sᵣ Vᵣᵀ`; the rest is frozen.
+    """Initialize A and B with the largest singular values of W: `s A B = Uᵣ Sᵣ Vᵣᵀ`.
 
-    `A = Uᵣ √(Sᵣ/s)`, `B = √(Sᵣ/s) Vᵣᵀ`. Over a bfloat16 weight A and B stay in float32, but the
-    residual is rounded to bfloat16: the model starts within that one rounding of what it was.
+    `A = Uᵣ √(Sᵣ/s)`, `B = √(Sᵣ/s) Vᵣᵀ`; the residual is frozen. For a bfloat16 weight A and B are
+    float32, but the residual is rounded to bfloat16, so the model starts unchanged up to one
+    rounding.
 
     Args:
         key: a PRNG key; read only with `niter`.
@@ -60,9 +61,9 @@ def pissa(
         rank: r.
         scaling: s = α/r, above 0.
         dtype: of A and B.
-        niter: None for the exact decomposition; or the number of subspace iterations of a
-            randomized one, which is faster where r is far below in and out.
-            `functools.partial(pissa, niter=16)` is an initializer.
+        niter: None for the exact decomposition, or the number of subspace iterations of a
+            randomized one, which is faster if r is much smaller than in and out. Use
+            `functools.partial(pissa, niter=16)` as the initializer.
 
     Returns:
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
@@ -90,17 +91,18 @@ def pissa(
 def _svd_of_a_range(
     key: PRNGKeyArray, weight: Array, rank: int, niter: int
 ) -> tuple[Array, Array, Array]:
-    """Decompose W within `rank` directions that W itself, applied again and again, turns to."""
+    """Compute a randomized SVD of W, with `niter` subspace iterations."""
 
-    def span(y: Array) -> Array:
+    def orthonormal(y: Array) -> Array:
         return jnp.linalg.qr(y)[0]
 
-    def turn(_: ArrayLike, q: Array) -> Array:
-        back = span(jnp.matmul(weight.T, q, precision=_EXACT))  # (out, rank)
-        return span(jnp.matmul(weight, back, precision=_EXACT))  # (in, rank)
+    def iterate(_: ArrayLike, q: Array) -> Array:
+        back = orthonormal(jnp.matmul(weight.T, q, precision=_EXACT))  # (out, rank)
+        return orthonormal(jnp.matmul(weight, back, precision=_EXACT))  # (in, rank)
 
     draw = jax.random.normal(key, (weight.shape[1], rank), weight.dtype)
-    q = jax.lax.fori_loop(0, niter, turn, span(jnp.matmul(weight, draw, precision=_EXACT)))
+    start = orthonormal(jnp.matmul(weight, draw, precision=_EXACT))
+    q = jax.lax.fori_loop(0, niter, iterate, start)
     u, s, vt = jnp.linalg.svd(jnp.matmul(q.T, weight, precision=_EXACT), full_matrices=False)
     return jnp.matmul(q, u, precision=_EXACT), s, vt
 
@@ -112,10 +114,10 @@ def milora(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Split:
-    """Give A and B the smallest singular values of W; the principal part of it is frozen.
+    """Initialize A and B with the smallest singular values of W; the principal part is frozen.
 
-    `A = Uₘ √(Sₘ/s)`, `B = √(Sₘ/s) Vₘᵀ`, m the last r of min(in, out): training begins in what
-    matters least to W, and keeps what it knows.
+    `A = Uₘ √(Sₘ/s)`, `B = √(Sₘ/s) Vₘᵀ`, where m are the last r of min(in, out). Training starts
+    in the directions that matter least to W.
 
     Args:
         key: a PRNG key; not read.
@@ -149,7 +151,7 @@ def olora(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Split:
-    """Give B the first orthonormal directions of W's outputs, and A how W's inputs lie on them.
+    """Initialize A and B with the leading part of a QR decomposition of Wᵀ.
 
     `Wᵀ = Q R`, `B = Qᵣᵀ`, `A = Rᵣᵀ`; the residual is `W - s A B`.
 
@@ -157,7 +159,7 @@ def olora(
         key: a PRNG key; not read.
         weight: the base weight as `(in, out)`.
         rank: r.
-        scaling: s = α/r; A and B do not hang on it, the residual does.
+        scaling: s = α/r. A and B do not depend on it; the residual does.
         dtype: of A and B.
 
     Returns:
@@ -170,7 +172,7 @@ def olora(
         True
 
     Reference: Büyükakyüz 2024, arXiv:2406.01775. PEFT's `init_lora_weights="olora"`,
-    which divides nothing by s either.
+    which does not divide by s either.
     """
     q, r = jnp.linalg.qr(_wide(weight).T)  # (out, k), (k, in)
     a, b = r[:rank].T.astype(dtype), q[:, :rank].T.astype(dtype)

@@ -1,7 +1,6 @@
 """EVA: A spans the directions along which a weight's inputs vary most."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,7 @@ from jaxtyping import Array, PyTree
 from jlora import forms
 from jlora._arrays import Geometry, LoraArray
 from jlora._moments import Moments
-from jlora.initializers._data import adapted, known, moments_of, replaced
+from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced
 
 
 def eva(
@@ -24,29 +23,31 @@ def eva(
     """Set A to the principal directions of each weight's inputs, and B to zero.
 
     `Σ (x - x̄)(x - x̄)ᵀ = V Λ Vᵀ`, `A = Vᵣ`, B = 0: the model starts unchanged. With `rho` above 1
-    the ranks are handed out anew, all together as many as before: each goes to the direction
-    that explains the largest share `λₖ / Σ λ` of its weight's inputs, up to `rho · rank` at one.
+    ranks are reallocated across weights; the total is unchanged. They go to the directions with
+    the largest share `λₖ / Σ λ` of the variance of a weight's inputs, at most `rho · rank` per
+    weight.
 
-    Elements of a stack get ranks of their own, and the columns of A beyond an element's rank are
-    zero, as B's rows are: these never train. A weight that gets no rank is plain again. Slices
-    meet the same inputs, so each begins with the same A.
+    Each stack element gets its own rank. The columns of A and rows of B beyond it are zero and
+    never train. A weight with rank 0 is no longer adapted. Slices have the same inputs, so they
+    start with the same A.
 
-    The eigenvectors are those of sums in float32: directions whose λ is below 1e-6 of the largest,
-    or of the mean's square, are lost in rounding.
+    The eigenvectors are computed from float32 sums: directions with λ below 1e-6 of the largest, or
+    of the squared mean, are lost in rounding.
 
     Args:
-        params: what `jlora.attach` returned; its A and B are not read, it is not changed.
-        moments: what `jlora.capture` returned for it, of one batch or added up.
-        rho: how many times its rank a weight may get. PEFT's default is 2.
-        adjust_scaling: grow alpha with the rank, so that s stays as it is.
-        rslora: whether s is α/√r and not α/r; read only where ranks change.
+        params: what `jlora.attach` returned. Its A and B are not read, and it is not modified.
+        moments: what `jlora.capture` returned for `params`, for one batch or summed over several.
+        rho: the maximum rank of a weight, relative to its current rank. PEFT's default is 2.
+        adjust_scaling: scale alpha with the rank, so that s does not change.
+        rslora: whether s is α/√r and not α/r; used only where ranks change.
 
     Returns:
-        `params` with other A and B and, with `rho`, ranks.
+        `params` with new A and B and, if `rho` is above 1, new ranks.
 
     Raises:
-        ValueError: `rho` below 1, or above it while tracing; no `LoraArray`; one over a residual;
-            moments of another structure or shape, or not finite; no more inputs than the rank.
+        ValueError: `rho` is below 1, or above 1 under `jax.jit`; there is no `LoraArray`, or one
+            over a residual; the moments do not match in structure or shape, or are not finite;
+            there are no more inputs than the rank.
 
     Example:
         >>> import jax, jlora
@@ -63,41 +64,44 @@ def eva(
     call = "jlora.initializers.eva(params, moments)"
     if rho < 1.0:
         raise ValueError(
-            f"`jlora.initializers.eva(rho={rho})`: no weight would keep its rank. Give 1 or more."
+            f"`jlora.initializers.eva(rho={rho})`: ranks cannot all decrease. Give 1 or more."
         )
-    nodes = adapted(params, call)
+    nodes = lora_nodes(params, call)
     seen = moments_of(nodes, moments, call, least=1)
     spectra = {path: _spectrum(m) for path, m in seen.items()}
     if rho == 1.0:
         ranks = {path: np.full(m.count.shape, nodes[path].rank) for path, m in seen.items()}
     else:
-        if not all(known(x) for x, _ in spectra.values()):
+        if not all(concrete(x) for x, _ in spectra.values()):
             raise ValueError(
-                f"`jlora.initializers.eva(rho={rho})`: the ranks hang on the moments, which have "
-                "no values under `jax.jit`. Call it outside."
+                f"`jlora.initializers.eva(rho={rho})`: the ranks depend on the moments, which have "
+                "no values under `jax.jit`. Call it outside of `jax.jit`."
             )
         ranks = _ranks(nodes, {path: values for path, (values, _) in spectra.items()}, rho)
     power = float(adjust_scaling) - (0.5 if rslora else 1.0)
     return replaced(
         params,
-        {path: _begun(node, spectra[path][1], ranks[path], power) for path, node in nodes.items()},
+        {
+            path: _initialized(node, spectra[path][1], ranks[path], power)
+            for path, node in nodes.items()
+        },
     )
 
 
 def _spectrum(moments: Moments) -> tuple[Array, Array]:
-    """Return the shares of the variance, largest first, and their directions as columns."""
+    """Return the shares of variance in decreasing order, and their directions as columns."""
     mean = moments.total / moments.count[..., None]
     scatter = moments.second - moments.total[..., None] * mean[..., None, :]
     values, vectors = jnp.linalg.eigh((scatter + jnp.swapaxes(scatter, -1, -2)) / 2)
     values = jnp.maximum(values[..., ::-1], 0.0)
-    whole = values.sum(-1, keepdims=True)  # zero of inputs that never vary, which explain nothing
-    return values / jnp.where(whole > 0, whole, 1.0), vectors[..., ::-1]
+    total = values.sum(-1, keepdims=True)  # zero for constant inputs, whose shares are zero
+    return values / jnp.where(total > 0, total, 1.0), vectors[..., ::-1]
 
 
 def _ranks(
     nodes: dict[str, LoraArray], shares: dict[str, Array], rho: float
 ) -> dict[str, np.ndarray]:
-    """Hand the ranks out to the largest shares, equal ones in the order of the tree."""
+    """Allocate the ranks to the largest shares; ties in the order of the tree."""
     offers, budget = [], 0
     for path, node in nodes.items():
         geometry = Geometry.of(node.shape, node.layout)
@@ -114,8 +118,8 @@ def _ranks(
     return ranks
 
 
-def _begun(node: LoraArray, directions: Array, ranks: np.ndarray, power: float) -> Any:
-    """Return the node with A and B of new ranks, s times a power of how much they have grown."""
+def _initialized(node: LoraArray, directions: Array, ranks: np.ndarray, power: float) -> PyTree:
+    """Return the node with A and B of new ranks, and s times a power of the growth in rank."""
     rank = int(ranks.max())
     if rank == 0:
         return node.base

@@ -1,4 +1,4 @@
-"""LoRA-GA: A and B begin so that their first step moves the weight as its own gradient would."""
+"""LoRA-GA: A and B whose first step moves the weight like a step of full fine-tuning."""
 
 import functools
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 from jlora._arrays import Geometry, accumulator
 from jlora._paths import describe
 from jlora.forms import Split
-from jlora.initializers._data import adapted, given, replaced, split
+from jlora.initializers._data import lora_nodes, replaced, split, values_of
 from jlora.initializers._decomposed import residual_of
 
 _DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")
@@ -23,30 +23,31 @@ def lora_ga(
     scale: str = "stable",
     gamma: float = 16.0,
 ) -> PyTree:
-    """Set A and B to singular vectors of the weight's gradient; what they add W is freed of.
+    """Set A and B to singular vectors of the weight's gradient.
 
-    `G = U S Vᵀ` with G `(in, out)`; `A = c U₁..ᵣ`, `B = c Vᵣ₊₁..₂ᵣᵀ`, `c = out^¼ / √γ`; the
-    residual is `W - s A B`.
+    `G = U S Vᵀ` with G `(in, out)`; `A = c U₁..ᵣ`, `B = c Vᵣ₊₁..₂ᵣᵀ`, `c = out^¼ / √γ`; the base
+    becomes `W - s A B`, so the model starts unchanged.
 
-    A slice of the outputs is a weight of its own. Under DoRA the magnitude stays: the residual and
-    `s A B` are W together.
+    Each slice of the outputs is decomposed separately. With DoRA the magnitude does not change,
+    because the residual plus `s A B` is still W.
 
     Args:
-        params: what `jlora.attach` returned; its A and B are not read, it is not changed.
-        gradients: of the loss in the plain weights, a tree like these: `jax.grad(loss)(base)`,
-            the mean over batches where there are several.
-        direction: "ArB2r" as above; "A2rBr", where A has the second r and B the first; "ArBr",
-            where B has the first of each pair, and A the second.
-        scale: "stable" as above; "unit", c = 1; "peft", where B alone is multiplied, by
-            `c S` of its own singular values: so it hangs on the size of the loss.
+        params: what `jlora.attach` returned. Its A and B are not read, and it is not modified.
+        gradients: the gradient of the loss with respect to the base weights,
+            `jax.grad(loss)(base)`, averaged over several batches if desired.
+        direction: "ArB2r" as above; "A2rBr", A has the second r directions and B the first;
+            "ArBr", B has the first of each pair of directions, and A the second.
+        scale: "stable" as above; "unit", c = 1; "peft", only B is scaled, by `c S` with its own
+            singular values, so that it depends on the scale of the loss.
         gamma: γ.
 
     Returns:
-        `params` with other A and B, over the residual in W's dtype.
+        `params` with new A and B, and the residual in W's dtype as base.
 
     Raises:
-        ValueError: another direction or scale; no `LoraArray`; one over a residual; gradients of
-            another structure or shape; 2 · rank above min(in, out).
+        ValueError: the direction or scale is unknown; there is no `LoraArray`, or one over a
+            residual; the gradients do not match in structure or shape; 2 · rank is above
+            min(in, out).
 
     Example:
         >>> import jax, jlora
@@ -61,37 +62,38 @@ def lora_ga(
     `init_lora_weights="lora_ga"`, `LoraGAConfig(direction, scale, stable_gamma)`.
     """
     call = "jlora.initializers.lora_ga(params, gradients)"
-    for name, value, known in (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES)):
-        if value not in known:
+    options = (("direction", direction, _DIRECTIONS), ("scale", scale, _SCALES))
+    for name, value, allowed in options:
+        if value not in allowed:
             raise ValueError(
-                f"`jlora.initializers.lora_ga({name}={value!r})`: give one of {known}."
+                f"`jlora.initializers.lora_ga({name}={value!r})`: give one of {allowed}."
             )
-    nodes = adapted(params, call)
+    nodes = lora_nodes(params, call)
     new = {}
-    for path, gradient in given(nodes, gradients, call, "gradients").items():
+    for path, gradient in values_of(nodes, gradients, call, "gradients").items():
         node = nodes[path]
         geometry = Geometry.of(node.shape, node.layout)
         if jnp.shape(gradient) != node.shape:
             raise ValueError(
                 f"`{call}`: the gradient of {describe(path, node)} has the shape "
-                f"{jnp.shape(gradient)}. Give `jax.grad(loss)(base)` of the plain weights."
+                f"{jnp.shape(gradient)}. Pass `jax.grad(loss)(base)` of the base weights."
             )
         width = min(b - a for a, b in node.slices or ((0, geometry.out_dims[0]),))
         outs = geometry.fan_out // geometry.out_dims[0] * width
         if 2 * node.rank > min(geometry.fan_in, outs):
             raise ValueError(
                 f"`{call}`: A and B of {describe(path, node)} need 2 · {node.rank} directions of "
-                f"the gradient, which has min(in, out) = min({geometry.fan_in}, {outs}). Take a "
-                "lower rank there."
+                f"the gradient, which has min(in, out) = min({geometry.fan_in}, {outs}). Use a "
+                "lower rank."
             )
         init = functools.partial(
-            _along, rank=node.rank, direction=direction, scale=scale, gamma=gamma
+            _along_gradient, rank=node.rank, direction=direction, scale=scale, gamma=gamma
         )
         new[path] = split(node, geometry.to_matrix(gradient), init, by_output=True)
     return replaced(params, new)
 
 
-def _along(
+def _along_gradient(
     weight: Float[Array, "in out"],
     gradient: Float[Array, "in out"],
     scaling: Array,

@@ -1,4 +1,4 @@
-"""Initial values that are drawn: they read the weight's shape alone."""
+"""Random initializers: they read only the weight's shape."""
 
 import math
 
@@ -18,10 +18,10 @@ def kaiming_rank(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Factors:
-    """Draw A from `U(±1/√rank)` and set B to zero: the textbook `LoRALayer` in PyTorch.
+    """Draw A from `U(±1/√rank)` and set B to zero: the common `LoRALayer` in PyTorch.
 
-    There `lora_A` is stored `(in, rank)` and `kaiming_uniform_(lora_A, a=√5)` takes the last
-    dimension for the fan-in, so the bound has rank where PEFT's has the input's width.
+    It stores `lora_A` as `(in, rank)`, and `kaiming_uniform_(lora_A, a=√5)` uses the last dimension
+    as the fan-in, so the bound depends on the rank where PEFT's depends on the input's width.
 
     Args:
         key: a PRNG key.
@@ -79,9 +79,9 @@ def a_zero(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Factors:
-    """Set A to zero and draw B from `U(±1/√rank)`: the update starts at zero from the other side.
+    """Set A to zero and draw B from `U(±1/√rank)`: the roles of A and B are exchanged.
 
-    B's bound is the one PyTorch gives `nn.Linear(rank, out)`, PEFT's `lora_B` module.
+    B's bound is PyTorch's default for `nn.Linear(rank, out)`, PEFT's `lora_B` module.
 
     Args:
         key: a PRNG key.
@@ -113,7 +113,8 @@ def uniform(
 ) -> Factors:
     """Draw A from `U(±1/√in)` and B from `U(±1/√rank)`: PEFT's `init_lora_weights=False`.
 
-    Neither is zero, so the model starts changed: for tests, or before an adapter is filled in.
+    Neither is zero, so the model does not start unchanged. For tests, or for an adapter whose
+    values are set later.
 
     Args:
         key: a PRNG key.
@@ -130,7 +131,7 @@ def uniform(
         >>> bool(abs(a).max() <= 1 / 4), bool(abs(b).max() <= 1 / 2), bool(b.any())
         (True, True, True)
 
-    Reference: what PyTorch gives `nn.Linear(in, rank)` and `nn.Linear(rank, out)`.
+    Reference: PyTorch's defaults for `nn.Linear(in, rank)` and `nn.Linear(rank, out)`.
     """
     (d_in, d_out), (of_a, of_b) = weight.shape, jax.random.split(key)
     a = bounded(of_a, (d_in, rank), 1 / math.sqrt(d_in), dtype)
@@ -146,8 +147,9 @@ def orthogonal(
 ) -> Factors:
     """Draw A and B from two orthogonal halves of the rank's space, so that `A B = 0`.
 
-    `A = X Q₁/10`, `B = Q₂ᵀ Y/10`, where X and Y are normal and Q₁, Q₂ the even and odd rows of a
-    random orthogonal (rank, rank) matrix. Neither is zero, so both have a gradient at once.
+    `A = X Q₁/10`, `B = Q₂ᵀ Y/10`, where X and Y are normal and Q₁, Q₂ are the even and odd rows of
+    a random orthogonal (rank, rank) matrix. Neither is zero, so both have a gradient from the
+    start.
 
     Args:
         key: a PRNG key.
@@ -157,7 +159,7 @@ def orthogonal(
         dtype: of A and B.
 
     Returns:
-        `lora_a` (in, rank) and `lora_b` (rank, out); A·B is zero but for rounding.
+        `lora_a` (in, rank) and `lora_b` (rank, out); A·B is zero up to rounding.
 
     Raises:
         ValueError: the rank is odd.
@@ -171,8 +173,8 @@ def orthogonal(
     """
     if rank % 2:
         raise ValueError(
-            f"`jlora.initializers.orthogonal(rank={rank})`: A has one half of the rank's space and "
-            f"B the other, so the rank must be even. Give `LoraSpec(rank={rank + 1})`."
+            f"`jlora.initializers.orthogonal(rank={rank})`: A and B use one half of the rank's "
+            f"space each, so the rank must be even. Use `LoraSpec(rank={rank + 1})`."
         )
     (d_in, d_out), (of_q, of_x, of_y) = weight.shape, jax.random.split(key, 3)
     q = jnp.linalg.qr(jax.random.normal(of_q, (rank, rank)))[0]

@@ -1,8 +1,8 @@
-"""Optimizers that know A from B: optax transformations over trees with `LoraArray` nodes.
+"""Optimizers that distinguish A and B: optax transformations of trees with `LoraArray` nodes.
 
-They take the tree of `jlora.partition(params)[0]`, and the whole one under `jlora.freeze(tx)`. Of a
-node they read A, B and the layout; its base may be absent. Whatever else trains (DoRA's m, a
-parameter trained whole) is left as it comes, or goes to the optimizer that is wrapped.
+They accept the tree of `jlora.partition(params)[0]`, or the full tree inside `jlora.freeze(tx)`.
+They read A, B and the layout of a node; its base may be missing. Other trainable leaves (DoRA's m,
+a `FullArray`) are passed through unchanged, or to the wrapped optimizer.
 """
 
 from jlora.optim._adalora import adalora as adalora

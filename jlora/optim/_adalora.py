@@ -1,7 +1,7 @@
-"""AdaLoRA: the ranks are spread over the weights by how much the loss hangs on each."""
+"""AdaLoRA: allocate the ranks to the weights by the importance of their singular values."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,24 @@ from jaxtyping import Array, Float, PyTree
 from jlora._arrays import LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, map_with_paths
 from jlora.forms.adalora import FORM, VALUES
-from jlora.optim._factors import given, gram, turned
+from jlora.optim._factors import gram, required, transposed
 
 _CALL = "jlora.optim.adalora(tx, ...)"
 _Parts = dict[str, dict[str, Array]]
 
 
 class AdaLoraState(NamedTuple):
-    """What `adalora` remembers.
+    """State of `adalora`.
 
     Attributes:
-        inner: the state of the optimizer.
-        count: the steps that are done.
-        sensitivity: the running mean of |w · ∇w|, by path and part.
-        uncertainty: the running mean of how far it strays from that.
-        kept: by path, which singular values are not held at zero, `(*stack, rank)`.
+        inner: the state of the wrapped optimizer.
+        count: the number of steps.
+        sensitivity: the running mean Ī of I = |w · ∇w|, by path and part.
+        uncertainty: the running mean Ū of |I - Ī|, by path and part.
+        kept: by path, which singular values are not pruned, `(*stack, rank)`.
     """
 
-    inner: Any
+    inner: optax.OptState
     count: Array
     sensitivity: _Parts
     uncertainty: _Parts
@@ -47,32 +47,32 @@ def adalora(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hold at zero the singular values that the loss hangs on least, ever more of them.
+    """Prune the least important singular values on a shrinking budget.
 
-    `S_i = s(λ_i) + mean_j s(A_ji) + mean_j s(B_ij)`, `s(w) = Ī · Ū`: the running means of
-    `I = |w · ∇w|` and of `|I - Ī|`. After `warmup_steps` the budget, all singular values at first,
-    falls as a cube to `target_rank` a weight, over all weights together; in the last `final_steps`
-    the choice stands. The shapes stay as they are, so nothing is compiled again; see
-    `jlora.optim.orthogonality` for the penalty that belongs to it.
+    The importance is `S_i = s(λ_i) + mean_j s(A_ji) + mean_j s(B_ij)` with `s(w) = Ī · Ū`, the
+    running means of `I = |w · ∇w|` and of `|I - Ī|`. The budget for all weights together is all
+    singular values for `warmup_steps`, then decreases cubically to `target_rank` per weight; in
+    the last `final_steps` the selection is fixed. Shapes do not change, so nothing is recompiled.
+    `jlora.optim.orthogonality` is the matching regularizer.
 
     Args:
-        tx: the optimizer of all that trains.
-        target_rank: how many singular values a weight keeps on average.
-        total_steps: of the training.
-        warmup_steps: in which all are kept. PEFT's `tinit`.
-        final_steps: in which the choice stands. PEFT's `tfinal`.
-        every: how many steps lie between choices. PEFT's `deltaT`.
-        beta1: of the sensitivity's running mean.
-        beta2: of the uncertainty's.
+        tx: the optimizer of all trainable leaves.
+        target_rank: the average number of singular values that a weight keeps.
+        total_steps: the number of training steps.
+        warmup_steps: the steps before pruning begins. PEFT's `tinit`.
+        final_steps: the steps at the end with a fixed selection. PEFT's `tfinal`.
+        every: the number of steps between selections. PEFT's `deltaT`.
+        beta1: the decay rate of the sensitivity's running mean.
+        beta2: the decay rate of the uncertainty's running mean.
 
     Returns:
-        A transformation over any tree with `LoraArray` nodes of the form "adalora"; its `update`
-        needs the parameters.
+        A transformation of trees with `LoraArray` nodes of the form "adalora"; its `update`
+        requires the parameters.
 
     Raises:
-        ValueError: `target_rank` below 1 or above the weights' ranks, phases longer than the
-            training, `every` below 1, a rate outside (0, 1), a tree without singular values (on
-            `init`); `update` is not given the parameters.
+        ValueError: `target_rank` is below 1 or above a weight's rank; the phases exceed
+            `total_steps`; `every` is below 1; a rate is outside (0, 1); no node has singular
+            values (on `init`); `update` is called without the parameters.
 
     Example:
         >>> from jlora import LoraSpec, attach, partition
@@ -100,23 +100,25 @@ def adalora(
         raise ValueError(
             f"`jlora.optim.adalora(target_rank={target_rank}, total_steps={total_steps}, "
             f"warmup_steps={warmup_steps}, final_steps={final_steps}, every={every}, "
-            f"beta1={beta1}, beta2={beta2})`: ranks and `every` are at least 1, the phases fit "
-            "into the training, and the rates lie between 0 and 1."
+            f"beta1={beta1}, beta2={beta2})`: ranks and `every` must be at least 1, the phases "
+            "must fit into `total_steps`, and the rates must be between 0 and 1."
         )
     plan = _Plan(target_rank, warmup_steps, total_steps - final_steps, every, beta1, beta2)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> AdaLoraState:
         parts = _parts(params, target_rank)
-        # Each array its own: under donation one buffer must not be given away twice.
-        felt, unsure = (jax.tree.map(jnp.zeros_like, parts) for _ in range(2))
+        # Separate arrays: the same buffer must not be donated twice.
+        sensitivity, uncertainty = (jax.tree.map(jnp.zeros_like, parts) for _ in range(2))
         kept = {path: jnp.ones(x[VALUES].shape, bool) for path, x in parts.items()}
-        return AdaLoraState(tx.init(params), jnp.zeros((), jnp.int32), felt, unsure, kept)
+        return AdaLoraState(
+            tx.init(params), jnp.zeros((), jnp.int32), sensitivity, uncertainty, kept
+        )
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: PyTree
     ) -> tuple[PyTree, AdaLoraState]:
-        gradients, before = _parts(updates), _parts(given(params, _CALL))
+        gradients, before = _parts(updates), _parts(required(params, _CALL))
         updates, inner = tx.update(updates, state.inner, params, **extra)
         after = jax.tree.map(lambda w, u: w + u.astype(w.dtype), before, _parts(updates))
         state = plan.follow(state._replace(inner=inner), after, gradients)
@@ -134,7 +136,7 @@ def adalora(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Which steps choose, among how many, and how the importance is averaged."""
+    """The schedule of selections, and how the importance is averaged."""
 
     target_rank: int
     warmup: int
@@ -144,48 +146,57 @@ class _Plan:
     beta2: float
 
     def chooses(self, count: Array) -> Array:
-        """Whether this step chooses anew."""
+        """Whether this step selects."""
         falling = (count > self.warmup) & (count < self.end) & (count % self.every == 0)
         return falling | (count == self.end)
 
     def holds(self, count: Array) -> Array:
-        """Whether this step holds at zero what is not kept."""
+        """Whether this step sets pruned singular values to zero."""
         return self.chooses(count) | (count > self.end)
 
     def budget(self, count: Array, most: int, least: int) -> Array:
-        """Return how many singular values are kept; a table, so that it is rounded exactly."""
+        """Return the number of singular values to keep, from a table computed in Python."""
         span = max(1, self.end - self.warmup)
         falls = [int((most - least) * (1 - k / span) ** 3 + least) for k in range(span + 1)]
         return jnp.asarray(falls)[jnp.clip(count - self.warmup, 0, span)]
 
     def follow(self, state: AdaLoraState, after: _Parts, gradients: _Parts) -> AdaLoraState:
-        """Average the importance of what the step has made, and choose."""
+        """Update the running importance after a step, and select."""
+        # The first-order change of the loss when w is set to zero is |w · ∇w| = I. One batch is a
+        # noisy estimate of it, so s(w) = Ī · Ū multiplies its running mean by the running mean of
+        # its deviation from that: uncertain weights are kept (Zhang et al., eq. 9 to 11). A triplet
+        # (λ_i, column i of A, row i of B) is scored as a unit, with means over the vectors so that
+        # the width of a weight does not matter, and all triplets of all weights are ranked
+        # together: the budget moves between weights.
         count = state.count + 1
 
         def mean(old: Array, new: Array, beta: float) -> Array:
             return jnp.where(count < self.end, beta * old + (1 - beta) * new, old)
 
-        def felt_now(old: Array, w: Array, g: Array) -> Array:
-            # A NaN that the inner transformation passes over would stay in the mean for ever.
+        def sensitivity_now(old: Array, w: Array, g: Array) -> Array:
+            # A NaN that the wrapped optimizer skips would stay in the running mean.
             now = jnp.abs(w * g.astype(w.dtype))
             return jnp.where(jnp.isfinite(now), now, old)
 
-        now = jax.tree.map(felt_now, state.sensitivity, after, gradients)
-        felt = jax.tree.map(lambda o, n: mean(o, n, self.beta1), state.sensitivity, now)
-        strays = jax.tree.map(lambda n, m: jnp.abs(n - m), now, felt)
-        unsure = jax.tree.map(lambda o, n: mean(o, n, self.beta2), state.uncertainty, strays)
-        scores = {path: _score(jax.tree.map(lax.mul, felt[path], unsure[path])) for path in felt}
+        now = jax.tree.map(sensitivity_now, state.sensitivity, after, gradients)
+        sensitivity = jax.tree.map(lambda o, n: mean(o, n, self.beta1), state.sensitivity, now)
+        deviation = jax.tree.map(lambda n, m: jnp.abs(n - m), now, sensitivity)
+        uncertainty = jax.tree.map(
+            lambda o, n: mean(o, n, self.beta2), state.uncertainty, deviation
+        )
+        products = jax.tree.map(lax.mul, sensitivity, uncertainty)
+        scores = {path: _score(parts) for path, parts in products.items()}
         ranked = jnp.sort(jnp.concatenate([x.reshape(-1) for x in scores.values()]))
         weights = sum(x.size // x.shape[-1] for x in scores.values())
         dropped = ranked.size - self.budget(count, ranked.size, self.target_rank * weights)
         least = jnp.where(dropped > 0, ranked[jnp.maximum(dropped - 1, 0)], -jnp.inf)
         choose = self.chooses(count)
         kept = {path: jnp.where(choose, x > least, state.kept[path]) for path, x in scores.items()}
-        return AdaLoraState(state.inner, count, felt, unsure, kept)
+        return AdaLoraState(state.inner, count, sensitivity, uncertainty, kept)
 
 
 def _score(parts: dict[str, Array]) -> Array:
-    """Return a singular value's importance and its vectors' mean ones, `(*stack, rank)`."""
+    """Add each singular value's score and the mean scores of its vectors, `(*stack, rank)`."""
     values = parts[VALUES]
     *stack, rank = values.shape
     a = parts["lora_a"].reshape(*stack, -1, rank).mean(-2)
@@ -194,37 +205,37 @@ def _score(parts: dict[str, Array]) -> Array:
 
 
 def _parts(tree: PyTree, target_rank: int = 0, call: str = _CALL) -> _Parts:
-    """Return A, Λ and B of every node that has them; refuse a tree that has none."""
+    """Return A, Λ and B of every node that has them; refuse a tree without such nodes."""
     found: _Parts = {}
     for path, node in leaves_with_paths(tree, is_adapted):
         if isinstance(node, LoraArray) and node.form == FORM.name:
             found[path] = {name: node.parts[name] for name in FORM.parts}
     if not found:
         raise ValueError(
-            f"`{call}`: no weight has singular values that could be zero. Attach with "
+            f"`{call}`: no weight has singular values that could be pruned. Attach with "
             '`LoraSpec(form="adalora")`.'
         )
     for path, parts in found.items():
         if target_rank > parts[VALUES].shape[-1]:
             raise ValueError(
                 f'`{call}`: the target rank {target_rank} is above the rank of "{path}", '
-                f"{parts[VALUES].shape[-1]}, which it can only fall from. Attach with more."
+                f"{parts[VALUES].shape[-1]}. The rank can only decrease: attach with a higher one."
             )
     return found
 
 
 def _with_values(tree: PyTree, values: dict[str, Array]) -> PyTree:
-    def put(path: str, node: Any) -> Any:
+    def put(path: str, node: PyTree) -> PyTree:
         return node.with_parts({VALUES: values[path]}) if path in values else node
 
     return map_with_paths(put, tree, is_adapted)
 
 
 def orthogonality(params: PyTree) -> Float[Array, ""]:
-    """Return how far A and B are from orthonormal: `mean over all A and B of ‖XᵀX - I‖_F`.
+    """Return the deviation of A and B from orthonormal: the mean of `‖XᵀX - I‖_F` over all of them.
 
-    Added to the loss, times 0.5 in PEFT (`orth_reg_weight`), it keeps the singular values of
-    AdaLoRA what their name says, so that a small one matters little.
+    Added to the loss, with weight 0.5 in PEFT (`orth_reg_weight`), it keeps A and B close to
+    singular vectors, so that a small singular value contributes little.
 
     Args:
         params: a tree with `LoraArray` nodes of the form "adalora".
@@ -249,7 +260,7 @@ def orthogonality(params: PyTree) -> Float[Array, ""]:
     for parts in _parts(params, call="jlora.optim.orthogonality(params)").values():
         stack, rank = parts[VALUES].shape[:-1], parts[VALUES].shape[-1]
         a = parts["lora_a"].reshape(*stack, -1, rank)
-        b = turned(parts["lora_b"].reshape(*stack, rank, -1))
+        b = transposed(parts["lora_b"].reshape(*stack, rank, -1))
         eye = jnp.eye(rank, dtype=a.dtype).reshape(*(1,) * len(stack), rank, rank)
         distances += [jnp.linalg.norm(gram(x) - eye, axis=(-2, -1)).reshape(-1) for x in (a, b)]
     return jnp.concatenate(distances).mean()

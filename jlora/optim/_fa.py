@@ -1,6 +1,4 @@
-"""LoRA-FA: A is frozen, and B's gradient is that of the weight, as near as A lets it come."""
-
-from typing import Any
+"""LoRA-FA: A is frozen; B's update makes s·A·B follow the full-weight gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
-from jlora.optim._factors import Pair, check, divided, given, label, pairs, unpaired
+from jlora.optim._factors import (
+    Pair,
+    factor_nodes,
+    label,
+    pairs,
+    preconditioned,
+    required,
+    unpaired,
+)
 
 _CALL = "jlora.optim.lora_fa(tx)"
 
@@ -17,27 +23,28 @@ _CALL = "jlora.optim.lora_fa(tx)"
 def lora_fa(
     tx: optax.GradientTransformation, *, scaling: ArrayLike | None = None, delta: float | int = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    """Freeze A, and give `tx` the gradient of B that moves `s A B` nearest to W's: of norm least.
+    """Freeze A, and project B's gradient so that s·A·B follows the full-weight gradient.
 
-    `∇B ← (AᵀA + δI)⁻¹ ∇B / s²`. A's update is zero, and `tx` has no state for it.
+    `∇B ← (AᵀA + δI)⁻¹ ∇B / s²`, for which `s·A·∇B` is the projection of the gradient of W onto the
+    columns of A. A's update is zero, and `tx` has no state for it.
 
-    s is each node's own where the parameters have it. The trainable tree of `jlora.partition`, and
-    what `jlora.freeze` lets through, do not: there give `scaling`, or let it see the whole tree,
-    `lora_fa(jlora.freeze(tx))`. Where s differs from node to node, only the latter is right.
+    s is read from each node. The trainable tree of `jlora.partition`, and the parameters inside
+    `jlora.freeze`, do not contain it: pass `scaling`, or use `lora_fa(jlora.freeze(tx))`. If s
+    differs between nodes, only the latter is correct.
 
     Args:
-        tx: the optimizer of B and of all else that trains.
-        scaling: s of the nodes whose parameters have none, `LoraSpec.s`.
+        tx: the optimizer of B and of all other trainable leaves.
+        scaling: s for nodes without scaling, `LoraSpec.s`.
         delta: δ.
 
     Returns:
-        A transformation over any tree with `LoraArray` nodes; its `update` needs the parameters.
-        It computes in float32 (or wider), and `tx` is given the gradients' dtype.
+        A transformation of trees with `LoraArray` nodes; its `update` requires the parameters. It
+        computes in float32 or wider, and passes gradients to `tx` in their original dtype.
 
     Raises:
         TypeError: `tx` is not an optimizer.
-        ValueError: the parameters have no `LoraArray`, one without A or B, or one whose s is not
-            known (on `init`); `update` is not given the parameters.
+        ValueError: there is no `LoraArray`, or one without A, B or s (on `init`); `update` is
+            called without the parameters.
 
     Example:
         >>> import jlora
@@ -51,7 +58,7 @@ def lora_fa(
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
-            f"`jlora.optim.lora_fa({tx!r})`: it wraps an optimizer: "
+            f"`jlora.optim.lora_fa({tx!r})`: pass the optimizer to wrap: "
             "`jlora.optim.lora_fa(optax.adamw(1e-4))`."
         )
     return optax.chain(
@@ -61,32 +68,34 @@ def lora_fa(
 
 
 def _project(scaling: ArrayLike | None, delta: float | int) -> optax.GradientTransformation:
-    """Replace the gradient of B, and leave A's for who comes next."""
+    """Replace the gradient of B; A's passes through."""
 
     def init(params: PyTree) -> optax.EmptyState:
-        for path, node in check(params, _CALL):
+        for path, node in factor_nodes(params, _CALL):
             if scaling is None and not _has_scaling(node):
                 raise ValueError(
-                    f'`{_CALL}`: the scaling of "{path}" is not in the parameters, and B\'s '
-                    "gradient is divided by its square. Give it, `lora_fa(tx, scaling=spec.s)`, "
-                    "or let the whole tree through: `lora_fa(jlora.freeze(tx))`."
+                    f'`{_CALL}`: the scaling of "{path}" is not in the parameters, but B\'s '
+                    "gradient is divided by its square. Pass it, `lora_fa(tx, scaling=spec.s)`, "
+                    "or pass the full tree: `lora_fa(jlora.freeze(tx))`."
                 )
         return optax.EmptyState()
 
-    def project(gradient: Any, node: Any) -> Any:
+    def project(gradient: PyTree, node: PyTree) -> PyTree:
         if not isinstance(node, LoraArray):
             return gradient
 
         def one(da: Array, db: Array, a: Array) -> Pair:
             s = jnp.asarray(node.scaling if _has_scaling(node) else scaling, a.dtype)
             s = s.reshape(*s.shape, *(1,) * (db.ndim - s.ndim))
-            return da, divided(db, a, delta) / (s * s)
+            return da, preconditioned(db, a, delta) / (s * s)
 
         both = zip(pairs(gradient), pairs(node), strict=True)
         return unpaired([one(da, db, a) for (da, db), (a, _) in both], gradient)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        return jax.tree.map(project, updates, given(params, _CALL), is_leaf=is_adapted), state
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        return jax.tree.map(project, updates, required(params, _CALL), is_leaf=is_adapted), state
 
     return optax.GradientTransformation(init, update)
 

@@ -1,14 +1,13 @@
-"""A and B in a tree of gradients: where they are, and as pairs of matrices.
+"""A and B in a tree of gradients: find them, and convert them to pairs of matrices.
 
-A pair is A as `(*stack, in, rank)` and Bᵀ as `(*stack, out, rank)`, so that what holds for one side
-holds for the other. It knows no optimizer.
+A pair is A as `(*stack, in, rank)` and Bᵀ as `(*stack, out, rank)`, so that the same code serves
+both sides. This file does not know the optimizers.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,34 +20,34 @@ from jlora._paths import leaves_with_paths
 
 Pair = tuple[Array, Array]
 
-# On a GPU or TPU a float32 product is otherwise rounded to fewer bits than its inverse needs.
+# By default, GPUs and TPUs round float32 products to fewer bits than the inverses require.
 dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def turned(matrix: Array) -> Array:
+def transposed(matrix: Array) -> Array:
     """Return `Xᵀ` of every stack element."""
     return jnp.swapaxes(matrix, -1, -2)
 
 
 def gram(matrix: Array) -> Array:
     """Return `XᵀX`, `(*stack, rank, rank)`."""
-    return dot(turned(matrix), matrix)
+    return dot(transposed(matrix), matrix)
 
 
-def divided(gradient: Array, factor: Array, delta: float | int) -> Array:
-    """Return `G (XᵀX + δI)⁻¹`: the gradient of one factor by the other one, X."""
+def preconditioned(gradient: Array, factor: Array, delta: float | int) -> Array:
+    """Return `G (XᵀX + δI)⁻¹`, where G is the gradient of one factor and X the other factor."""
     square = gram(factor)
     damped = square + delta * jnp.eye(square.shape[-1], dtype=square.dtype).reshape(
         *(1,) * (square.ndim - 2), *square.shape[-2:]
     )
-    # Inverted, for it is rank x rank: solving for every row of G takes far longer.
+    # The matrix is only rank x rank: inverting it is much faster than solving for each row of G.
     return dot(gradient, jnp.linalg.inv(damped))
 
 
 def pairs(node: LoraArray) -> list[Pair]:
     """Return A and Bᵀ as matrices, in float32 or wider: one pair, or one per slice."""
     wide, layout = accumulator(node.lora_a.dtype), node.layout
-    # The base may be absent, so what leads is counted from A.
+    # The base may be missing, so the stack axes are counted from A.
     axis = node.lora_a.ndim - layout.count("i") - 1
     stack, rank = node.lora_a.shape[:axis], node.lora_b.shape[axis]
     ends, parts = [], 1
@@ -60,18 +59,18 @@ def pairs(node: LoraArray) -> list[Pair]:
     return list(
         zip(
             jnp.split(a, parts, -1),
-            [turned(piece.reshape(*stack, rank, -1)) for piece in b],
+            [transposed(piece.reshape(*stack, rank, -1)) for piece in b],
             strict=True,
         )
     )
 
 
 def unpaired(changed: list[Pair], node: LoraArray) -> LoraArray:
-    """Put pairs back where `pairs` took them from, in the shapes and dtypes of `node`."""
+    """Undo `pairs`: return `node` with the changed A and B, in its shapes and dtypes."""
     axis = node.lora_a.ndim - node.layout.count("i") - 1
-    before, behind = node.lora_b.shape[: axis + 1], node.lora_b.shape[axis + 2 :]
+    before, after = node.lora_b.shape[: axis + 1], node.lora_b.shape[axis + 2 :]
     a = jnp.concatenate([a for a, _ in changed], -1)
-    b = jnp.concatenate([turned(b).reshape(*before, -1, *behind) for _, b in changed], axis + 1)
+    b = jnp.concatenate([transposed(b).reshape(*before, -1, *after) for _, b in changed], axis + 1)
     return dataclasses.replace(
         node,
         lora_a=a.reshape(node.lora_a.shape).astype(node.lora_a.dtype),
@@ -80,9 +79,9 @@ def unpaired(changed: list[Pair], node: LoraArray) -> LoraArray:
 
 
 def label(call: str, *parts: str) -> Callable[[PyTree], PyTree]:
-    """Return what labels those parts of every `LoraArray` "factor", and the rest "other"."""
+    """Return a function that labels these parts of every `LoraArray` "factor", others "other"."""
 
-    def mark(node: Any) -> Any:
+    def mark(node: PyTree) -> PyTree:
         words = jax.tree.map(lambda _: "other", node)
         if not isinstance(node, LoraArray):
             return words
@@ -90,14 +89,14 @@ def label(call: str, *parts: str) -> Callable[[PyTree], PyTree]:
         return dataclasses.replace(words, **named)
 
     def run(params: PyTree) -> PyTree:
-        adapted(params, call)
+        lora_nodes(params, call)
         return jax.tree.map(mark, params, is_leaf=is_adapted)
 
     return run
 
 
-def adapted(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
-    """Return the nodes and their paths; refuse a tree without any."""
+def lora_nodes(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
+    """Return all `LoraArray` nodes and their paths; refuse a tree without any."""
     found = [
         (path, node)
         for path, node in leaves_with_paths(params, is_adapted)
@@ -105,48 +104,48 @@ def adapted(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
     ]
     if not found:
         raise ValueError(
-            f"`{call}`: there is no `LoraArray` in the parameters, so nothing would be different. "
-            "Give what `jlora.attach` returned, or `jlora.partition(params)[0]` of it."
+            f"`{call}`: there is no `LoraArray` in the parameters, so this would have no effect. "
+            "Pass what `jlora.attach` returned, or its `jlora.partition(params)[0]`."
         )
     return found
 
 
-def check(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
-    """Return the nodes and their paths; refuse a node without A or B, or with more than them."""
-    found = adapted(params, call)
+def factor_nodes(params: PyTree, call: str) -> list[tuple[str, LoraArray]]:
+    """Return the nodes and their paths; refuse a node whose update is not a product of A and B."""
+    found = lora_nodes(params, call)
     for path, node in found:
         if not forms.of(node).is_product:
             raise ValueError(
-                f'`{call}`: something stands between A and B of "{path}", and the update of one '
-                "is a function of the other alone. Attach with another form, or train with an "
-                "optimizer of Adam's kind."
+                f'`{call}`: the update of "{path}" has other parts between A and B, but this '
+                "optimizer updates each factor from the other alone. Attach with another form, or "
+                "use an optimizer such as Adam."
             )
         for part in ("lora_a", "lora_b"):
             if isinstance(getattr(node, part), Tied):
                 raise ValueError(
-                    f'`{call}`: {part} of "{path}" is another node\'s, so its update would be a '
-                    "function of several. Train tied parameters with an optimizer of Adam's kind."
+                    f'`{call}`: {part} of "{path}" is another node\'s, so its update would depend '
+                    "on several nodes. Train tied parameters with an optimizer such as Adam."
                 )
             if getattr(node, part) is None or isinstance(getattr(node, part), optax.MaskedNode):
                 raise ValueError(
-                    f'`{call}`: {part} of "{path}" is taken out, and neither factor is updated '
-                    "without the other. Label all that trains alike: `jlora.freeze(tx)`, or "
+                    f'`{call}`: {part} of "{path}" is missing, and each factor\'s update requires '
+                    "the other. Use one label for all trainable leaves: `jlora.freeze(tx)`, or "
                     "`jlora.partition(params)[0]`."
                 )
     return found
 
 
-def given(params: PyTree | None, call: str) -> PyTree:
-    """Return the parameters; refuse an update without them."""
+def required(params: PyTree | None, call: str) -> PyTree:
+    """Return the parameters; refuse None."""
     if params is None:
         raise ValueError(
-            f"`{call}`: the update of A is a function of B, and B's of A. Give the parameters: "
+            f"`{call}`: the update of A depends on B, and B's on A. Pass the parameters: "
             "`tx.update(grads, state, params)`."
         )
     return params
 
 
-def refuse_wrapping(call: str, value: Any, line: str) -> None:
-    """Refuse an optimizer where a number belongs."""
+def refuse_wrapping(call: str, value: object, line: str) -> None:
+    """Refuse an optimizer in place of a number."""
     if isinstance(value, optax.GradientTransformation):
-        raise TypeError(f"`{call}`: it does not wrap an optimizer, it stands in a chain: `{line}`.")
+        raise TypeError(f"`{call}`: this does not wrap an optimizer. Use it in a chain: `{line}`.")

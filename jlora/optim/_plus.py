@@ -1,4 +1,4 @@
-"""LoRA+: B learns faster than A."""
+"""LoRA+: a higher learning rate for B than for A."""
 
 import optax
 
@@ -8,14 +8,15 @@ from jlora.optim._factors import label, refuse_wrapping
 def lora_plus(ratio: float | int = 16.0) -> optax.GradientTransformationExtraArgs:
     """Scale the update of B, so that its learning rate is `ratio` times A's: `η_B = λ η_A`.
 
-    It comes last in a chain: what an optimizer of Adam's kind is given it normalizes away. All of
-    B's update is scaled, its weight decay too, as with a parameter group of another rate.
+    Put it last in a chain: Adam and similar optimizers are invariant to the scale of their input.
+    The full update of B is scaled, including weight decay, as by a parameter group with another
+    learning rate.
 
     Args:
-        ratio: λ, the learning rate of B over that of A. The paper's advice is about 16.
+        ratio: λ, the learning rate of B divided by that of A. The paper recommends about 16.
 
     Returns:
-        A transformation without state, over any tree with `LoraArray` nodes. All but B passes.
+        A stateless transformation of trees with `LoraArray` nodes. It changes only B.
 
     Raises:
         TypeError: `ratio` is an optimizer.
@@ -30,7 +31,7 @@ def lora_plus(ratio: float | int = 16.0) -> optax.GradientTransformationExtraArg
         (-0.5, -8.0)
 
     Reference: Hayou et al. 2024, arXiv:2402.12354. PEFT's `create_loraplus_optimizer`, which also
-    gives B's rate to whatever has one dimension, and 1e-6 to the factors of an embedding.
+    uses B's rate for 1-D parameters, and 1e-6 for the factors of an embedding.
     """
     call = "jlora.optim.lora_plus(ratio)"
     refuse_wrapping(call, ratio, "optax.chain(tx, jlora.optim.lora_plus(16.0))")

@@ -111,7 +111,7 @@ def test_a_merged_linear_needs_to_be_told_which(tmp_path):
         load()
     with pytest.raises(ValueError, match=r'2 keys have another shape: "layer.lora_A" \[6, 7\]'):
         load(slices={"w": ((0, 4),)})
-    with pytest.raises(ValueError, match=r"rising order that do not overlap"):
+    with pytest.raises(ValueError, match=r"increasing order that do not overlap"):
         load(slices={"w": ((8, 12), (0, 4))})
     with pytest.raises(KeyError, match=r'`slices` has "v", which is no parameter'):
         load(slices={"v": ((0, 4),)})
