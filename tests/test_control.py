@@ -71,7 +71,7 @@ def test_a_carried_weight_that_becomes_another_thing_is_reported_and_right():
 
         return lax.scan(step, (p["w"], x), length=3)
 
-    with pytest.raises(ValueError, match=r'"w".*used whole by the primitive "scan"'):
+    with pytest.raises(ValueError, match=r'"w".*must be materialized for primitive "scan"'):
         jlora.lora(fn, fallback="error")(params(), X)
     agree(fn, params(), "materialize")
 
@@ -286,4 +286,4 @@ def test_that_warning_hides_no_other_at_its_line():
         jlora.lora(fn)(tree, X)
     messages = [str(w.message) for w in told]
     assert sum("is scanned along" in m for m in messages) == 1
-    assert any('"v" float32[6,6] is used whole by the primitive "scan"' in m for m in messages)
+    assert any('"v" float32[6,6] must be materialized for primitive "scan"' in m for m in messages)

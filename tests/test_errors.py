@@ -292,7 +292,7 @@ def used_whole():
 
 def test_fallback_error_names_everything():
     match = says(
-        '"block/w" float32[3,4] is used whole by the primitive "sort"',
+        '"block/w" float32[3,4] must be materialized for primitive "sort"',
         "test_errors.py",
         "(sorted_weight)",
         "48 bytes",

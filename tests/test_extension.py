@@ -160,7 +160,9 @@ def test_a_rule_that_does_not_know_the_gain_never_sees_one(matmul):
     def model(p, x):
         return call(x, p["w"])
 
-    with pytest.raises(ValueError, match=r'"w".*its rule takes no weight with DoRA\'s gain'):
+    with pytest.raises(
+        ValueError, match=r'"w".*its rule does not support a weight with DoRA\'s gain'
+    ):
         jlora.lora(model, fallback="error")(tree, X)
     close(jlora.lora(model, fallback="materialize")(tree, X), model(jlora.merge(tree), X))
     close(jlora.lora(model, fallback="error")(params(), X), model(jlora.merge(params()), X))

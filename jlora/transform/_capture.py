@@ -1,4 +1,4 @@
-"""`capture(fn, params, ...)`: the moments of each adapted weight's inputs, summed as they pass."""
+"""`capture(fn, params, ...)`: first and second moments of the inputs of each adapted weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +22,17 @@ from jlora.transform._walk import Settings, Walk
 _CALL = "jlora.capture(fn, params, ...)"
 
 
-def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+def capture(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
     """Sum `x xᵀ`, `x` and 1 over the inputs x of every adapted weight, while `fn` runs.
 
-    `fn(params, *args, **kwargs)` runs forward on the base weights, every adapter off, as PEFT does
-    for EVA. What a weight meets where its inputs are contracted is its input, flattened over
-    the in-dimensions: a patch of a convolution, the rows of an expert. A weight that is used twice,
-    or cut in two that meet the same x, has seen it twice; of one cut along its inputs the parts'
-    own sums are known, and zeros between them.
+    `fn(params, *args, **kwargs)` runs forward on the base weights with all adapters off, as in PEFT
+    for EVA. The input of a weight is what its input axes are contracted with, flattened: a patch
+    for a convolution, the rows of one expert. If a weight is used twice, or split in two pieces
+    that are both applied to x, then x counts twice. For a weight split along its inputs only the
+    diagonal blocks of the second moment are known; the others are zero.
 
-    Memory is `(in, in)` per weight, whatever the number of inputs; compile it, as
-    `jax.jit(lambda params, batch: jlora.capture(fn, params, batch))`, and add batches up by
+    Memory is `(in, in)` per weight, independent of the number of inputs. Compile it, as in
+    `jax.jit(lambda params, batch: jlora.capture(fn, params, batch))`, and sum over batches with
     `jax.tree.map(jnp.add, one, other)`.
 
     Args:
@@ -45,8 +45,8 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         A tree like `params`: `Moments` for each `LoraArray`, None for anything else.
 
     Raises:
-        ValueError: no `LoraArray` in `params`; one whose parts do not fit, or which meets no input
-            that is contracted: a lookup (an embedding), a tied head, a weight that is used whole.
+        ValueError: `params` has no `LoraArray`; the shapes of one do not match; or one has no
+            contracted input: an embedding lookup, a tied head, a weight that is materialized.
 
     Example:
         >>> from jlora import LoraSpec, attach
@@ -56,14 +56,14 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         >>> moments.second.tolist(), moments.total.tolist(), moments.count.item()
         ([[10.0, 14.0], [14.0, 20.0]], [4.0, 6.0], 2.0)
 
-    Reference: the inputs' statistics of Paischer et al. 2024, arXiv:2410.07170, and Yang et al.
-    2024, arXiv:2406.05223. PEFT's `get_eva_state_dict` and `preprocess_corda`, which hook modules.
+    Reference: the input statistics of Paischer et al. 2024, arXiv:2410.07170, and Yang et al. 2024,
+    arXiv:2406.05223. PEFT's `get_eva_state_dict` and `preprocess_corda`, which use module hooks.
     """
-    given = ((params, *args), kwargs)
-    pairs, tree = jax.tree_util.tree_flatten_with_path(given, is_leaf)
-    names = argument_paths(pairs, given)
+    arguments = ((params, *args), kwargs)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(arguments, is_leaf)
+    names = argument_paths(pairs, arguments)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
-    plain = [x.base if isinstance(x, LoraArray) else x for x in leaves]
+    bases = [x.base if isinstance(x, LoraArray) else x for x in leaves]
     nodes = {
         k: names[k]
         for k, (path, x) in enumerate(pairs)
@@ -71,16 +71,16 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
     }
     if not nodes:
         raise ValueError(
-            f"`{_CALL}`: there is no LoraArray in `params`, so there is no input to sum over. Put "
-            "the adapter on first: `params = jlora.attach(params, rules, key=key)`."
+            f"`{_CALL}`: there is no LoraArray in `params`, so there is no input to sum over. "
+            "Attach an adapter first: `params = jlora.attach(params, rules, key=key)`."
         )
     for k, name in nodes.items():
         forms.check(name, leaves[k], "jlora.capture")
-    traced = Traced(fn, tree, plain)
+    traced = Traced(fn, tree, bases)
     views = {k: _probe(leaves[k], name) for k, name in nodes.items()}
     sites = Sites()
     walk = Walk(Settings("materialize", instead=sites.apply))
-    values = [views.get(k, waiting(plain[k])) for k in traced.dynamic]
+    values = [views.get(k, waiting(bases[k])) for k in traced.dynamic]
     _, found = sites.pulled(walk, traced.jaxpr, values)
     _refuse({name: leaves[k] for k, name in nodes.items() if name not in sites.met}, sites.missed)
     result = iter(_moments(leaves[k], found[traced.dynamic.index(k)]) for k in nodes)
@@ -90,7 +90,7 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
 
 
 def _probe(node: LoraArray, name: str) -> View:
-    """See a weight with the identity over its inputs for A, and nothing for B."""
+    """Return a view of a weight with the identity over its inputs as A, and zeros as B."""
     geometry = Geometry.of(node.shape, node.layout)
     wide, n = accumulator(node.dtype), geometry.fan_in
     eye = jnp.eye(n, dtype=wide).reshape(*geometry.in_dims, n)
@@ -108,14 +108,14 @@ def _moments(node: LoraArray, sums: Sums) -> Moments:
 
 
 def _refuse(unmet: dict[str, LoraArray], missed: dict[str, str]) -> None:
-    """Refuse weights whose inputs nothing summed, and say what was done with them instead."""
+    """Raise for weights without any summed input, and name the operations that used them."""
     if not unmet:
         return
     what = [
         f"{describe(path, node)} ({missed.get(path, 'never used')})" for path, node in unmet.items()
     ]
     raise ValueError(
-        f"`{_CALL}`: no input was met by {', '.join(what)}. Only a product or a convolution that "
-        "contracts a weight's inputs has any. Leave these out of the rules here, as in "
-        f'`{{"{next(iter(unmet))}": None, ...}}`, and attach them afterwards.'
+        f"`{_CALL}`: there are no inputs for {', '.join(what)}. Only a product or a convolution "
+        "that contracts a weight's input axes has inputs. Leave these out of the rules here, as "
+        f'in `{{"{next(iter(unmet))}": None, ...}}`, and attach them afterwards.'
     )

@@ -1,4 +1,4 @@
-"""Rules from outside: a primitive or a kernel of one's own in the transform."""
+"""The public decorator that registers a rule for a custom primitive or kernel."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -14,40 +14,39 @@ def rule(
     kernel: str | None = None,
     replace: bool = False,
 ) -> Callable[[RuleFn], RuleFn]:
-    """Register how a primitive of one's own takes an adapted weight, for all transforms.
+    """Register a rule that applies a custom primitive to an adapted weight, for all transforms.
 
-    The decorated function is called as `fn(walk, eqn, *operands)` where an operand is an adapted
+    The decorated function is called as `fn(walk, eqn, *operands)` when an operand is an adapted
     weight: a `View`, with `base`, `shape`, `roles` and `factors` (A and s·B, each with its axes in
-    the order of the base's and the rank last). The other operands are arrays. In `jlora.layouts`
-    weights are `Probe`s, which have no factors; `Weight` is either. `eqn` is the equation, a
+    the order of the base and the rank last). The other operands are arrays. In `jlora.layouts`
+    weights are `Probe`s, which have no factors; `Weight` covers both. `eqn` is the equation, a
     `jax.extend.core.JaxprEqn`. The function returns the equation's outputs in a list, arrays or
-    weights, made by
+    weights, computed with
 
-    - `jlora.transform.product(walk, eqn, operands, dimension_numbers)`, for what multiplies;
-    - `walk.bind(eqn, *operands)`, the primitive itself on the base weights, as often as is needed;
-    - `weight.moved(base, roles, move)`, for what rearranges: the weight over a new base, its axes'
-      roles in their new order, `move(f, axes)` done to each factor, which has these of the base's
-      axes and then the rank.
+    - `jlora.transform.product(walk, eqn, operands, dimension_numbers)` for a product;
+    - `walk.bind(eqn, *operands)`, which applies the primitive to the base weights;
+    - `weight.moved(base, roles, move)` for a rearrangement: the weight with a new base and the
+      roles of its axes in the new order. `move(f, axes)` is applied to each factor `f`, which has
+      these axes of the base and then the rank.
 
-    It returns `NotImplemented`, before it binds anything, where the factored form does not exist;
-    then the weight is built, as `jlora.lora(fallback=)` says. `jlora.capture` does not look into
-    the products of such a rule: a weight that meets its inputs in these alone is refused there.
+    It returns `NotImplemented`, before it binds anything, if no factored form exists. The weight is
+    then materialized as `jlora.lora(fallback=)` says. `jlora.capture` does not see the products in
+    such a rule, and raises for a weight whose inputs are contracted there only.
 
     Args:
-        primitive: the primitive's name, as a jaxpr prints it.
-        kind: "product" if the output is an activation; "rearrange" if it is the weight again, its
-            entries moved, repeated or left out; "join" if it is a weight that is combined with
-            something else or filled up. DoRA's gain is part of what a "product" and a "rearrange"
-            get, and both calls above see to it; for a "join" a weight with a gain is built first.
-        kernel: of a primitive that many functions share, the function's name: `pallas_call(...,
-            name="...")`.
-        replace: whether to take the place of a rule that is registered already.
+        primitive: the primitive's name, as printed in a jaxpr.
+        kind: "product" if the output is an activation; "rearrange" if it is the weight with its
+            entries moved, repeated or dropped; "join" if it is the weight combined with other
+            operands, or padded. A "product" and a "rearrange" receive DoRA's gain, and the calls
+            above apply it; for a "join" a weight with a gain is materialized first.
+        kernel: for a primitive shared by many functions, its name: `pallas_call(..., name="...")`.
+        replace: whether to replace a rule that is already registered.
 
     Returns:
-        A decorator, which returns the function as it is.
+        A decorator, which returns the function unchanged.
 
     Raises:
-        ValueError: the primitive, or this kernel of it, has a rule, and `replace` is False.
+        ValueError: the primitive (or this kernel of it) already has a rule and `replace` is False.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora

@@ -1,4 +1,4 @@
-"""How an activation meets a weight's two factors: the forms of x·W + (x·s·A)·B, and the choice."""
+"""The forms in which x·W + (x·s·A)·B can be computed, and the choice between them."""
 
 import functools
 import math
@@ -6,33 +6,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
+from jax.typing import DTypeLike
 
 from jlora._arrays import accumulator
-from jlora.transform._labeled import Labels, contract, expanded, flops
+from jlora.transform._labeled import AnyArray, Labels, contract, expanded, flops
 from jlora.transform._view import RANK, narrowed, plus, scaled
 
 TOKENS = "tokens"
-# Up to this rank a differentiated z·B is a sum of terms: that many multiply-adds where a number is
-# used cost less than to store it and read it again (benchmarks/forms.py, form "terms").
+# Up to this rank a differentiated z·B is written as a sum of terms: recomputing that many
+# multiply-adds at each use costs less than storing the result (benchmarks/forms.py, form "terms").
 MOST_TERMS = 8
 
 
 class Form(NamedTuple):
-    """How an activation meets a weight's factors: labels for the axes of all, and the order.
+    """How x is multiplied by the two factors: labels for all axes, and the order of the products.
 
-    The last two are of a differentiated product alone: whether the factor that meets x is turned
-    rank first, and whether the last product is written out as a sum of terms.
+    The last two fields apply only when differentiating: whether the factor that x is multiplied by
+    is transposed to rank first, and whether the last product is written as a sum of terms.
     """
 
-    x: tuple[Any, ...]
+    x: Labels
     x_shape: tuple[int, ...]
-    factors: tuple[tuple[Any, ...], tuple[Any, ...]]
+    factors: tuple[Labels, Labels]
     first: int
-    between: tuple[Any, ...]
-    out: tuple[Any, ...]
+    between: Labels
+    out: Labels
     dtype: Any
     precision: Any
     turned: bool
@@ -40,33 +41,33 @@ class Form(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def low_rank(base: Any, x: Any, parts: tuple[Any, ...], form: Form) -> Any:
-    """Return x·W + s·(x·A)·B, the base product given.
+def low_rank(base: AnyArray, x: AnyArray, parts: tuple[Any, ...], form: Form) -> Array:
+    """Return x·W + s·(x·A)·B, where `base` is x·W.
 
-    A function of its own under jit: layers of one shape share its trace, its derivative and its
-    lowering, which is most of what an adapter costs to trace.
+    Jitted separately so that layers of one shape share its trace, its derivative and its lowering,
+    which make up most of an adapter's trace time.
     """
     return _forward(form, base, x, parts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
+def _forward(form: Form, base: AnyArray, x: AnyArray, parts: tuple[Any, ...]) -> Array:
     """Use the factors without transposing: for one decoded token, setup dominates.
 
     There are two forms of one product. This one, s·(x·A)·B with the scaling between the factors,
-    makes the fewest operations, and runs where nothing is differentiated. Where something is, its
-    derivative rule replaces it by the other one, x·(s·A)·B with A turned rank first and the last
-    product written out in terms: more operations forward, but its gradient is a faster product
-    (see `_turned`) and keeps one array less (see `in_terms`). Differentiating this form would give
-    its own gradient, so the rule runs and differentiates the other one; both have the same value,
-    up to the rounding of a product, and so the same derivative.
+    has the fewest operations and runs when nothing is differentiated. Under differentiation, the
+    derivative rule below replaces it by x·(s·A)·B, with A transposed to rank first and the last
+    product written as a sum of terms. That takes more operations forward, but its gradient is a
+    faster product (see `_turned`) and saves one residual (see `in_terms`). Differentiating this
+    form would give its own, slower gradient, so the rule runs and differentiates the other form.
+    Both compute the same function up to rounding, and so have the same derivative.
     """
     return _product(form._replace(turned=False, terms=False), base, x, parts)
 
 
 @functools.partial(_forward.defjvp, symbolic_zeros=True)
 def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
-    """Run and differentiate the form that is fastest together with its gradient."""
+    """Run and differentiate the form that is fastest including its gradient."""
     leaves, tree = jax.tree.flatten(at)
     moves = dict(enumerate(tree.flatten_up_to(along)))
     moves = {n: dx for n, dx in moves.items() if not isinstance(dx, SymbolicZero)}
@@ -77,8 +78,8 @@ def _(form: Form, at: tuple[Any, ...], along: tuple[Any, ...]) -> Any:
     return jax.jvp(run, [{n: leaves[n] for n in moves}], [moves])
 
 
-def _product(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
-    """Scale the factor that meets x where it is turned, else what is between the two factors."""
+def _product(form: Form, base: AnyArray, x: AnyArray, parts: tuple[Any, ...]) -> Array:
+    """Compute the product, scaling the first factor if it is transposed, else z = x·A."""
     pair, labels, s = list(parts[:2]), list(form.factors), parts[2:]
     if s and form.turned:
         pair[form.first], labels[form.first] = _turned(s[0], pair[form.first], form)
@@ -98,18 +99,23 @@ def _product(form: Form, base: Any, x: Any, parts: tuple[Any, ...]) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
 def in_terms(
-    z: Any, z_labels: Labels, factor: Any, labels: Labels, out_labels: Labels, precision: Any
-) -> Any:
-    """Sum over the rank as `contract` does, term by term: XLA fuses the terms into what reads them.
+    z: AnyArray,
+    z_labels: Labels,
+    factor: AnyArray,
+    labels: Labels,
+    out_labels: Labels,
+    precision: lax.PrecisionLike,
+) -> Array:
+    """Sum over the rank as `contract` does, but term by term, so that XLA can fuse the terms.
 
-    So a step keeps one array instead of the base product and the update. The derivative is that of
-    the product, so a gradient is a product again.
+    A step then keeps one residual instead of the base product and the update. The derivative is
+    that of the product, so a gradient is still one matmul.
     """
     del precision  # the terms are exact
     wide = accumulator(z.dtype)
     z, factor = narrowed(z, wide), narrowed(factor, wide)
 
-    def row(n: int, x: Any, names: Labels) -> Any:
+    def row(n: int, x: Array, names: Labels) -> Array:
         x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
         return expanded(x, [k for k in names if k != RANK], out_labels)
 
@@ -118,20 +124,27 @@ def in_terms(
 
 
 @functools.partial(in_terms.defjvp, symbolic_zeros=True)
-def _(z_labels: Labels, labels: Labels, out_labels: Labels, precision: Any, at: Any, along: Any):
+def _(
+    z_labels: Labels,
+    labels: Labels,
+    out_labels: Labels,
+    precision: lax.PrecisionLike,
+    at: tuple[Any, ...],
+    along: tuple[Any, ...],
+) -> tuple[Array, Array]:
     (z, factor), (dz, dfactor) = at, along
     out = in_terms(z, z_labels, factor, labels, out_labels, precision)
     moved = [(dz, factor), (z, dfactor)]
     moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
-    parts = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
-    return out, functools.reduce(lax.add, parts) if parts else jnp.zeros_like(out)
+    terms = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
+    return out, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)
 
 
-def _turned(s: Any, factor: Any, form: Form) -> tuple[Any, tuple[Any, ...]]:
-    """Scale the factor that meets x, its rank before all that is summed.
+def _turned(s: AnyArray, factor: AnyArray, form: Form) -> tuple[Array, Labels]:
+    """Scale the first factor, transposed so that the rank comes before the contracted axes.
 
-    So its gradient is dzᵀ x, which a CPU multiplies 3 to 7 times as fast as xᵀ dz. XLA would make
-    the one of the other if the scaling did not stand between the product and the transpose.
+    Its gradient is then dzᵀ x, which is 3 to 7 times as fast as xᵀ dz on a CPU. The scaling between
+    the product and the transpose keeps XLA from rewriting one as the other.
     """
     labels = form.factors[form.first]
     kept = [k for k in labels if k in form.between and k != RANK]
@@ -143,13 +156,13 @@ def _turned(s: Any, factor: Any, form: Form) -> tuple[Any, tuple[Any, ...]]:
 def choose(
     x: Any,
     weight_sizes: tuple[tuple[Any, int], ...],
-    x_labels: tuple[Any, ...],
-    labels: tuple[tuple[Any, ...], tuple[Any, ...]],
-    out_labels: tuple[Any, ...],
-    dtype: Any,
-    precision: Any,
+    x_labels: Labels,
+    labels: tuple[Labels, Labels],
+    out_labels: Labels,
+    dtype: DTypeLike,
+    precision: lax.PrecisionLike,
 ) -> tuple[Form, Any]:
-    """Choose how x (its type is given) meets the two factors, by fewer FLOPs, and count these."""
+    """Choose the order of the products with the fewest FLOPs, and count them; `x` is a type."""
     sizes = dict(weight_sizes)
     tokens = [k for k in x_labels if k not in sizes]
     sizes |= dict(zip(x_labels, x.shape, strict=True))
@@ -173,7 +186,7 @@ def choose(
     middle = tuple(between(first))
     summed = [k for k in labels[1 - first] if k not in out_labels]
     terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
-    # Over no more tokens x is no bigger than A: to turn A costs more than its gradient gains.
+    # With at most `rank` tokens, transposing A costs more than it saves in the gradient.
     many = math.prod(sizes[k] for k in tokens)
     turned = not isinstance(many, int) or many > sizes[RANK]  # symbolic in a `jax.export`
     how = (first, middle, out_labels, jnp.dtype(dtype), precision, turned, terms)
@@ -181,15 +194,15 @@ def choose(
 
 
 def _explicit(x: Any) -> bool:
-    """Whether every operation must say how its result is sharded."""
+    """Whether some mesh axis is explicit, so that shardings are part of the types."""
     return any(kind == AxisType.Explicit for kind in x.sharding.mesh.axis_types)
 
 
 def _as_one(labels: tuple[Any, ...], tokens: list[Any]) -> tuple[Any, ...]:
-    """Replace neighboring labels by one.
+    """Replace adjacent labels by one.
 
-    Contracting two token axes in the gradient of A would otherwise make XLA transpose and copy
-    every saved input.
+    Otherwise XLA transposes and copies every saved input to contract two token axes in the
+    gradient of A.
     """
     first = labels.index(tokens[0])
     return (*labels[:first], TOKENS, *labels[first + len(tokens) :])
@@ -201,9 +214,9 @@ def _adjacent(labels: tuple[Any, ...], run: list[Any]) -> bool:
 
 
 def _may_merge(x: Any, labels: tuple[Any, ...], run: list[Any]) -> bool:
-    """Whether merging axes keeps a sharded array where it lies: at most the first is sharded.
+    """Whether merging axes keeps a sharded array in place: at most the first one is sharded.
 
-    Under automatic sharding only the mesh is known, not what is sharded over it, so nothing merges.
+    Under automatic sharding only the mesh is known, not the sharding, so nothing is merged.
     """
     sharding = x.sharding
     if any(kind == AxisType.Auto for kind in sharding.mesh.axis_types):

@@ -1,24 +1,25 @@
-"""What a product does with DoRA's gain: it scales the outputs, or the inputs where it meets them.
+"""DoRA's gain in a product: it scales the outputs or, where those are contracted, the inputs.
 
-x·(g ∘ V) is g ∘ (x·V) where the outputs are kept, and (x ∘ g)·V where they are contracted, as a
-tied head does; never a scaled copy of the weight.
+x·(g ∘ V) is g ∘ (x·V) where V's outputs are kept, and (x ∘ g)·V where they are contracted, as in a
+tied head. The weight itself is never scaled.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jlora._arrays import accumulator
-from jlora.transform._labeled import expanded
+from jlora.transform._labeled import AnyArray, Label, expanded
 from jlora.transform._view import GAIN, View, narrowed
-from jlora.transform._walk import Walk
+from jlora.transform._walk import Atom, Walk
 from jlora.transform._weight import Weight
 
 
 class Gain(NamedTuple):
-    """The factors of x and of the result, arranged to broadcast; None for none."""
+    """What x and the result are multiplied by, shaped to broadcast; None for nothing."""
 
     before: Any = None
     after: Any = None
@@ -27,23 +28,26 @@ class Gain(NamedTuple):
 NONE = Gain()
 
 
-def times(x: Any, gain: Any) -> Any:
-    """Multiply in float32 or wider; None multiplies by nothing."""
+def times(x: AnyArray, gain: AnyArray | None) -> Any:
+    """Multiply in float32 or wider; return `x` if the gain is None."""
     if gain is None:
         return x
     wide = accumulator(x.dtype)
     return narrowed(narrowed(x, wide) * narrowed(gain, wide), x.dtype)
 
 
-def _inexact(x: Any, dtype: Any) -> Any:
-    """Return what dropout can divide: integers as `dtype`."""
+def _inexact(x: AnyArray, dtype: DTypeLike) -> Any:
+    """Cast integers to `dtype`, since dropout divides."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else narrowed(x, dtype)
 
 
 def placed(
-    weight: Weight, w_labels: Sequence[Any], x_labels: Sequence[Any], out_labels: Sequence[Any]
+    weight: Weight,
+    w_labels: Sequence[Label],
+    x_labels: Sequence[Label],
+    out_labels: Sequence[Label],
 ) -> Gain | None:
-    """Find where a view's gain goes, given the labels of the axes of all; None if nowhere."""
+    """Return where a weight's gain is applied, given the axes' labels; None if it cannot be."""
     if not isinstance(weight, View) or weight.gain is None:
         return NONE
     view = weight
@@ -60,20 +64,19 @@ def placed(
 def multiplied(
     walk: Walk,
     weight: Weight,
-    atom: Any,
-    x: Any,
+    atom: Atom,
+    x: AnyArray,
     gain: Gain,
-    dtype: Any,
+    dtype: DTypeLike,
     product: Callable[[Any], Any],
     updated: Callable[[View, Any, Any], Any],
-) -> Any:
+) -> Array:
     """Return x·(g ∘ V), given `product(x) = x·W` and `updated(weight, x·W, x) = x·V`.
 
-    Here V = W + s·A·B. Without a gain, return x·W + x̃·(s·A·B), where dropout drops x, the value of
-    `atom`, to x̃ of `dtype`.
-    With one, x·W + x̃·(g ∘ V - W), as in PEFT: what the gain changes of the base product is an
-    update too, so it sees the dropped input, at the cost of a product. Between the sum and the gain
-    nothing is rounded.
+    Here V = W + s·A·B. Without a gain, return x·W + x̃·(s·A·B), where x̃ is x, the value of `atom`,
+    after dropout, in `dtype`. With a gain, return x·W + x̃·(g ∘ V - W), as PEFT does: the change
+    that the gain makes to the base product is part of the update, so it uses the dropped input,
+    which costs one more product. The sum is not rounded before the gain is applied.
     """
     if not isinstance(weight, View):  # a probe has no update
         return product(x)
@@ -82,7 +85,7 @@ def multiplied(
         out = product(x)
         return updated(view, out, x if walk.key is None else walk.drop(narrowed(x, dtype), atom))
 
-    def scaled_product(x: Any) -> tuple[Any, Any]:
+    def scaled_product(x: AnyArray) -> tuple[Any, Any]:
         x = times(x, gain.before)
         out = product(x)
         wide = out if gain.after is None else narrowed(out, accumulator(out.dtype))

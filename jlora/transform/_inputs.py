@@ -1,8 +1,8 @@
-"""What one product says of a weight's inputs: Σ x xᵀ, Σ x and their number, laid out as its A.
+"""Sums over the inputs of one product: Σ x xᵀ, Σ x and their count, with the axes of A.
 
-A's in-axes and ranks stand for the two sides of Σ x xᵀ. With P, the identity at first and then
-moved as the weight was, in A's place, the sums are `(Σ x xᵀ) P`, `Σ x` and the number: what the
-derivative of each rearrangement takes back to the weight as it lies in the parameters.
+A's input axes and its rank are the rows and columns of Σ x xᵀ. A is replaced by P, which starts as
+the identity and is rearranged with the weight. The sums are `(Σ x xᵀ) P`, `Σ x` and the count, and
+the transposed derivative of each rearrangement maps them back to the axes of the parameter.
 """
 
 import math
@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-from jlora.transform._labeled import contract
+from jlora.transform._labeled import AnyArray, contract
 from jlora.transform._view import RANK, View
 
 EXACT = lax.Precision.HIGHEST
 
 
 class Sums(NamedTuple):
-    """Arrays of A's axes, of size 1 where they do not vary."""
+    """Arrays with the axes of A, of size 1 where they are constant."""
 
     second: Any  # (..., in, rank)
     total: Any  # (..., in, 1)
     count: Any  # (..., 1, rank)
 
 
-def of_dot(numbers: Any, lhs: Any, rhs: Any) -> Sums | None:
-    """Sum the inputs of a product; None where it does not contract the weight's inputs."""
+def of_dot(numbers: lax.DotDimensionNumbers, lhs: Any, rhs: Any) -> Sums | None:
+    """Sum over the inputs of a product; None if it does not contract the weight's inputs."""
     left = isinstance(lhs, View)
     view, x = (lhs, rhs) if left else (rhs, lhs)
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers
@@ -39,7 +39,7 @@ def of_dot(numbers: Any, lhs: Any, rhs: Any) -> Sums | None:
         return None
     x_labels: list[Any] = [("x", k) for k in range(x.ndim)]
     for k, n in zip([*w_sum, *w_batch], [*x_sum, *x_batch], strict=True):
-        if view.roles[k] in ("s", "i"):  # an output's own inputs are inputs like any other
+        if view.roles[k] in ("s", "i"):  # with an x for each output, x only has more rows
             x_labels[n] = k
     x, axes = wide(x), view.axes(0)
     have = [k for k in axes if k in x_labels]
@@ -63,13 +63,13 @@ def of_dot(numbers: Any, lhs: Any, rhs: Any) -> Sums | None:
     return Sums(second, total, jnp.asarray(count, second.dtype))
 
 
-def pulled(narrow: Callable[[Any], Any], a: Any) -> tuple[Any, Any, Any]:
-    """Return x·P and, of the derivative in P, what x·P itself and what ones pull back."""
+def pulled(narrow: Callable[[Any], Any], a: Array) -> tuple[Array, Array, Array]:
+    """Return x·P, and the cotangents of P for the cotangents x·P and ones."""
     z, pull = jax.vjp(narrow, a)
     return z, pull(z)[0], pull(jnp.ones_like(z))[0]
 
 
-def wide(x: Any) -> Any:
-    """Cast what is no float; bfloat16 stays, for its products are exact in float32."""
+def wide(x: AnyArray) -> Array:
+    """Cast to float32 unless `x` is a float; products of bfloat16 are exact in float32 already."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)

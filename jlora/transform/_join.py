@@ -1,4 +1,4 @@
-"""How several weights become one: aligned, of one rank, and their updates summed."""
+"""Combining several weights into one: align them, pad them to one rank, sum their updates."""
 
 import functools
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora._base import Deferred
 from jlora.transform._probe import Probe
 from jlora.transform._view import View
-from jlora.transform._weight import Names, Weight, all_names
+from jlora.transform._weight import AnyBase, Names, Value, Weight, all_names
 
 
 def aligned(operands: Sequence[Any]) -> list[Any] | None:
-    """Give all views the roles of the first, sides exchanged where that does it; None if not."""
+    """Give all views the roles of the first, exchanging A and B if needed; None if impossible."""
     out = list(operands)
     roles = next(x.roles for x in out if isinstance(x, Weight))
     for n, x in enumerate(out):
@@ -26,7 +27,7 @@ def aligned(operands: Sequence[Any]) -> list[Any] | None:
     return out
 
 
-def summed(operands: Sequence[Any], base: Any) -> Weight:
+def summed(operands: Sequence[Any], base: AnyBase) -> Weight:
     """Sum the updates of aligned weights over one base: the ranks add up, or A or B is shared."""
     weights = [x for x in operands if isinstance(x, Weight)]
     names = all_names(weights)
@@ -45,7 +46,7 @@ def summed(operands: Sequence[Any], base: Any) -> Weight:
             factors.append(functools.reduce(lax.add, fs))
         else:
             factors.append(lax.concatenate(fs, fs[0].ndim - 1))
-    if all(shared):  # the very same update, several times
+    if all(shared):  # the same update several times
         factors[1] = factors[1] * jnp.asarray(len(views), factors[1].dtype)
     return View(base, tuple(factors), views[0].roles, names)
 
@@ -58,7 +59,7 @@ def of_one_rank(operands: Sequence[Any], among: Sequence[Any] = ()) -> list[View
         max((x.factors[k].dtype for x in views), key=lambda d: jnp.finfo(d).bits) for k in (0, 1)
     ]
 
-    def factor(x: Any, k: int) -> Array:
+    def factor(x: Value | Deferred, k: int) -> Array:
         if not isinstance(x, View):  # an array's update is zero
             return jnp.zeros((*(x.shape[n] for n in like.axes(k)), rank), wide[k])
         f = x.factors[k]
@@ -77,10 +78,10 @@ def of_one_rank(operands: Sequence[Any], among: Sequence[Any] = ()) -> list[View
     ]
 
 
-def fitted(plan: Sequence[Any], x: Any) -> Weight:
-    """Make `x`, a weight or an array, one of the kind that all of an aligned plan can become."""
+def fitted(plan: Sequence[Any], x: Value) -> Weight:
+    """Convert `x`, a weight or an array, to the common type of the aligned weights in `plan`."""
     weights = [w for w in plan if isinstance(w, Weight)]
     if not any(isinstance(w, View) for w in weights):
-        return summed([*weights, x], getattr(x, "base", x))
+        return summed([*weights, x], x.base if isinstance(x, Weight) else x)
     (out,) = of_one_rank((aligned([*weights, x]) or [])[-1:], weights)
     return View(out.base, out.factors, out.roles, all_names(weights))

@@ -1,19 +1,22 @@
-"""Arrays whose axes are labeled: how they are multiplied, and what that costs."""
+"""Arrays with labeled axes: their products, and the cost of those."""
 
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from jax import lax
+import numpy as np
+from jax import Array, lax
 
 from jlora._arrays import accumulator
 
-Label = Hashable  # names an axis
+# Arrays in the walk. Literals and constants of a jaxpr are NumPy arrays, and so may arguments be.
+AnyArray = Array | np.ndarray | np.number | np.bool_
+Label = Hashable  # the name of an axis
 Labels = tuple[Label, ...]
 
 
-def expanded(x: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
-    """Arrange an array, its axes labeled, to broadcast against one whose axes are `among`."""
+def expanded(x: AnyArray, labels: Sequence[Label], among: Sequence[Label]) -> Array:
+    """Transpose and reshape a labeled array to broadcast against one with the axes `among`."""
     have = [k for k in among if k in labels]
     x = lax.transpose(x, [list(labels).index(k) for k in have])
     sizes = dict(zip(have, x.shape, strict=True))
@@ -21,19 +24,19 @@ def expanded(x: Any, labels: Sequence[Any], among: Sequence[Any]) -> Any:
 
 
 def contract(
-    x: Any,
-    x_labels: Sequence[Any],
-    y: Any,
-    y_labels: Sequence[Any],
-    out_labels: Sequence[Any],
-    precision: Any = None,
-) -> Any:
-    """Multiply two labeled arrays and sum over the labels that `out_labels` lacks: an einsum."""
+    x: AnyArray,
+    x_labels: Sequence[Label],
+    y: AnyArray,
+    y_labels: Sequence[Label],
+    out_labels: Sequence[Label],
+    precision: lax.PrecisionLike = None,
+) -> Array:
+    """Multiply two labeled arrays and sum over the labels missing in `out_labels`: an einsum."""
     batch = [k for k in x_labels if k in y_labels and k in out_labels]
     summed = [k for k in x_labels if k in y_labels and k not in out_labels]
     made = batch + [k for k in (*x_labels, *y_labels) if (k in x_labels) != (k in y_labels)]
 
-    def at(group: list[Any]) -> tuple[list[int], list[int]]:
+    def at(group: list[Label]) -> tuple[list[int], list[int]]:
         return [list(x_labels).index(k) for k in group], [list(y_labels).index(k) for k in group]
 
     out = lax.dot_general(
@@ -48,6 +51,6 @@ def contract(
     return out
 
 
-def flops(sizes: dict[Any, Any], *label_sets: Sequence[Any]) -> Any:
-    """Count multiply-adds, twice, of one contraction over these labels; sizes may be symbolic."""
+def flops(sizes: dict[Any, Any], *label_sets: Sequence[Label]) -> Any:
+    """Count the FLOPs of one contraction over these labels; sizes may be symbolic."""
     return 2 * math.prod(sizes[k] for k in set().union(*label_sets))

@@ -1,4 +1,4 @@
-"""`layouts(fn, params, ...)`: which axes of each parameter the program contracts."""
+"""`layouts(fn, params, ...)`: infer the input and output axes of each parameter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +13,25 @@ from jlora.transform._probe import Probe
 from jlora.transform._walk import Settings, Use, Walk
 
 
-def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """Read from a function which axes of each parameter are input and which output.
+def layouts(
+    fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyTree
+) -> dict[str, str]:
+    """Infer from a function which axes of each parameter are inputs and which are outputs.
 
-    `fn(params, *args, **kwargs)` is traced, not run. An axis that is summed over (or looked up, or
-    slides over an image) is input, `i`; one that the result keeps is output, `o`; leading axes that
-    are scanned, mapped or indexed are stack and have no letter. The first use of a parameter
-    decides: a tied embedding is looked up first.
+    `fn(params, *args, **kwargs)` is traced, not run. An axis that is contracted, indexed by a
+    lookup or slid over an image is an input, `i`; an axis that the result keeps is an output, `o`;
+    leading axes that are scanned, mapped or indexed are stack axes and have no letter. The first
+    use of a parameter decides: a tied embedding is looked up first.
 
     Args:
         fn: a function of a pytree of parameters, such as a Flax `module.apply`.
-        params: the parameters, plain or adapted; arrays or `jax.ShapeDtypeStruct`.
+        params: the parameters, adapted or not; arrays or `jax.ShapeDtypeStruct`.
         *args: its other arguments.
         **kwargs: its keyword arguments.
 
     Returns:
-        Path to layout, for each parameter of two or more dimensions that is multiplied, looked up
-        or convolved: what `jlora.attach(layouts=...)` takes.
+        The layout by path, for each parameter of two or more dimensions that is used in a product,
+        a lookup or a convolution. Pass it to `jlora.attach(layouts=...)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,16 +48,16 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
         params,
         is_leaf=is_leaf,
     )
-    given = jax.tree.map(standin, ((params, *args), kwargs), is_leaf=is_stored)
-    pairs, tree = jax.tree_util.tree_flatten_with_path(given)
-    names = argument_paths(pairs, given)
+    arguments = jax.tree.map(standin, ((params, *args), kwargs), is_leaf=is_stored)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(arguments)
+    names = argument_paths(pairs, arguments)
     own = [
         path[0].idx == 0 and len(path) > 1 and getattr(path[1], "idx", None) == 0
         for path, _ in pairs
     ]
     ndims = {}
 
-    def probe(*arrays: Any) -> None:
+    def probe(*arrays: jax.Array) -> None:
         leaves = [x for _, x in pairs]
         for k, x in zip(dynamic, arrays, strict=True):
             leaves[k] = x
@@ -77,10 +79,10 @@ def layouts(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -
 
 
 def _spell(use: Use, ndim: int) -> str:
-    """Write one use as a layout: leading axes that nothing contracts or keeps are stack."""
+    """Return the layout for one use: leading axes that are not contracted or kept are stack."""
     sides = ["i" if k in use.contracted else "o" if k in use.free else "" for k in range(ndim)]
     stack = next((n for n, side in enumerate(sides) if side), ndim)
     if "o" not in sides and 0 < stack < ndim:
-        stack -= 1  # rows that are scanned one by one: the results, stacked, are the output
+        stack -= 1  # scanned row by row: the stacked results are the output
         sides[stack] = "o"
     return "".join(side or "i" for side in sides[stack:])

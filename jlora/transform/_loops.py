@@ -1,7 +1,7 @@
-"""Loops, opened: what the operands of a scan or a while are in its body, and how it runs again.
+"""The structure of `scan` and `while` equations: their operands, and how to run another body.
 
-The rules of `control` and the sums of `jlora.capture` walk the same bodies for different ends: the
-one carries weights from step to step, the other one sums up. What a loop is made of is said here.
+Shared by the rules in `control`, which carry weights from step to step, and by `jlora.capture`,
+which accumulates sums.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from jax import lax
 from jax.extend.core import JaxprEqn
+from jaxtyping import PyTree
 
 from jlora import _base, _compat
 from jlora.transform._weight import W, Weight
 
 
 class Scan(NamedTuple):
-    """A scan: `jaxpr` maps constants, carry and one slice of each of `xs` to carry and results."""
+    """A scan: `jaxpr` maps constants, carry and a slice of each of `xs` to carry and outputs."""
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -27,13 +28,13 @@ class Scan(NamedTuple):
 
     @classmethod
     def of(cls, eqn: JaxprEqn, operands: Sequence[Any]) -> "Scan":
-        """Open an equation."""
+        """Read an equation."""
         p, (consts, carry) = eqn.params, _compat.scan_arity(eqn.params)
         first = consts + carry
         groups = operands[:consts], operands[consts:first], operands[first:]
         return cls(p["jaxpr"], *groups, p["length"], p["reverse"], p["unroll"])
 
-    def run(self, step: Callable[[Any, Any], Any], init: Any, xs: Any) -> Any:
+    def run(self, step: Callable[[Any, Any], Any], init: PyTree, xs: PyTree) -> Any:
         """Scan as the equation does, with another body."""
         return lax.scan(step, init, xs, self.length, reverse=self.reverse, unroll=self.unroll)
 
@@ -49,7 +50,7 @@ class While(NamedTuple):
 
     @classmethod
     def of(cls, eqn: JaxprEqn, operands: Sequence[Any]) -> "While":
-        """Open an equation."""
+        """Read an equation."""
         p, n = eqn.params, eqn.params["cond_nconsts"]
         first = n + p["body_nconsts"]
         bodies = p["body_jaxpr"], p["cond_jaxpr"]
@@ -57,7 +58,7 @@ class While(NamedTuple):
 
 
 def carried_on(loop: Scan | While) -> dict[int, Weight]:
-    """Return the weights of a loop's carry that each step hands on as they came, by their place."""
+    """Return the weights of the carry that the body returns unchanged, by position in the carry."""
     body, first = _compat.body(loop.jaxpr), len(loop.consts)
     return {
         k: x
@@ -67,7 +68,7 @@ def carried_on(loop: Scan | While) -> dict[int, Weight]:
 
 
 def peeled(xs: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
-    """Split operands into what a scan slices, and how one slice of each is seen."""
+    """Split operands into what a scan slices, and a function that rebuilds them from one slice."""
     pairs = [_peel(x) if isinstance(x, Weight) else (x, lambda piece: piece) for x in xs]
 
     def rebuild(pieces: Sequence[Any]) -> list[Any]:
@@ -77,13 +78,13 @@ def peeled(xs: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list
 
 
 def _peel(weight: W) -> tuple[Any, Callable[[Any], W]]:
-    """Split a weight into its base and the components that have its first axis, and the others."""
+    """Split a weight into the arrays that have its first axis, and a function that rebuilds it."""
     components = weight.components
     has = [0 in weight.axes(k) for k in range(len(components))]
     scanned = [f for f, h in zip(components, has, strict=True) if h]
     layers, layer_of = _base.peel(weight.base)
 
-    def see(piece: Any) -> W:
+    def see(piece: tuple[Any, Any]) -> W:
         base, sliced = layer_of(piece[0]), iter(piece[1])
         pieces = [next(sliced) if h else f for f, h in zip(components, has, strict=True)]
         return weight.remade(base, pieces, weight.roles[1:])

@@ -1,8 +1,8 @@
-"""A `Probe`: a weight without factors, whose axes are followed through the program.
+"""A `Probe`: a weight without factors, whose axes are tracked through the program.
 
-The role of an axis is the set of (parameter, axis) that went into it. `jlora.layouts` reads from
-where they go which side each axis of a parameter is on. A stored weight without an adapter is one
-as well: the rules that rearrange weights rearrange it.
+The role of an axis is the set of (parameter, axis) pairs that went into it. `jlora.layouts` infers
+from their uses whether each axis of a parameter is an input or an output. A stored weight without
+an adapter is a probe too, so that the rules for rearrangements apply to it.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from jlora._arrays import Axes, along
 from jlora._base import Deferred, built, deferred, is_stored
-from jlora.transform._weight import Move, Names, Role, Weight
+from jlora.transform._labeled import AnyArray, Label
+from jlora.transform._weight import AnyBase, Move, Names, Role, Weight
 
 Origins = frozenset[tuple[str, int]]
 
@@ -26,7 +27,7 @@ Origins = frozenset[tuple[str, int]]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe(Weight):
-    """A weight without factors: what is done to it is noted in the roles of its axes."""
+    """A weight without factors: operations on it are recorded in the roles of its axes."""
 
     base: Any
     roles: tuple[Any, ...]  # an Origins each
@@ -36,8 +37,8 @@ class Probe(Weight):
     new_role = repeated_role = Origins()
 
     @classmethod
-    def of(cls, base: Any, name: str) -> "Probe":
-        """Begin to follow a parameter."""
+    def of(cls, base: AnyArray | Deferred, name: str) -> "Probe":
+        """Start tracking a parameter."""
         return cls(base, tuple(Origins([(name, k)]) for k in range(base.ndim)), Names([name]))
 
     @property
@@ -55,16 +56,16 @@ class Probe(Weight):
     def axes(self, component: int) -> list[int]:
         return []
 
-    def along(self, component: int, of_base: Axes, rank: Any = None) -> Axes:
+    def along(self, component: int, of_base: Axes, rank: Label = None) -> Axes:
         return along("", self.roles, of_base)
 
-    def remade(self, base: Any, components: Sequence[Any], roles: Sequence[Role]) -> "Probe":
+    def remade(self, base: AnyBase, components: Sequence[Any], roles: Sequence[Role]) -> "Probe":
         return Probe(base, tuple(roles), self.names)
 
-    def moved(self, base: Any, roles: Sequence[Role], move: Move) -> "Probe":
+    def moved(self, base: AnyBase, roles: Sequence[Role], move: Move) -> "Probe":
         return Probe(base, tuple(roles), self.names)
 
-    def on_side(self, base: Any, side: int, change: Callable[[Array], Array]) -> "Probe":
+    def on_side(self, base: AnyBase, side: int, change: Callable[[Array], Array]) -> "Probe":
         return Probe(base, self.roles, self.names)
 
     def sides_of(self, x: ArrayLike) -> list[int]:
@@ -89,17 +90,17 @@ class Probe(Weight):
         return built(self.base)
 
     @staticmethod
-    def sum(probes: Sequence["Probe"], base: Any, names: Names) -> "Probe":
-        """Follow the axes of all at once."""
+    def sum(probes: Sequence["Probe"], base: AnyBase, names: Names) -> "Probe":
+        """Merge several probes: each axis tracks the origins of all of them."""
         groups = zip(*(x.roles for x in probes), strict=True)
         return Probe(base, tuple(Origins().union(*group) for group in groups), names)
 
 
 def waiting(x: Any) -> Any:
-    """Return what stands in the walk for a leaf without an adapter: a stored weight waits."""
+    """Return the value in the walk of a leaf without an adapter: a stored weight is deferred."""
     return Probe(deferred(x), (Origins(),) * len(x.shape), Names()) if is_stored(x) else x
 
 
 def unadapted(x: object) -> bool:
-    """Whether `x` is a stored weight without an adapter, not built yet."""
+    """Whether `x` is a stored weight without an adapter that has not been built."""
     return isinstance(x, Probe) and isinstance(x.base, Deferred)

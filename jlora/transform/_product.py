@@ -1,4 +1,4 @@
-"""A product of an activation and a weight, whichever primitive makes it."""
+"""The product of an activation and a weight, for any primitive that computes one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,38 +10,38 @@ from jax.extend.core import JaxprEqn
 
 from jlora.transform._form import choose, low_rank
 from jlora.transform._gain import multiplied, placed
-from jlora.transform._labeled import Labels
+from jlora.transform._labeled import AnyArray, Labels
 from jlora.transform._view import RANK, View
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Value, Weight
 
 
 def product(
     walk: Walk,
     eqn: JaxprEqn,
-    operands: Sequence[Any],
+    operands: Sequence[Value],
     dimension_numbers: lax.DotDimensionNumbers,
     *,
     at: tuple[int, int] = (0, 1),
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
 ) -> Any:
     """Apply an equation that multiplies two of its operands: x·W becomes x·W + (x·s·A)·B.
 
-    The body of a rule for a kernel of one's own that computes what `jax.lax.dot_general` does. The
-    kernel runs on the base weight; dropout, the dtype of the narrow products, DoRA's gain,
-    `jlora.layouts` and `jlora.explain` are taken care of.
+    Use it in the rule for a custom kernel that computes what `jax.lax.dot_general` does. The kernel
+    runs on the base weight. Dropout, the dtype of the narrow products, DoRA's gain, `jlora.layouts`
+    and `jlora.explain` work as for `dot_general`.
 
     Args:
         walk: the walk that the rule was called with.
         eqn: the equation that the rule was called with.
-        operands: its operands. Where both factors are weights the first one is built.
-        dimension_numbers: of the two factors, as for `jax.lax.dot_general`:
+        operands: its operands. If both factors are weights, the first is materialized.
+        dimension_numbers: for the two factors, as in `jax.lax.dot_general`:
             `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
-        at: which two of the operands are multiplied, left and right.
-        precision: of the narrow products, as for `jax.lax.dot_general`.
+        at: the positions of the left and right factor in `operands`.
+        precision: for the narrow products, as in `jax.lax.dot_general`.
 
     Returns:
-        The equation's one output in a list; NotImplemented where no factored form exists.
+        A list with the equation's output; NotImplemented if no factored form exists.
 
     Example:
         >>> import jlora
@@ -82,10 +82,10 @@ def product(
         labels = (tuple(x_labels), _factor_labels(view, w_labels), tuple(out_labels))
         form, cost = choose(jax.typeof(x), sizes, *labels, dtype, precision)
 
-    def of_base(x: Any) -> Any:
+    def of_base(x: AnyArray) -> Array:
         return walk.bind(eqn, *operands[:where], x, *operands[where + 1 :])[0]
 
-    def updated(view: View, base: Array, x: Any) -> Array:
+    def updated(view: View, base: Array, x: AnyArray) -> Array:
         return low_rank(base, x, view.parts, form)
 
     out = multiplied(walk, view, eqn.invars[where], x, gain, dtype, of_base, updated)

@@ -1,4 +1,4 @@
-"""From a primitive to its rule: one record each. Rule files write here; the walker reads."""
+"""The registry: one record per primitive. Rule files write to it; the walker reads it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,29 +8,29 @@ from jax.extend.core import JaxprEqn
 
 from jlora import _compat
 
-# rule(walk, eqn, *operands) -> outputs, or NotImplemented where the factored form does not exist.
+# rule(walk, eqn, *operands) -> outputs, or NotImplemented if there is no factored form.
 RuleFn = Callable[..., Sequence[Any]]
 Kind = Literal["rearrange", "product", "call", "join", "custom"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What the walker knows of a primitive.
+    """What the walker knows about a primitive.
 
-    `kind` has no default, so it cannot be forgotten. The other fields can: without them the result
-    is the same and costs more.
+    `kind` is required. The other fields are optimizations: without them the result is the same at
+    a higher cost.
 
     Attributes:
         fn: the rule, `fn(walk, eqn, *operands)`.
-        kind: what becomes of a weight. "rearrange": its entries are moved, repeated, left out or
-            scaled along one side, and DoRA's gain goes along; "product": it makes an activation,
-            and the rule applies the gain; "call": it is handed to a body; "join": it is combined
-            with something else, or filled up; "custom": the user's own derivative rule. The last
-            two have no place for a gain, so a weight with one is built first.
-        own: takes a weight's own A, B and s; for the others s·B is made first.
-        repeated: knows axes along which a weight is repeated; the others see a stack of copies.
-        sums: of a product, the sums of the inputs that the weight meets, for `jlora.capture`.
-        body: of a call that only runs one, the parameter of the equation that has its jaxpr.
+        kind: what happens to a weight. "rearrange": its entries are moved, repeated, dropped or
+            scaled along one side, and DoRA's gain is carried along; "product": the result is an
+            activation, and the rule applies the gain; "call": it is passed to a body; "join": it
+            is combined with other operands, or padded; "custom": the user's own derivative rule.
+            The last two cannot carry a gain, so a weight with one is materialized first.
+        own: accepts a node's own A, B and s; for other rules s·B is computed first.
+        repeated: supports axes along which a weight is broadcast; other rules see them as stack.
+        sums: for a product, computes the sums over the weight's inputs for `jlora.capture`.
+        body: for a call that only runs a jaxpr, the name of the equation's parameter that has it.
     """
 
     fn: RuleFn
@@ -42,17 +42,17 @@ class Rule:
 
     @property
     def takes_gain(self) -> bool:
-        """Whether the rule may be given a weight with DoRA's gain."""
+        """Whether the rule accepts a weight with DoRA's gain."""
         return self.kind in ("rearrange", "product", "call")
 
 
 _RULES: dict[str, Rule] = {}
-# Of primitives that many functions share, such as `pallas_call`: by the function's name.
+# For primitives shared by many functions, such as `pallas_call`: by the name of the function.
 _KERNELS: dict[str, dict[str | None, Rule]] = {}
 
 
 def find(eqn: JaxprEqn) -> Rule | None:
-    """Return the rule of an equation: its kernel's, else its primitive's; None if there is none."""
+    """Return the rule for an equation, by kernel, then by primitive; None if there is none."""
     name = eqn.primitive.name
     if name in _KERNELS:
         own = _KERNELS[name].get(_compat.kernel_name(eqn))
@@ -62,7 +62,7 @@ def find(eqn: JaxprEqn) -> Rule | None:
 
 
 def register(rule: Rule, primitive: str, kernel: str | None = None, replace: bool = False) -> None:
-    """Enter a rule; another one's place is taken only where `replace` says so."""
+    """Add a rule; an existing one is replaced only if `replace` is set."""
     table: dict[Any, Rule] = _RULES if kernel is None else _KERNELS.setdefault(primitive, {})
     key = primitive if kernel is None else kernel
     if key in table and not replace:
@@ -70,8 +70,8 @@ def register(rule: Rule, primitive: str, kernel: str | None = None, replace: boo
         old = table[key].fn
         raise ValueError(
             f"`jlora.transform.rule`: the primitive {of} already has a rule, "
-            f"`{old.__module__}.{old.__qualname__}`. To replace it pass `replace=True`; for one "
-            'function of a primitive that many share pass its name, `kernel="..."`.'
+            f"`{old.__module__}.{old.__qualname__}`. To replace it, pass `replace=True`; for one "
+            'function of a shared primitive, pass the name of the function, `kernel="..."`.'
         )
     table[key] = rule
 

@@ -1,8 +1,9 @@
-"""The walk of `jlora.capture`: where weights meet inputs these are summed, and the sums noted.
+"""The walk of `jlora.capture`: sum over the inputs of each product of a weight.
 
-The function is walked on the base weights. A note is a number that has a product's sums for its
-derivative in A, so they reach the parameters as a gradient would, through whatever cut, joined or
-moved the weight. Nothing of the model itself is differentiated, and a loop adds up its own sums.
+The function is walked on the base weights. A note is a scalar whose derivative with respect to A is
+a product's sums. They are thus propagated to the parameters as gradients are, through all slices,
+joins and transposes of the weight. The model itself is not differentiated, and a loop accumulates
+the sums of its own body.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.extend.core import JaxprEqn
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.typing import ArrayLike
 
 from jlora import _compat
 from jlora._base import built
@@ -22,14 +24,15 @@ from jlora.transform._inputs import Sums
 from jlora.transform._loops import Scan, While, carried_on, peeled
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
+from jlora.transform._weight import Value
 
 
 class Sites:
-    """What one capture has met so far.
+    """The state of one capture.
 
     Attributes:
-        met: the paths of weights whose inputs were summed somewhere.
-        missed: for other uses of a weight, by path, the primitive and the line.
+        met: the paths of weights whose inputs were summed.
+        missed: the primitive and source line of a use without inputs, by path of the weight.
     """
 
     def __init__(self) -> None:
@@ -38,10 +41,10 @@ class Sites:
         self._notes: list[Sums] = []
 
     def apply(self, walk: Walk, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
-        """Apply an equation that meets a view, on the bases; what comes of a view may be one."""
+        """Apply an equation with a view among its operands to the bases; return views if it can."""
         name, rule = eqn.primitive.name, _registry.find(eqn)
         if rule is not None and rule.body is not None:
-            # Nothing is differentiated, so their own rules do not matter: the body is walked here.
+            # The model is not differentiated, so a custom rule does not apply: walk the body.
             return walk.inside(eqn, None).evaluate(eqn.params[rule.body], operands)
         loop = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(name)
         if loop is not None:
@@ -49,7 +52,7 @@ class Sites:
         if rule is not None and rule.sums is not None and self._product(eqn, rule.sums, operands):
             return walk.bind(eqn, *operands)
         views = [x for x in operands if isinstance(x, View)]
-        if name == "stop_gradient":  # not of the sums
+        if name == "stop_gradient":  # but propagate the sums
             return [views[0].over(walk.bind(eqn, *operands)[0])]
         followed = rule is not None and rule.kind in ("rearrange", "join")
         outs = rule.fn(walk, eqn, *operands) if rule and followed else NotImplemented
@@ -59,13 +62,13 @@ class Sites:
             return walk.bind(eqn, *operands)
         if all(isinstance(x, View) for x in outs):
             return outs
-        plain = walk.bind(eqn, *operands)
-        return [x if isinstance(x, View) else y for x, y in zip(outs, plain, strict=True)]
+        arrays = walk.bind(eqn, *operands)
+        return [x if isinstance(x, View) else y for x, y in zip(outs, arrays, strict=True)]
 
     def pulled(
-        self, walk: Walk, jaxpr: Any, args: Sequence[Any]
+        self, walk: Walk, jaxpr: ClosedJaxpr | Jaxpr, args: Sequence[Any]
     ) -> tuple[list[Any], dict[int, Sums]]:
-        """Walk a jaxpr; return its outputs, as arrays, and the sums for each view in `args`."""
+        """Walk a jaxpr; return its outputs as arrays, and the sums for each view in `args`."""
         views = {k: x for k, x in enumerate(args) if isinstance(x, View)}
 
         def run(probes: dict[int, Any]) -> tuple[Sums, list[Any]]:
@@ -91,7 +94,7 @@ class Sites:
         }
 
     def _product(self, eqn: JaxprEqn, summed: Callable[..., Any], operands: list[Any]) -> bool:
-        """Note the sums of a product's inputs, where it has them; return whether it has."""
+        """Note the sums over a product's inputs; return whether it contracts any."""
         operands = [x.settled() if isinstance(x, View) and "e" in x.roles else x for x in operands]
         views = [x for x in operands if isinstance(x, View)]
         sums = summed(eqn, *operands) if len(views) == 1 else None
@@ -102,15 +105,15 @@ class Sites:
         return True
 
     def _note(self, view: View, sums: Sums) -> None:
-        """Note sums that lie as the view's A does."""
+        """Note sums that have the axes of the view's A."""
         a = view.parts[0]
-        # <A, this> is the number at each rank, whatever has scaled A or cut rows from it.
+        # <A, count> is the count at each rank, even if A was scaled or rows of it were dropped.
         square = (a * a).sum(_ins(view), keepdims=True)
         count = jnp.where(square == 0, 0.0, sums.count * a / jnp.where(square == 0, 1.0, square))
         fixed = (lax.stop_gradient(x) for x in (sums.second, sums.total, count))
         self._notes.append(Sums(*((x.astype(a.dtype) * a).sum() for x in fixed)))
 
-    def _scan(self, walk: Walk, eqn: JaxprEqn, *operands: Any) -> list[Any]:
+    def _scan(self, walk: Walk, eqn: JaxprEqn, *operands: Value) -> list[Any]:
         loop, inner = Scan.of(eqn, operands), walk.inside(eqn, None)
         n, first = len(loop.init), len(loop.consts) + len(loop.init)
         held = _held(loop)
@@ -118,7 +121,7 @@ class Sites:
         by_step = {k for k, x in sliced.items() if 0 in x.axes(0)}
         scanned, rebuild = peeled(loop.xs)
 
-        def step(state: Any, pieces: Any) -> Any:
+        def step(state: tuple[Any, Any], pieces: Sequence[Any]) -> Any:
             carry, sums = state
             args = [*_arrays(loop.consts), *carry, *rebuild(pieces)]
             for k, x in held.items():
@@ -135,15 +138,15 @@ class Sites:
             self._note(operands[k], found)
         return [*carry, *ys]
 
-    def _while(self, walk: Walk, eqn: JaxprEqn, *operands: Any) -> list[Any]:
+    def _while(self, walk: Walk, eqn: JaxprEqn, *operands: Value) -> list[Any]:
         loop, inner = While.of(eqn, operands), walk.inside(eqn, None)
         condition, held = _compat.body(loop.condition), _held(loop)
 
-        def going(state: Any) -> Any:
+        def going(state: Sequence[Any]) -> Any:
             args = [*_arrays(loop.condition_consts), *state[0]]
             return walk.quiet().evaluate(condition, args)[0]
 
-        def step(state: Any) -> Any:
+        def step(state: Sequence[Any]) -> Any:
             args = [*_arrays(loop.consts), *state[0]]
             for k, x in held.items():
                 args[k] = x
@@ -157,7 +160,7 @@ class Sites:
             self._note(seen[k], found)
         return carry
 
-    def _cond(self, walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
+    def _cond(self, walk: Walk, eqn: JaxprEqn, index: ArrayLike, *operands: Value) -> list[Any]:
         args = [_fixed(x) if isinstance(x, View) else x for x in operands]
         branches = [
             functools.partial(self.pulled, walk.inside(eqn, None), jaxpr, args)
@@ -173,17 +176,17 @@ def _arrays(values: Sequence[Any]) -> list[Any]:
     return [built(x.base) if isinstance(x, View) else x for x in values]
 
 
-def _with(view: View, a: Any) -> View:
+def _with(view: View, a: Array) -> View:
     return dataclasses.replace(view, parts=(a, *view.parts[1:]))
 
 
 def _fixed(view: View) -> View:
-    """Cut the derivative: what a loop sums up is noted behind it."""
+    """Stop the derivative: the sums of a loop are noted after the loop."""
     return _with(view, lax.stop_gradient(view.parts[0]))
 
 
 def _held(loop: Scan | While) -> dict[int, View]:
-    """Return the views that every step of a loop sees, by their place in its body."""
+    """Return the views that are the same in every step of a loop, by position in its body."""
     first = len(loop.consts)
     held = {**dict(enumerate(loop.consts)), **{first + k: x for k, x in carried_on(loop).items()}}
     return {k: _fixed(x) for k, x in held.items() if isinstance(x, View)}

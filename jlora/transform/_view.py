@@ -1,13 +1,17 @@
-"""A `View`: a `LoraArray` inside the traced program, its axes moved, cut or cast, never summed.
+"""A `View`: a `LoraArray` inside the traced program, transposed, sliced or cast but never summed.
 
 Every axis of a view has a role: `s` stack, `i` input, `o` output, `e` equal (the weight was
-broadcast along it). The first factor (A) has the axes of roles s and i, the second (s·B) those of s
-and o, each in the order of the base and with the rank last, so what happens to the base's axes
-happens to each factor's own axes in the same order.
+broadcast along it). The first factor (A) has the axes with roles s and i, the second (s·B) those
+with roles s and o, each in the order of the base and with the rank last. So an operation on the
+axes of the base applies to the same axes of each factor, in the same order.
 
-DoRA's gain, in `gain ∘ (W + s·A·B)`, is laid out like the second factor, with a rank of 1.
+DoRA's gain, in `gain ∘ (W + s·A·B)`, has the axes of the second factor, with a rank of 1.
 
-s·B is made when an operation moves the factors; a plain product takes the weight's own A, B and s.
+Three words for what a view has:
+- `parts`, the field: A and s·B or, until an operation moves them, the node's own A, B and s
+  (`own`), which a matmul uses without computing s·B;
+- `factors`: A and s·B, computed from the parts where needed;
+- `components`: the factors and, under DoRA, the gain.
 """
 
 import dataclasses
@@ -19,12 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jlora import _base, _compat, forms
 from jlora._arrays import Axes, Geometry, LoraArray, accumulator, along
-from jlora.transform._labeled import contract
-from jlora.transform._weight import Move, Names, Role, Weight
+from jlora.transform._labeled import AnyArray, Label, contract
+from jlora.transform._weight import AnyBase, Move, Names, Role, Weight
 
 RANK = "rank"
 AXES = ("si r", "so r", "so r")  # of A, of s·B, of the gain
@@ -44,15 +48,15 @@ class View(Weight):
     parts: tuple[Any, ...]  # A and s·B, or the weight's own A, B and s
     roles: tuple[Any, ...]
     names: Names
-    own: bool = False  # whether the parts are still the weight's own
-    gain: Any = None  # DoRA's, m / ‖W + s·A·B‖
+    own: bool = False  # whether the parts are the node's own A, B and s
+    gain: Any = None  # DoRA's m / ‖W + s·A·B‖
 
     new_role = "s"
     repeated_role = "e"
 
     @classmethod
     def of(cls, node: LoraArray, name: str) -> "View":
-        """See a whole `LoraArray`."""
+        """Return the view of a `LoraArray`."""
         geometry = Geometry.of(node.shape, node.layout)
         parts = (*forms.factors(node), jnp.asarray(node.scaling))
         roles = ("s",) * len(geometry.stack) + tuple(node.layout)
@@ -63,7 +67,7 @@ class View(Weight):
     def axes(self, component: int) -> list[int]:
         return axes_of(component, self.roles)
 
-    def along(self, component: int, of_base: Axes, rank: Any = None) -> Axes:
+    def along(self, component: int, of_base: Axes, rank: Label = None) -> Axes:
         return along(AXES[component], self.roles, of_base, rank)
 
     def labels(self, component: int, base_labels: Sequence[Any]) -> list[Any]:
@@ -72,7 +76,7 @@ class View(Weight):
 
     @property
     def two_sided(self) -> bool:
-        """Whether there are inputs and outputs, more than one of each."""
+        """Whether there is more than one input and more than one output."""
         return {"i", "o"} <= {r for r, n in zip(self.roles, self.shape, strict=True) if n > 1}
 
     @property
@@ -93,19 +97,19 @@ class View(Weight):
 
     @property
     def components(self) -> tuple[Any, ...]:
-        """A, s·B and, of DoRA's, the gain."""
+        """A, s·B and, under DoRA, the gain."""
         return (*self.factors, *(() if self.gain is None else (self.gain,)))
 
-    def remade(self, base: Any, components: Sequence[Any], roles: Sequence[Role]) -> "View":
+    def remade(self, base: AnyBase, components: Sequence[Any], roles: Sequence[Role]) -> "View":
         by = components[GAIN:]
         return View(base, tuple(components[:GAIN]), tuple(roles), self.names, False, *by)
 
-    def moved(self, base: Any, roles: Sequence[Role], move: Move) -> "View":
+    def moved(self, base: AnyBase, roles: Sequence[Role], move: Move) -> "View":
         return self.remade(
             base, [move(f, self.axes(k)) for k, f in enumerate(self.components)], roles
         )
 
-    def on_side(self, base: Any, side: int, change: Callable[[Array], Array]) -> "View":
+    def on_side(self, base: AnyBase, side: int, change: Callable[[Array], Array]) -> "View":
         changed = [change(f) if k == side else f for k, f in enumerate(self.components)]
         return self.remade(base, changed, self.roles)
 
@@ -119,7 +123,7 @@ class View(Weight):
         roles = roles or ["s"] * len(self.roles)
         roles = tuple(r if r != "e" else w for r, w in zip(self.roles, roles, strict=True))
 
-        def move(f: Any, k: int) -> Any:
+        def move(f: Array, k: int) -> Array:
             before, after = self.axes(k), axes_of(k, roles)
             if before == after:
                 return f
@@ -140,7 +144,7 @@ class View(Weight):
         view = self.settled([role if k in big else "e" for k in range(self.ndim)])
         stack = [k for k in big if view.roles[k] != role]
         if stack and role == "i" and view.gain is not None:
-            return None  # outputs would have another gain in each block of the inputs
+            return None  # each block of the inputs would need its own gain for the outputs
         blocks = math.prod(view.shape[k] for k in stack)
         roles = [role if k in stack else r for k, r in enumerate(view.roles)]
         most = min(
@@ -148,7 +152,7 @@ class View(Weight):
             for side in "io"
         )
         if stack and view.rank * blocks > most:
-            return None  # a rank for each of the blocks would be no less than the weight's own
+            return None  # the ranks of all blocks add up to more than the weight's own rank
         for k in stack:
             view = view.folded(k, "io".index(role))
         return view
@@ -163,12 +167,12 @@ class View(Weight):
         return set()
 
     def folded(self, axis: int, side: int) -> "View":
-        """Make a stack axis one of a side's: a block per stack element, the ranks added up.
+        """Turn a stack axis into an axis of one side: one block per element, the ranks added up.
 
         For the inputs, with n the stack axis: the update is Σ_r A[n,i,r] B[n,r,o]. As a matrix with
         rows (n, i) it is Σ_(m,r) A'[(n,i),(m,r)] B'[(m,r),o], where A'[(n,i),(m,r)] = A[n,i,r] if
-        n = m, else 0, and B'[(m,r),o] = B[m,r,o]. So A becomes block diagonal, B's stack axis goes
-        next to its rank, and the rank is n·r. The outputs are the same with A and B exchanged.
+        n = m, else 0, and B'[(m,r),o] = B[m,r,o]. So A becomes block diagonal, B's stack axis moves
+        next to its rank, and the rank becomes n·r. For the outputs, exchange A and B.
         """
         n, rank = self.shape[axis], self.rank * self.shape[axis]
         one, other = self.factors[side], self.factors[1 - side]
@@ -206,28 +210,28 @@ class View(Weight):
 
 
 def axes_of(component: int, roles: Sequence[Role]) -> list[int]:
-    """Return which of the axes that have these roles a component has, in order."""
+    """Return which axes a component has, given the roles of the base's axes."""
     return list(along(AXES[component], roles, tuple(range(len(roles))))[:-1])
 
 
-def on_factor(view: Weight, k: int, x: Any) -> Any:
-    """Arrange `x`, of the base's rank or a scalar, to broadcast against a factor."""
+def on_factor(view: Weight, k: int, x: ArrayLike) -> Array:
+    """Reshape `x`, a scalar or with the base's number of axes, to broadcast against a factor."""
     if jnp.ndim(x) == 0:
         return jnp.reshape(x, (1,) * (len(view.axes(k)) + 1))
-    return jnp.reshape(x, [*(x.shape[n] for n in view.axes(k)), 1])
+    return jnp.reshape(x, [*(jnp.shape(x)[n] for n in view.axes(k)), 1])
 
 
-def scaled(b: Any, s: Any) -> Any:
-    """Return s·B for a scaling of B's leading axes, or a scalar."""
+def scaled(b: AnyArray, s: AnyArray) -> Array:
+    """Return s·B, where s is a scalar or has the leading axes of B."""
     s = narrowed(s, b.dtype)
     return lax.mul(b, lax.reshape(s, [*s.shape, *(1,) * (b.ndim - s.ndim)]) if s.ndim else s)
 
 
-def plus(base: Any, delta: Any) -> Any:
+def plus(base: AnyArray, delta: AnyArray) -> Array:
     """Add the delta in the base output's dtype: a bfloat16 layer stays bfloat16."""
     return lax.add(base, narrowed(delta, base.dtype))
 
 
-def narrowed(x: Any, dtype: Any) -> Any:
-    """Cast where that changes anything: tracing is not free."""
+def narrowed(x: AnyArray, dtype: DTypeLike) -> Any:
+    """Cast `x` only if its dtype differs, because every traced equation costs time."""
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)

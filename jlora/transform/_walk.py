@@ -1,4 +1,4 @@
-"""The walker: evaluate a jaxpr with views among its values. Knows the registry, not the rules."""
+"""The walker: evaluates a jaxpr on arrays and weights. It knows the registry, not the rules."""
 
 import dataclasses
 import itertools
@@ -9,21 +9,24 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core import Literal as JaxprLiteral
+from jax.typing import ArrayLike, DTypeLike
 
 from jlora import _base, _compat
 from jlora._paths import describe
 from jlora.transform import _registry
+from jlora.transform._labeled import AnyArray
 from jlora.transform._probe import unadapted
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Key, Value, Weight
 
 Fallback = Literal["warn", "error", "materialize"]
+Atom = Var | JaxprLiteral
 _MOST_COMPILED = 1024
 
 
 class Use(NamedTuple):
-    """One place where the program multiplies, looks up or otherwise reads a parameter."""
+    """One use of a parameter: a product, a lookup or any other operation on it."""
 
     name: str
     primitive: str
@@ -31,75 +34,76 @@ class Use(NamedTuple):
     factored: bool
     why: str
     flops: int
-    contracted: tuple[int, ...] = ()  # of a probe: the axes that are summed over or indexed
-    free: tuple[int, ...] = ()  # of a probe: the axes that the result keeps
+    contracted: tuple[int, ...] = ()  # for a probe: the axes that are summed over or indexed
+    free: tuple[int, ...] = ()  # for a probe: the axes that the result keeps
 
 
 @dataclasses.dataclass(eq=False)
 class Settings:
-    """What one `lora(fn)` holds for all its walks."""
+    """The settings of one `lora(fn)`, shared by all its walks."""
 
     fallback: Fallback = "warn"
     dropout: float = 0.0
     dtype: Any = None
     observe: Callable[[JaxprEqn, Use], None] | None = None
-    # What applies an equation that meets a view, in place of its rule: `jlora.capture` does.
+    # Applied to an equation with a view in place of its rule; `jlora.capture` sets it.
     instead: Callable[["Walk", JaxprEqn, list[Any]], Sequence[Any]] | None = None
-    told: set[tuple[str, str]] = dataclasses.field(default_factory=set)
-    # Walked inner functions, by the jaxpr they came from: layers that share one are traced once,
-    # and an eager call of a jitted function finds its compiled self again.
+    warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    # Inner functions by their jaxpr: layers that share one are traced once, and eager calls of a
+    # jitted function reuse the compiled one.
     compiled: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)
 class Walk:
-    """One level of one trace: the settings, and the key from which each site draws its own."""
+    """One level of one trace: the settings, and the key that each site's key is derived from."""
 
     settings: Settings
-    key: Any = None
-    where: str = ""  # the enclosing call's line, for equations that JAX's own code made
+    key: Key = None
+    where: str = ""  # the line of the enclosing call, for equations made by JAX's own code
     sites: int = 0
-    # What was repeated to make an array, by variable: along axes, or over the shards of a mesh.
+    # For each variable made by a broadcast, over axes or over shards: its equation and operand.
     sources: dict[Any, tuple[JaxprEqn, Any]] = dataclasses.field(default_factory=dict)
 
-    def next_key(self) -> Any:
-        """Return a key that no other site of this level has; None without dropout."""
+    def next_key(self) -> Key:
+        """Return a key unique to this site and level; None without dropout."""
         if self.key is None:
             return None
         self.sites += 1
         return jax.random.fold_in(self.key, self.sites)
 
-    def inside(self, eqn: JaxprEqn, key: Any) -> "Walk":
-        """Return a walk of `eqn`'s inner body, whose sites draw from `key`."""
+    def inside(self, eqn: JaxprEqn, key: Key) -> "Walk":
+        """Return a walk for the body of `eqn`, with the keys of its sites derived from `key`."""
         return Walk(self.settings, key, self.line(eqn))
 
     def quiet(self) -> "Walk":
-        """Return a walk that only finds out what comes of views: no report, no dropout."""
+        """Return a walk that only determines types: no reports and no dropout."""
         settings = Settings("materialize", dtype=self.settings.dtype)
         return Walk(settings, where=self.where)
 
     def line(self, eqn: JaxprEqn) -> str:
-        """Return the user's line that made an equation, or that called what made it."""
+        """Return the user's source line for an equation, or for the call that contains it."""
         return _compat.source_line(eqn) or self.where
 
-    def drop(self, x: Any, atom: Any) -> Any:
-        """Apply dropout to an adapter's input, the value of `atom`."""
+    def drop(self, x: AnyArray, atom: Atom) -> Any:
+        """Apply dropout to `x`, an adapter's input and the value of `atom`."""
         if self.key is None:
             return x
-        keep, key = 1.0 - self.settings.dropout, self.next_key()
+        keep = 1.0 - self.settings.dropout
+        key: Any = self.next_key()
         eqn, source = self._source(atom, "pvary")
-        # The shards of an input are not dropped alike; one that all have is dropped as one.
+        # Shards that differ get different masks; a replicated input gets the same mask everywhere.
         for axis in _compat.varying_axes(x if eqn is None else source):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         mask = jax.random.bernoulli(key, keep, x.shape)
         return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
-    def narrow_dtype(self, x_dtype: Any, out_dtype: Any) -> Any:
-        """Return the dtype of the narrow products: the option's, else the activation's."""
+    def narrow_dtype(self, x_dtype: DTypeLike, out_dtype: DTypeLike) -> Any:
+        """Return the dtype of the narrow products: `lora(dtype=)`, else the activation's."""
         if self.settings.dtype is not None:
             return self.settings.dtype
         dtype = x_dtype if jnp.issubdtype(x_dtype, jnp.inexact) else out_dtype
-        # x A overflows in 8 bits, where whoever wrote the model scaled x and W to fit.
+        # In 8 bits x A would overflow: only x and W were scaled to fit.
         return jnp.dtype(jnp.bfloat16) if jnp.finfo(dtype).bits < 16 else dtype
 
     def used(
@@ -110,7 +114,7 @@ class Walk:
         contracted: Sequence[int],
         free: Sequence[int],
     ) -> None:
-        """Tell the observer of a factored use."""
+        """Report a factored use to the observer."""
         if self.settings.observe is None:
             return
         origins = [view.origins(group) for group in (contracted, free)]
@@ -120,18 +124,19 @@ class Walk:
             use = Use(name, eqn.primitive.name, self.line(eqn), True, "", cost, *sides)
             self.settings.observe(eqn, use)
 
-    def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-        """Run a jaxpr on arrays and views."""
+    def evaluate(self, jaxpr: ClosedJaxpr | Jaxpr | _compat.Body, args: Sequence[Any]) -> list[Any]:
+        """Evaluate a jaxpr on arrays and weights."""
         body = jaxpr if isinstance(jaxpr, _compat.Body) else _compat.body(jaxpr)
         env: dict[Any, Any] = {}
         env.update(zip(body.constvars, body.consts, strict=True))
         env.update(zip(body.invars, args, strict=True))
 
-        def read(atom: Any) -> Any:
+        def read(atom: Atom) -> Any:
             return atom.val if isinstance(atom, JaxprLiteral) else env[atom]
 
         pairs = zip(body.eqns, _last_uses(body), strict=True)
-        # Entering an equation's context (its mesh, its settings) costs more than most equations.
+        # Entering an equation's context (mesh and config) costs more than most equations, so it is
+        # entered once for consecutive equations that share it.
         for context, group in itertools.groupby(pairs, key=lambda pair: pair[0].ctx):
             with context.manager:
                 for eqn, gone in group:
@@ -147,7 +152,7 @@ class Walk:
         return [read(v) for v in body.outvars]
 
     def apply(self, eqn: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
-        """Apply one equation: its own primitive without views, else its rule, else the fallback."""
+        """Apply one equation: as it is without weights, else by its rule, else by the fallback."""
         if not any(isinstance(x, Weight) for x in operands):
             if eqn.primitive.name in ("broadcast_in_dim", "pvary"):
                 self.sources[eqn.outvars[0]] = (eqn, operands[0])
@@ -173,12 +178,12 @@ class Walk:
             )
         return outs
 
-    def _source(self, atom: Any, primitive: str) -> tuple[Any, Any]:
+    def _source(self, atom: Atom, primitive: str) -> tuple[Any, Any]:
         found = None if isinstance(atom, JaxprLiteral) else self.sources.get(atom)
         return found if found and found[0].primitive.name == primitive else (None, None)
 
-    def narrowest(self, atom: Any, x: Any) -> Any:
-        """Return an operand as it was before it was broadcast: size 1 where it does not vary."""
+    def narrowest(self, atom: Atom, x: ArrayLike) -> Any:
+        """Return an operand before broadcasting: axes along which it is constant have size 1."""
         eqn, source = self._source(atom, "broadcast_in_dim")
         if eqn is None:
             return x
@@ -187,11 +192,13 @@ class Walk:
             shape[k] = n
         return jnp.reshape(source, shape)
 
-    def bind(self, eqn: JaxprEqn, *operands: Any, weight: bool | None = None) -> list[Any]:
+    def bind(
+        self, eqn: JaxprEqn, *operands: Value | _base.Deferred, weight: bool | None = None
+    ) -> list[Any]:
         """Apply an equation's own primitive to the bases of its operands.
 
-        A stored base is not built where the results are weights again: as the rule's kind says, or
-        `weight`.
+        A stored base stays deferred if the results are weights again, which `weight` says and by
+        default the kind of the rule.
         """
         rule = _registry.find(eqn)
         if weight is None:
@@ -200,8 +207,8 @@ class Walk:
         return apply(eqn, *(x.base if isinstance(x, Weight) else x for x in operands))
 
     def materialize(self, eqn: JaxprEqn, view: Weight) -> Any:
-        """Build a view's weight because `eqn` needs it whole, and say so as the fallback asks."""
-        # A view that has lost one side (a row that was sliced out) is an activation, not a weight.
+        """Build a weight for an equation that cannot use the factors; report per `fallback`."""
+        # A view that has lost one side (a single row) is an activation, not a weight.
         if view.two_sided:
             self._report(eqn, view)
         elif view.rank:
@@ -209,7 +216,7 @@ class Walk:
         return view.dense()
 
     def arrays(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        """Build the views among values that must be arrays."""
+        """Materialize the weights among values that must be arrays."""
         return [
             self.materialize(eqn, x) if isinstance(x, Weight) else _base.built(x) for x in values
         ]
@@ -219,66 +226,66 @@ class Walk:
         rule = _registry.find(eqn)
         why = "no factored form" if rule else "no rule for this primitive"
         if rule and view.gain is not None and not rule.takes_gain:
-            why = "its rule takes no weight with DoRA's gain"
+            why = "its rule does not support a weight with DoRA's gain"
         cost = 2 * math.prod(view.shape) * view.rank
         if self.settings.observe is not None:
             for name in view.names:
                 self.settings.observe(eqn, Use(name, primitive, line, False, why, cost))
             return
-        if self.settings.fallback == "materialize" or (primitive, line) in self.settings.told:
+        if self.settings.fallback == "materialize" or (primitive, line) in self.settings.warned:
             return
         size = math.prod(view.shape) * jnp.dtype(view.base.dtype).itemsize
         message = (
-            f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is used whole by the "
-            f'primitive "{primitive}" at {line} ({why}), so W + s·A·B is built there: {size:,} '
-            f"bytes, {cost:,} FLOPs a call. "
-            "`jlora.explain` lists every such use. "
-            f"Ways out: {_instead(eqn)}; give the parameter the rule "
+            f"`jlora.lora`: {describe(', '.join(view.names), view.base)} must be "
+            f'materialized for primitive "{primitive}" at {line} ({why}): building W + s·A·B there '
+            f"takes {size:,} bytes and {cost:,} FLOPs per call. "
+            "`jlora.explain` lists all such uses. "
+            f"Ways out: {_instead(eqn)}; set the parameter's rule to "
             'None (or "full"); or accept it with `jlora.lora(fn, fallback="materialize")`.'
         )
         if self.settings.fallback == "error":
             raise ValueError(message)
-        self.settings.told.add((primitive, line))
+        self.settings.warned.add((primitive, line))
         warnings.warn(message, UserWarning, stacklevel=2)
 
     def doubt_stack(self, eqn: JaxprEqn, view: Weight) -> None:
-        """Warn of layers that are taken for a side of a convolution, the layout of 4-D weights."""
+        """Warn if stacked layers are read as a side of a convolution, the default in 4-D."""
         silent = self.settings.fallback == "materialize" or self.settings.observe is not None
         site = ("stack", self.line(eqn))
-        if silent or site in self.settings.told:
+        if silent or site in self.settings.warned:
             return
         if view.ndim < 4 or view.roles[0] not in ("i", "o"):
             return
-        self.settings.told.add(site)
+        self.settings.warned.add(site)
         side, shared = ("input", "B") if view.roles[0] == "i" else ("output", "A")
         message = (
             f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is scanned along its "
-            f"first axis at {site[1]}, but its layout takes that axis for an {side}, so that all "
-            f"layers share one {shared}. Let the program say which axes are layers: "
+            f"first axis at {site[1]}, but its layout marks that axis as an {side}, so all layers "
+            f"share one {shared}. Infer from the program which axes are layers: "
             "`jlora.attach(..., layouts=jlora.layouts(fn, params, x))`."
         )
         warnings.warn(message, UserWarning, stacklevel=2)
 
     def jitted(self, eqn: JaxprEqn, wrap: Callable[[Any], Any]) -> Any:
-        """Return `wrap(eqn's walked body)`, the same each time, as `(key, *operands) -> outs`."""
+        """Return `wrap` of the walked body, `(key, *operands) -> outs`, cached by jaxpr."""
         jaxpr = eqn.params["jaxpr"]
 
-        def walked(key: Any, *operands: Any) -> list[Any]:
+        def walked(key: Key, *operands: Value) -> list[Any]:
             return self.inside(eqn, key).evaluate(jaxpr, operands)
 
-        if self.settings.observe is not None:  # an observer wants every use, not every trace
+        if self.settings.observe is not None:  # an observer needs every use, not every trace
             return walked
         compiled = self.settings.compiled
         if id(jaxpr) not in compiled:
-            if len(compiled) >= _MOST_COMPILED:  # a function that makes its jits anew at each call
+            if len(compiled) >= _MOST_COMPILED:  # a function that creates new jits at each call
                 del compiled[next(iter(compiled))]
             compiled[id(jaxpr)] = (jaxpr, wrap(walked))
         return compiled[id(jaxpr)][1]
 
 
 def _instead(eqn: JaxprEqn) -> str:
-    """Say how the factored form can be had: of a primitive without a rule, by one of one's own."""
-    way = "write that line as a product with the weight"
+    """Say how to get a factored form, for a primitive without a rule by registering one."""
+    way = "rewrite that line as a product with the weight"
     if _registry.find(eqn) is not None:
         return way
     name = _compat.kernel_name(eqn)
@@ -286,15 +293,16 @@ def _instead(eqn: JaxprEqn) -> str:
     return f'{way}; register a rule, `jlora.transform.rule("{eqn.primitive.name}"{kernel}, ...)`'
 
 
-def _gained(x: Any) -> bool:
+def _gained(x: object) -> bool:
     return isinstance(x, Weight) and x.gain is not None
 
 
 def _stored_for(rule: _registry.Rule | None, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
-    """Prepare stored weights without an adapter for an equation: it may build them, or keep them.
+    """Prepare stored weights without an adapter for an equation: build them, or keep them deferred.
 
-    A call hands them on, and a rearrangement of weights and indices alone is noted. An activation
-    that is joined with one must not wait for it, so anything else is computed.
+    A call receives them deferred, and so does a rearrangement whose operands are only weights and
+    indices. A result that depends on an activation must not be deferred, so for anything else
+    they are built.
     """
     if not any(map(unadapted, operands)):
         return operands
@@ -308,7 +316,7 @@ def _stored_for(rule: _registry.Rule | None, eqn: JaxprEqn, operands: list[Any])
 
 
 def _last_uses(body: _compat.Body) -> list[list[Any] | None]:
-    """Return, per equation, the variables that nothing after it reads; None for a dead equation."""
+    """Return, per equation, the variables last used by it; None for a dead equation."""
     seen = {v for v in body.outvars if not isinstance(v, JaxprLiteral)}
     dead: list[list[Any] | None] = []
     for eqn in reversed(body.eqns):

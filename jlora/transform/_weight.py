@@ -1,7 +1,7 @@
-"""`Weight`: what stands for a weight in the walk. A rule calls its methods and asks no further.
+"""`Weight`: a weight as the walk sees it. Rules call its methods, whichever kind it is.
 
-There are two: a `View`, an adapted weight with its factors, and a `Probe`, which has none and only
-remembers which axis came from where.
+There are two kinds: a `View`, an adapted weight with its factors, and a `Probe`, which has no
+factors and only tracks where each axis came from.
 """
 
 import abc
@@ -9,20 +9,27 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import jax
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
+from jaxtyping import PRNGKeyArray
 
 from jlora._arrays import Axes
-from jlora._base import built
+from jlora._base import Deferred, built
+from jlora.transform._labeled import AnyArray, Label
 
 W = TypeVar("W", bound="Weight")
-# The side of an axis: of a view "s", "i", "o" or "e"; of a probe the (parameter, axis) behind it.
+# The role of an axis. View: "s", "i", "o" or "e". Probe: the (parameter, axis) pairs behind it.
 Role = str | frozenset[tuple[str, int]]
 Move = Callable[[Array, list[int]], Array]
+# The base of a weight; a shape or a sharding where a rule only computes what becomes of those.
+AnyBase = AnyArray | Deferred | jax.ShapeDtypeStruct | PartitionSpec
+Key = PRNGKeyArray | None  # None without dropout
 
 
 class Names(tuple[str, ...]):
-    """The paths of a weight's parameters, equal to any others: layers share one traced function."""
+    """The paths of a weight's parameters. All compare equal, so that layers share one trace."""
 
     __slots__ = ()
 
@@ -34,15 +41,15 @@ class Names(tuple[str, ...]):
 
 
 class Weight:
-    """A weight inside the traced program: its base, the role of each axis, and what goes along.
+    """A weight inside the traced program: its base, a role for each axis, and its components.
 
     Attributes:
         base: the weight without its update; anything with a shape and a dtype.
         roles: one per axis of the base.
         names: the paths of the parameters it came from.
         gain: DoRA's gain, the last of the components, or None.
-        new_role: the role of an axis that the weight itself does not have.
-        repeated_role: the role of an axis along which the weight is repeated.
+        new_role: the role of an axis that is added to the weight.
+        repeated_role: the role of an axis along which the weight is broadcast.
     """
 
     new_role: Role
@@ -68,75 +75,75 @@ class Weight:
         """The base's number of dimensions."""
         return len(self.roles)
 
-    def over(self: W, base: Any) -> W:
+    def over(self: W, base: AnyBase) -> W:
         """Return the same weight with another base of the same shape."""
         return dataclasses.replace(self, base=base)  # pyrefly: ignore  # each is a dataclass
 
     def with_built_base(self: W) -> W:
-        """Return the weight over an array: what a loop carries, a branch returns, a mesh splits."""
+        """Return the weight with its base built, as loop carries, branches and meshes need it."""
         return self.over(built(self.base))
 
     @property
     @abc.abstractmethod
     def components(self) -> tuple[Array, ...]:
-        """What is laid out as the base is: A, s·B and, of DoRA's, the gain; nothing of a probe.
+        """A, s·B and, under DoRA, the gain; empty for a probe.
 
-        Each has some of the base's axes, in the base's order, and the rank last.
+        Each has a subset of the base's axes, in the base's order, and the rank last.
         """
 
     @property
     @abc.abstractmethod
     def rank(self) -> int:
-        """The rank of the update; 0 of a probe."""
+        """The rank of the update; 0 for a probe."""
 
     @property
     @abc.abstractmethod
     def two_sided(self) -> bool:
-        """Whether it still has both sides. A row that was cut out is an activation."""
+        """Whether it still has both sides. A single row or column is an activation."""
 
     @abc.abstractmethod
     def axes(self, component: int) -> list[int]:
         """Return which axes of the base a component has, in order."""
 
     @abc.abstractmethod
-    def along(self, component: int, of_base: Axes, rank: Any = None) -> Axes:
-        """Return what a component's axes have, given what the base's have."""
+    def along(self, component: int, of_base: Axes, rank: Label = None) -> Axes:
+        """Select a component's entries from one entry per axis of the base; `rank` comes last."""
 
     @abc.abstractmethod
-    def remade(self: W, base: Any, components: Sequence[Any], roles: Sequence[Role]) -> W:
-        """Return the weight whose components have become these."""
+    def remade(self: W, base: AnyBase, components: Sequence[Any], roles: Sequence[Role]) -> W:
+        """Return the weight with new components."""
 
     @abc.abstractmethod
-    def moved(self: W, base: Any, roles: Sequence[Role], move: Move) -> W:
-        """Return the weight after an operation: `move(component, its axes)` does it to each."""
+    def moved(self: W, base: AnyBase, roles: Sequence[Role], move: Move) -> W:
+        """Return the weight after an operation; `move(component, axes)` applies it to each."""
 
     @abc.abstractmethod
-    def on_side(self: W, base: Any, side: int, change: Callable[[Array], Array]) -> W:
+    def on_side(self: W, base: AnyBase, side: int, change: Callable[[Array], Array]) -> W:
         """Return the weight after an operation on one of its factors, 0 for A and 1 for s·B."""
 
     @abc.abstractmethod
     def sides_of(self, x: ArrayLike) -> list[int]:
-        """Return the factors that have every axis along which `x` varies; both for a stack's."""
+        """Return the factors that have every axis along which `x` varies: one, both or none."""
 
     @abc.abstractmethod
     def settled(self: W, roles: Sequence[Role] = ()) -> W:
-        """Make s·B, and give each axis of repetition the role asked for, or that of a stack."""
+        """Compute s·B, and turn each broadcast axis into the given role, by default stack."""
 
     @abc.abstractmethod
     def of_one_role(self: W, axes: Sequence[int]) -> W | None:
-        """Give axes that are about to be merged one role; None where no product is left."""
+        """Give axes that are about to be merged one role; None if no factored form is left."""
 
     @abc.abstractmethod
     def merged_role(self, axes: Sequence[int]) -> Role:
-        """Return the role of what axes of one role are merged to."""
+        """Return the role of the axis that axes of one role merge into."""
 
     @abc.abstractmethod
     def stays(self, looked_up: set[int], several: bool) -> bool:
-        """Whether it is still a weight after a lookup along axes, of `several` indices or one."""
+        """Whether a lookup along these axes, of `several` indices or one, leaves a weight."""
 
     @abc.abstractmethod
     def origins(self, axes: Sequence[int]) -> set[tuple[str, int]]:
-        """Return the axes of parameters behind these; nothing of a view."""
+        """Return the axes of parameters behind these; empty for a view."""
 
     @abc.abstractmethod
     def dense(self) -> Array:
@@ -146,3 +153,6 @@ class Weight:
 def all_names(operands: Sequence[Any]) -> Names:
     """Return the parameters of several weights."""
     return Names(dict.fromkeys(n for x in operands if isinstance(x, Weight) for n in x.names))
+
+
+Value = AnyArray | Weight  # what a variable of the jaxpr holds in the walk

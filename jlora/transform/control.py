@@ -1,6 +1,6 @@
-"""Rules for control flow: call the public function again on the walked body.
+"""Rules for control flow: call JAX's public function again on the walked body.
 
-Views are pytrees, so `jax.jit`, `jax.checkpoint`, `lax.scan`, ... take them as they are.
+Views are pytrees, so `jax.jit`, `jax.checkpoint` and `lax.scan` accept them directly.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import Sharding
+from jax.typing import ArrayLike
 
 from jlora import _compat
 from jlora.transform import _registry
@@ -19,27 +20,27 @@ from jlora.transform._loops import Scan, While, carried_on, peeled
 from jlora.transform._probe import unadapted
 from jlora.transform._registry import rule
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Key, Value, Weight
 
 
 @rule("jit", kind="call", own=True, body="jaxpr")
-def _jit(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+def _jit(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     p = eqn.params
 
     def wrap(walked: Callable[..., Any]) -> Any:
-        def laid(key: Any, *operands: Any) -> list[Any]:
-            return _as_asked(
-                walked(key, *_as_asked(operands, p["in_shardings"])), p["out_shardings"]
+        def constrained(key: Key, *operands: Value) -> list[Any]:
+            return _constrained(
+                walked(key, *_constrained(operands, p["in_shardings"])), p["out_shardings"]
             )
 
-        laid.__name__ = p["name"]
-        return jax.jit(laid)
+        constrained.__name__ = p["name"]
+        return jax.jit(constrained)
 
     return walk.jitted(eqn, wrap)(walk.next_key(), *operands)
 
 
-def _as_asked(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-    """Lay arrays out as `jax.jit(in_shardings=, out_shardings=)` was told; factors lie freely."""
+def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    """Apply the `in_shardings` or `out_shardings` of a `jax.jit` to arrays; leave factors free."""
     return [
         x
         if isinstance(x, Weight) or not isinstance(sharding, Sharding)
@@ -49,8 +50,8 @@ def _as_asked(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
 
 
 @rule("remat2", kind="call", own=True, body="jaxpr")
-def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
-    def walked(key: Any, *operands: Any) -> list[Any]:
+def _remat(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
+    def walked(key: Key, *operands: Value) -> list[Any]:
         return walk.inside(eqn, key).evaluate(eqn.params["jaxpr"], operands)
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
@@ -60,14 +61,16 @@ def _remat(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 
 class _Carry:
-    """A loop's carry: a weight stays one where the body hands on a weight of the same kind.
+    """The carry of a loop: an entry stays a weight if the body returns a weight of the same type.
 
-    What the body hands on as it came is a constant of the loop. Of the rest, what starts as a view
-    has to come back as one with the same roles, rank and dtypes, for a loop's carry has one type.
-    Which do depends on the others: once one is built, a product with it is no view any more. So
-    one step is tried on the shapes, what came back as another thing is built before the loop, and
-    the step is tried again. Each round builds one or more, so there are at most as many rounds as
-    weights, and what is left is the largest set of weights that the step maps to itself.
+    An entry that the body returns unchanged is a constant of the loop. Any other entry that starts
+    as a view must come back as a view with the same roles, rank and dtypes, because the type of a
+    carry is fixed. Whether it does depends on the other entries: once one of them is materialized,
+    a product with it is no longer a view. So find a fixpoint from above. Start with all weights,
+    trace one step on their shapes, materialize those that did not keep their type, and repeat.
+    Materializing more entries never turns an array back into a view, so no entry is materialized
+    that could have stayed: the result is the largest set of weights that the step maps to itself.
+    Each round removes at least one, so there are at most as many rounds as weights.
     """
 
     def __init__(
@@ -105,15 +108,15 @@ class _Carry:
 
 
 def _built(values: Sequence[Any]) -> list[Any]:
-    """Build the bases of weights that a loop carries or a branch returns."""
+    """Build the bases of weights in a loop's carry or in a branch's outputs."""
     return [
         x.dense() if unadapted(x) else x.with_built_base() if isinstance(x, Weight) else x
         for x in values
     ]
 
 
-def _alike(x: Any, y: Any) -> bool:
-    """Whether a loop may carry on with `y` where it started with `x`: arrays, or views alike."""
+def _alike(x: Value, y: object) -> bool:
+    """Whether a carry that starts as `x` may become `y`: arrays, or weights of one type."""
     if not isinstance(x, Weight):
         return True
     return jax.tree.structure(x) == jax.tree.structure(y) and all(
@@ -123,7 +126,7 @@ def _alike(x: Any, y: Any) -> bool:
 
 
 @rule("scan", kind="call")
-def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+def _scan(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     loop = Scan.of(eqn, operands)
     body, n_carry = _compat.body(loop.jaxpr), len(loop.init)
     for x in loop.xs:
@@ -133,7 +136,7 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     quiet = walk.quiet()
 
     def once(full: Sequence[Any]) -> list[Any]:
-        slices = jax.tree.map(  # a scan over nothing has no first slice, but its shape
+        slices = jax.tree.map(  # with length 0 there is no first slice, only its shape
             lambda x: x[0] if len(x) else jnp.zeros(x.shape[1:], x.dtype), scanned
         )
         return quiet.evaluate(body, [*loop.consts, *full, *rebuild(slices)])[:n_carry]
@@ -142,7 +145,7 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     key = walk.next_key()
     steps = None if key is None else jnp.arange(loop.length)
 
-    def step(moving: Any, inputs: Any) -> tuple[Any, Any]:
+    def step(moving: Sequence[Any], inputs: tuple[Any, Any]) -> tuple[Any, Any]:
         step_number, pieces = inputs
         inner = walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
         args = [*loop.consts, *carry.full(moving), *rebuild(pieces)]
@@ -158,11 +161,11 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 
 @rule("while", kind="call")
-def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+def _while(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     loop = While.of(eqn, operands)
     body, quiet = _compat.body(loop.jaxpr), walk.quiet()
-    # Under `vmap` each lane has a condition of its own: it goes on while any does, and the others
-    # stay as they are, so what changes is an array.
+    # Under `vmap` each lane has its own condition. The loop runs while any of them holds, and lanes
+    # that are done keep their state by a select, so everything in the moving carry is an array.
     lanes = bool(_compat.body(loop.condition).outvars[0].aval.shape)
 
     def once(full: Sequence[Any]) -> list[Any]:
@@ -170,20 +173,20 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
         return quiet.arrays(eqn, outs) if lanes else outs
 
     carry = _Carry(walk, eqn, loop, once)
-    keys = walk.next_key(), walk.next_key()  # condition and body draw apart
+    keys = walk.next_key(), walk.next_key()  # separate keys for condition and body
 
-    def inside(key: Any, step_number: Any) -> Walk:
+    def inside(key: Key, step_number: Any) -> Walk:
         return walk.inside(eqn, None if key is None else jax.random.fold_in(key, step_number))
 
-    def condition(state: Any) -> Any:
+    def condition(state: tuple[Any, Any]) -> Any:
         step_number, moving = state
         args = [*loop.condition_consts, *carry.full(moving)]
         return inside(keys[0], step_number).evaluate(loop.condition, args)[0]
 
-    def going(state: Any) -> Any:
+    def going(state: tuple[Any, Any]) -> Any:
         return jnp.any(condition(state)) if lanes else condition(state)
 
-    def step(state: Any) -> Any:
+    def step(state: tuple[Any, Any]) -> Any:
         step_number, moving = state
         args = [*loop.consts, *carry.full(moving)]
         moved = carry.moving(inside(keys[1], step_number).evaluate(loop.jaxpr, args))
@@ -200,11 +203,11 @@ def _while(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
 
 
 @rule("cond", kind="call")
-def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
+def _cond(walk: Walk, eqn: JaxprEqn, index: ArrayLike, *operands: Value) -> Any:
     settle = _agreement(walk, eqn, operands)
 
-    def branch(jaxpr: Any) -> Callable[..., list[Any]]:
-        def walked(key: Any, *operands: Any) -> list[Any]:
+    def branch(jaxpr: ClosedJaxpr | Jaxpr) -> Callable[..., list[Any]]:
+        def walked(key: Key, *operands: Value) -> list[Any]:
             return settle(_settled(walk.inside(eqn, key).evaluate(jaxpr, operands)))
 
         return walked
@@ -213,7 +216,7 @@ def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
         return lax.switch(index, branches, walk.next_key(), *operands)
-    # Of `lax.platform_dependent`, whose other platforms' branches must not be compiled here.
+    # From `lax.platform_dependent`: branches for other platforms must not be compiled here.
     pairs = list(zip(platforms, branches, strict=True))
     by_name = {name: walked for names, walked in pairs for name in names or ()}
     rest = next((walked for names, walked in pairs if names is None), None)
@@ -221,7 +224,7 @@ def _cond(walk: Walk, eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
 
 
 def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[..., list[Any]]:
-    """Return what makes the branches' outputs of one kind: views stay views where they can."""
+    """Return a function that gives the branches' outputs one type, views where possible."""
 
     def arrays(outs: Sequence[Any]) -> list[Any]:
         return walk.arrays(eqn, outs)
@@ -248,18 +251,18 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
 
 
 def _settled(outs: Sequence[Any]) -> list[Any]:
-    """Give each axis along which a weight was repeated a role, as for an equation's operands."""
+    """Turn broadcast axes into stack axes, and build the bases."""
     return _built([x.settled() if isinstance(x, Weight) else x for x in outs])
 
 
 def _joinable(values: Sequence[Any]) -> bool:
-    """Whether there are views that one view may stand for: weights of two gains are not one."""
+    """Whether one view can represent all of these; those with a gain cannot be joined."""
     views = [x for x in values if isinstance(x, Weight)]
     return bool(views) and all(x.gain is None for x in views)
 
 
 def _may_return_views(body: _compat.Body, operands: Sequence[Any]) -> bool:
-    """Whether an output may still be a weight; read from the equations, nothing is traced."""
+    """Whether an output may still be a weight, judged from the equations without tracing."""
     weights = {v for v, x in zip(body.invars, operands, strict=True) if isinstance(x, Weight)}
     for e in body.eqns:
         found = _registry.find(e)

@@ -1,31 +1,31 @@
-"""The rule for convolutions: a narrow one with the window, and a product at each position."""
+"""The rule for convolutions: a narrow convolution with one factor, then a 1x1 with the other."""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import Gain, multiplied, placed
 from jlora.transform._inputs import EXACT, Sums, pulled, wide
-from jlora.transform._labeled import contract
+from jlora.transform._labeled import AnyArray, contract
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, plus
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Value, Weight
 
 
-def of_conv(eqn: JaxprEqn, x: Any, view: Any) -> Sums | None:
-    """Sum the patches that a kernel meets; those beyond the image are zeros, and count."""
+def of_conv(eqn: JaxprEqn, x: AnyArray, view: Value) -> Sums | None:
+    """Sum over the patches of the input; padding counts as zeros."""
     if not isinstance(view, View) or sides_of(eqn, view) != (0, 0):
         return None
     out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
     groups, x = eqn.params["feature_group_count"], wide(x).astype(view.factors[0].dtype)
 
-    def narrow(a: Any) -> Any:
+    def narrow(a: Array) -> Array:
         kernel = with_rank_at(dataclasses.replace(view, parts=(a, a)), 0, out_axis)
         return convolve(eqn, x, jnp.concatenate([kernel] * groups, out_axis), groups, EXACT)
 
@@ -34,7 +34,7 @@ def of_conv(eqn: JaxprEqn, x: Any, view: Any) -> Sums | None:
 
 
 @rule("conv_general_dilated", kind="product", repeated=True, sums=of_conv)
-def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
+def _conv(walk: Walk, eqn: JaxprEqn, lhs: Value, view: Value) -> Any:
     if not isinstance(view, Weight):
         return NotImplemented
     if isinstance(lhs, Weight):
@@ -46,10 +46,10 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
     result: Any = eqn.outvars[0].aval
     dtype = walk.narrow_dtype(lhs.dtype, result.dtype)
 
-    def product(x: Any) -> Any:
+    def product(x: AnyArray) -> Array:
         return walk.bind(eqn, x, view)[0]
 
-    def updated(view: View, base: Any, x: Any) -> Any:
+    def updated(view: View, base: AnyArray, x: AnyArray) -> Array:
         return plus(base, _narrow_conv(eqn, x.astype(dtype), view, base.shape, sides))
 
     out = multiplied(walk, view, eqn.invars[0], lhs, gain, dtype, product, updated)
@@ -61,7 +61,7 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Any, view: Any) -> Any:
 
 
 def _gain(eqn: JaxprEqn, view: Weight) -> Gain | None:
-    """Find which channels DoRA's gain scales: the outputs', or a transposed kernel's inputs'."""
+    """Return where DoRA's gain goes: on the output channels, or the input's if transposed."""
     dn = eqn.params["dimension_numbers"]
     w_labels: list[Any] = [("w", k) for k in range(view.ndim)]
     x_labels, out_labels = ([(name, k) for k in range(view.ndim)] for name in ("x", "out"))
@@ -72,7 +72,7 @@ def _gain(eqn: JaxprEqn, view: Weight) -> Gain | None:
 
 
 def sides_of(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
-    """Return the factor that has the window and the one that meets the input; None if neither."""
+    """Return which factor has the window and which is applied to the input; None if neither."""
     p = eqn.params
     out_axis, in_axis, *spatial = p["dimension_numbers"].rhs_spec
     big = {k: r for k, r in enumerate(view.roles) if view.shape[k] > 1}
@@ -81,7 +81,8 @@ def sides_of(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
     groups = p["feature_group_count"]
     if len(side) < len(big) or len(windows) > 1 or p["batch_group_count"] > 1:
         return None
-    # An axis of size 1 may be on either side: the channels are opposite, the window is one's own.
+    # An axis of size 1 fits on either side: the channels take opposite sides, and a window takes
+    # the side of the input channels.
     inward = side.get(in_axis, 1 - side[out_axis] if out_axis in side else 0)
     window = windows.pop() if windows else inward
     if side.get(out_axis, 1 - inward) == inward or (window != inward and groups > 1):
@@ -90,19 +91,19 @@ def sides_of(eqn: JaxprEqn, view: View) -> tuple[int, int] | None:
 
 
 def _narrow_conv(
-    eqn: JaxprEqn, x: Any, view: View, shape: tuple[int, ...], sides: tuple[int, int]
-) -> Any:
-    """Convolve with the factor that has the window, and multiply by the other at each position."""
+    eqn: JaxprEqn, x: AnyArray, view: View, shape: tuple[int, ...], sides: tuple[int, int]
+) -> Array:
+    """Convolve with the factor that has the window; multiply by the other at each position."""
     p, dn = eqn.params, eqn.params["dimension_numbers"]
     out_axis, in_axis, *_ = dn.rhs_spec
     groups, (window, inward) = p["feature_group_count"], sides
     dtype = x.dtype
-    # Where the rank stands in the narrow kernel: for the outputs or, where the inputs are narrowed
-    # first (as in a transposed kernel), for the inputs.
+    # The rank replaces the output channels of the narrow kernel or, if the inputs are projected
+    # first (as for a transposed kernel), its input channels.
     replaced = out_axis if window == inward else in_axis
     kernel = with_rank_at(view, window, replaced).astype(dtype)
     other = view.factors[1 - window].astype(dtype)
-    other = other.reshape(-1, other.shape[-1])  # (channels, rank): spatial axes of size 1 fall away
+    other = other.reshape(-1, other.shape[-1])  # (channels, rank): drops spatial axes of size 1
     if replaced == in_axis:
         feature = dn.lhs_spec[1]
         labels: list[Any] = [("x", k) for k in range(x.ndim)]
@@ -123,8 +124,8 @@ def _narrow_conv(
     return y.reshape(shape)
 
 
-def with_rank_at(view: View, k: int, axis: int) -> Any:
-    """Arrange a factor as a kernel of the base's rank, with the rank of the update at one axis."""
+def with_rank_at(view: View, k: int, axis: int) -> Array:
+    """Arrange a factor as a kernel with as many axes as the base, its rank at `axis`."""
     f, axes = view.factors[k], view.axes(k)
     for missing in range(len(view.roles)):
         if missing != axis and missing not in axes:  # a window of size 1 on the other side
@@ -133,8 +134,14 @@ def with_rank_at(view: View, k: int, axis: int) -> Any:
     return jnp.moveaxis(f if axis not in axes else f.squeeze(axes.index(axis)), -1, axis)
 
 
-def convolve(eqn: JaxprEqn, x: Any, kernel: Any, groups: int, precision: Any = None) -> Any:
-    """Convolve as `eqn` does, with a kernel of another number of channels."""
+def convolve(
+    eqn: JaxprEqn,
+    x: Any,
+    kernel: Array,
+    groups: int,
+    precision: lax.PrecisionLike = None,
+) -> Array:
+    """Convolve as `eqn` does, with a kernel that has a different number of channels."""
     p = eqn.params
     return lax.conv_general_dilated(
         x,

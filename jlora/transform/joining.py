@@ -1,7 +1,7 @@
-"""Rules for what joins weights: several views, or views and arrays, become one view.
+"""Rules for primitives that join weights: views, or views and arrays, become one view.
 
-A sum of low-rank updates is a low-rank update: A's side by side and B's below one another, the
-ranks added. So each operand's update is placed where it belongs in the result, and all are summed.
+A sum of low-rank updates is one whose A and B are concatenated along the rank. So each operand's
+update is padded to its place in the result, and the updates are summed.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,24 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
+from jlora._base import Base, Deferred
 from jlora.transform._join import aligned, of_one_rank, summed
+from jlora.transform._labeled import AnyArray
 from jlora.transform._registry import rule
 from jlora.transform._view import View, on_factor
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight, all_names
+from jlora.transform._weight import AnyBase, Value, Weight, all_names
 
 
 @rule("concatenate", kind="join")
-def _concatenate(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+def _concatenate(walk: Walk, eqn: JaxprEqn, *operands: Value | Deferred) -> Any:
     views = aligned(operands)
     if views is None:
         return NotImplemented
     return [_joined(views, walk.bind(eqn, *operands)[0], int(eqn.params["dimension"]))]
 
 
-def _joined(operands: Sequence[Any], base: Any, axis: int) -> Weight:
+def _joined(operands: Sequence[Any], base: Base, axis: int) -> Weight:
     """Join aligned weights, and arrays, along an axis."""
     if next(x.roles for x in operands if isinstance(x, Weight))[axis] == "s":
         return _stacked(operands, base, axis)
@@ -41,7 +43,7 @@ def _joined(operands: Sequence[Any], base: Any, axis: int) -> Weight:
 
 
 def _placed(view: Weight, axis: int, before: int, after: int) -> Weight:
-    """Surround a view's update by zeros along an axis of one side."""
+    """Pad a view's update with zeros along an axis of one side."""
 
     def move(f: Array, axes: list[int]) -> Array:
         if axis not in axes:
@@ -53,8 +55,8 @@ def _placed(view: Weight, axis: int, before: int, after: int) -> Weight:
     return view.moved(view.base, view.roles, move)
 
 
-def _stacked(operands: Sequence[Any], base: Any, axis: int) -> View:
-    """Join along an axis that both factors have, at one rank; an array's update is zero."""
+def _stacked(operands: Sequence[Any], base: AnyBase, axis: int) -> View:
+    """Join along an axis that both factors have, at a common rank; an array's update is zero."""
     views = of_one_rank(operands)
     factors = tuple(
         lax.concatenate([x.factors[k] for x in views], views[0].axes(k).index(axis)) for k in (0, 1)
@@ -63,7 +65,7 @@ def _stacked(operands: Sequence[Any], base: Any, axis: int) -> View:
 
 
 @rule("stack", kind="join")
-def _stack(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+def _stack(walk: Walk, eqn: JaxprEqn, *operands: Value | Deferred) -> Any:
     axis = int(eqn.params["axis"])
     views = aligned(operands)
     if views is None:
@@ -71,8 +73,8 @@ def _stack(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
     return [_joined([_raised(x, axis) for x in views], walk.bind(eqn, *operands)[0], axis)]
 
 
-def _raised(x: Any, axis: int) -> Any:
-    """Give a weight a stack axis of size 1; of an array, and of a base, only the shape counts."""
+def _raised(x: Value | Deferred, axis: int) -> Weight | jax.ShapeDtypeStruct:
+    """Insert a stack axis of size 1; bases and arrays become shapes, since only those are read."""
     dtype = (x.base if isinstance(x, Weight) else x).dtype
     shape = jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis:]), dtype)
     if not isinstance(x, Weight):
@@ -82,7 +84,7 @@ def _raised(x: Any, axis: int) -> Any:
 
 
 @rule("add", "sub", "add_any", kind="join")
-def _add(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
+def _add(walk: Walk, eqn: JaxprEqn, left: Value | Deferred, right: Value | Deferred) -> Any:
     views = aligned((left, right))
     result: Any = eqn.outvars[0].aval
     if views is None or any(isinstance(x, Weight) and x.shape != result.shape for x in views):
@@ -93,8 +95,8 @@ def _add(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
 
 
 @rule("select_n", kind="join")
-def _select(walk: Walk, eqn: JaxprEqn, which: Any, *cases: Any) -> Any:
-    """Choose by what varies along one side only, or along the stack: the factors choose too."""
+def _select(walk: Walk, eqn: JaxprEqn, which: Value, *cases: Value | Deferred) -> Any:
+    """Select in the factors too, if `which` varies only along one side or along the stack."""
     views = aligned(cases)
     if isinstance(which, Weight) or views is None:
         return NotImplemented
@@ -104,7 +106,7 @@ def _select(walk: Walk, eqn: JaxprEqn, which: Any, *cases: Any) -> Any:
     if not sides:
         return NotImplemented
     base = walk.bind(eqn, which, *cases)[0]
-    if len(sides) == 2:  # a scalar, or a stack's mask
+    if len(sides) == 2:  # a scalar, or a mask over the stack
         return [_selected(narrow, of_one_rank(views), base)]
 
     def masked(n: int, x: Weight) -> Weight:
@@ -117,7 +119,7 @@ def _select(walk: Walk, eqn: JaxprEqn, which: Any, *cases: Any) -> Any:
     return [summed([masked(n, x) for n, x in enumerate(views) if isinstance(x, Weight)], base)]
 
 
-def _selected(which: Any, views: list[View], base: Any) -> View:
+def _selected(which: AnyArray, views: list[View], base: AnyBase) -> View:
     def choose(k: int) -> Array:
         fs = [x.factors[k] for x in views]
         mask = jnp.broadcast_to(on_factor(views[0], k, which), fs[0].shape)

@@ -1,28 +1,28 @@
-"""Rules for what multiplies: x·(W + s·A·B) becomes x·W + (x·s·A)·B, whatever is contracted."""
+"""The rule for `dot_general`: x·(W + s·A·B) becomes x·W + (x·s·A)·B for any contraction."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from jlora import _base
 from jlora.transform._inputs import Sums, of_dot
-from jlora.transform._labeled import contract
+from jlora.transform._labeled import AnyArray, Label, contract
 from jlora.transform._product import product
 from jlora.transform._registry import rule
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight, all_names
+from jlora.transform._weight import Value, Weight, all_names
 
 
-def _sums(eqn: JaxprEqn, lhs: Any, rhs: Any) -> Sums | None:
+def _sums(eqn: JaxprEqn, lhs: Value, rhs: Value) -> Sums | None:
     return of_dot(eqn.params["dimension_numbers"], lhs, rhs)
 
 
 @rule("dot_general", kind="product", own=True, sums=_sums)
-def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
+def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Any:
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
         both = _of_weights(walk, eqn, lhs.settled(), rhs.settled())
         if both is not NotImplemented:
@@ -32,7 +32,7 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Any, rhs: Any) -> Any:
 
 
 def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: Weight, rhs: Weight) -> Any:
-    """Multiply two weights: (W + AB)(V + CD) = WV + [WC + A(BC) | A] [D ; BV], again a view."""
+    """Multiply two weights into a view: (W + AB)(V + CD) = WV + [WC + A(BC) | A] [D ; BV]."""
     if lhs.gain is not None or rhs.gain is not None:
         return NotImplemented
     (l_sum, r_sum), (l_batch, r_batch) = eqn.params["dimension_numbers"]
@@ -66,8 +66,10 @@ def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: Weight, rhs: Weight) -> Any:
     precision = eqn.params["precision"]
     bc = contract(b, bn, c, cn, [*batch, "ab", "cd"], precision).astype(base.dtype)
 
-    def times(view: View, names: list[Any], f: Any, labels: list[Any], out: list[Any]) -> Any:
-        def product(w: Any, f: Any) -> Any:
+    def times(
+        view: View, names: list[Label], f: Array, labels: list[Label], out: list[Label]
+    ) -> Array:
+        def product(w: AnyArray, f: Array) -> Array:
             return contract(w.astype(base.dtype), names, f, labels, out, precision)
 
         return _base.using(product, view.base, f)
@@ -87,7 +89,7 @@ def _of_weights(walk: Walk, eqn: JaxprEqn, lhs: Weight, rhs: Weight) -> Any:
 def _side(
     view: View, contracted: Sequence[int], batch: Sequence[int], free: Sequence[int]
 ) -> int | None:
-    """Return the factor that is contracted, where the other one is kept and the stack is batch."""
+    """Return the factor that is contracted if all else is kept or, for the stack, batch."""
     roles = [{view.roles[k] for k in group} for group in (batch, contracted, free)]
     if roles[0] - {"s"} or roles[1:] not in ([{"i"}, {"o"}], [{"o"}, {"i"}]):
         return None

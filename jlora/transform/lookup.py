@@ -1,4 +1,4 @@
-"""The rule for lookups: rows of A, then B; or, along a stack, whole weights."""
+"""The rule for lookups: rows of A, then ·B; along a stack axis, the weights of single layers."""
 
 import math
 from typing import Any
@@ -9,20 +9,20 @@ from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import times
-from jlora.transform._labeled import contract, expanded
+from jlora.transform._labeled import AnyArray, contract, expanded
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, RANK, View, narrowed, plus
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Value, Weight
 
 
-@rule("gather", kind="rearrange")  # or a product, of the rows; it scales those by the gain
-def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
+@rule("gather", kind="rearrange")  # or a product with rows of A, which applies the gain
+def _gather(walk: Walk, eqn: JaxprEqn, view: Value, indices: Value) -> Any:
     if not isinstance(view, Weight) or isinstance(indices, Weight):
         return NotImplemented
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    # An axis that is taken whole is kept, wherever it would start: vmap of dynamic_slice asks so.
-    # Only where an index out of bounds fills the row does it matter.
+    # An axis whose slice has full size is kept, whatever its start index (from a vmapped
+    # dynamic_slice). The index matters only if an out-of-bounds index fills the row.
     fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     looked_up = {
         *(
@@ -47,7 +47,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
     ]
 
     def rows(k: int) -> tuple[Array, list[Any]]:
-        # Out of bounds the base has its own fill: the delta adds nothing, and the gain is 1.
+        # Out of bounds the base has its own fill value: the delta is 0 and the gain is 1.
         return _rows(eqn, view.components[k], view.axes(k), indices, looked_up, fill=int(k == GAIN))
 
     if stays:
@@ -75,9 +75,9 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Any, indices: Any) -> Any:
 
 
 def _rows(
-    eqn: JaxprEqn, f: Array, axes: list[int], indices: Any, looked_up: set[int], fill: int
+    eqn: JaxprEqn, f: Array, axes: list[int], indices: AnyArray, looked_up: set[int], fill: int
 ) -> tuple[Array, list[Any]]:
-    """Look the same indices up in one component, as far as it has the indexed axes."""
+    """Look up the same indices in one component, along those indexed axes that it has."""
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     columns = [n for n, d in enumerate(dn.start_index_map) if d in axes and d in looked_up]
     batching = [

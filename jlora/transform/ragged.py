@@ -1,30 +1,30 @@
-"""The rule for ragged products: rows grouped by expert meet that expert's A, then its B."""
+"""The rule for ragged products: rows grouped by expert, times that expert's A, then its B."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from jlora._arrays import accumulator
 from jlora.transform._gain import NONE, Gain, multiplied
 from jlora.transform._inputs import EXACT, Sums, pulled, wide
-from jlora.transform._labeled import expanded
+from jlora.transform._labeled import AnyArray, expanded
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight
+from jlora.transform._weight import Value, Weight
 
 
-def of_ragged(eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Sums | None:
-    """Sum each expert's rows."""
+def of_ragged(eqn: JaxprEqn, x: AnyArray, view: Value, group_sizes: AnyArray) -> Sums | None:
+    """Sum over the rows of each expert."""
     if not isinstance(view, View) or meeting(eqn, view)[0] != 0:
         return None
     a, axes = view.factors[0], view.axes(0)
     x = wide(x).astype(a.dtype)
 
-    def narrow(x: Any) -> Callable[[Any], Any]:
+    def narrow(x: Array) -> Callable[[Any], Any]:
         return lambda a: into_rank(eqn, x, a, axes, group_sizes, EXACT)
 
     _, second, total = pulled(narrow(x), a)
@@ -34,7 +34,7 @@ def of_ragged(eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Sums | None
 
 
 @rule("ragged_dot_general", kind="product", sums=of_ragged)
-def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) -> Any:
+def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Value, view: Value, group_sizes: AnyArray) -> Any:
     if not isinstance(view, Weight) or isinstance(x, Weight):
         return NotImplemented
     first, w_sum, free = meeting(eqn, view)
@@ -43,10 +43,10 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
     result: Any = eqn.outvars[0].aval
     dtype = walk.narrow_dtype(x.dtype, result.dtype)
 
-    def product(x: Any) -> Any:
+    def product(x: AnyArray) -> Array:
         return walk.bind(eqn, x, view, group_sizes)[0]
 
-    def updated(view: View, base: Any, x: Any) -> Any:
+    def updated(view: View, base: AnyArray, x: AnyArray) -> Array:
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
     gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes)
@@ -56,7 +56,7 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Any, view: Any, group_sizes: Any) 
 
 
 def meeting(eqn: JaxprEqn, view: Weight) -> tuple[int | None, Sequence[int], Sequence[int]]:
-    """Return the factor that meets the input, None if neither, and the axes summed and kept."""
+    """Return the factor applied to x (None if neither), and the axes summed and kept."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
     groups, ragged = [*dn.rhs_group_dimensions], [*dn.lhs_ragged_dimensions]
@@ -70,9 +70,14 @@ def meeting(eqn: JaxprEqn, view: Weight) -> tuple[int | None, Sequence[int], Seq
 
 
 def into_rank(
-    eqn: JaxprEqn, x: Any, factor: Any, axes: list[int], group_sizes: Any, precision: Any = None
-) -> Any:
-    """Multiply x by the factor that it meets, which has these axes of the weight."""
+    eqn: JaxprEqn,
+    x: AnyArray,
+    factor: Array,
+    axes: list[int],
+    group_sizes: AnyArray,
+    precision: lax.PrecisionLike = None,
+) -> Array:
+    """Multiply x by the first factor, which has these axes of the weight."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
     numbers = ((x_sum, _at(axes, w_sum)), (x_batch, _at(axes, w_batch)))
@@ -80,8 +85,8 @@ def into_rank(
     return _ragged(eqn, x, factor, group_sizes, numbers, ragged, groups, precision)
 
 
-def _narrow(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> Any:
-    """Multiply by one factor and then by the other; x is of the narrow products' dtype."""
+def _narrow(eqn: JaxprEqn, x: AnyArray, view: View, first: int, group_sizes: AnyArray) -> Array:
+    """Multiply by one factor and then by the other, in the dtype of x."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, _), (x_batch, _) = dn.dot_dimension_numbers
     factor = view.factors[first].astype(x.dtype)
@@ -92,9 +97,15 @@ def _narrow(eqn: JaxprEqn, x: Any, view: View, first: int, group_sizes: Any) -> 
 
 
 def _out_of_rank(
-    eqn: JaxprEqn, z: Any, view: Weight, k: int, group_sizes: Any, row: int, precision: Any = None
-) -> Any:
-    """Multiply (batch, ..., rows, ..., rank) by what has the rank last: a factor, or the gain."""
+    eqn: JaxprEqn,
+    z: Array,
+    view: Weight,
+    k: int,
+    group_sizes: AnyArray,
+    row: int,
+    precision: lax.PrecisionLike = None,
+) -> Array:
+    """Multiply (batch, ..., rows, ..., rank) by a factor or the gain, which have the rank last."""
     dn, axes = eqn.params["ragged_dot_dimension_numbers"], view.axes(k)
     _, (x_batch, w_batch) = dn.dot_dimension_numbers
     batch, factor = list(range(len(x_batch))), view.components[k].astype(z.dtype)
@@ -103,8 +114,8 @@ def _out_of_rank(
     return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
 
 
-def _gain(eqn: JaxprEqn, x: Any, view: Weight, first: int, group_sizes: Any) -> Gain:
-    """Give every row its expert's gain: of the outputs, or of the inputs where it meets them."""
+def _gain(eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: AnyArray) -> Gain:
+    """Give every row its expert's gain, on the outputs or, if those are contracted, the inputs."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
     row, batch = dn.lhs_ragged_dimensions[0], len(x_batch)
@@ -129,13 +140,13 @@ def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
 def _ragged(
     eqn: JaxprEqn,
     x: Any,
-    w: Any,
+    w: Array,
     group_sizes: Any,
-    numbers: Any,
-    ragged: Any,
-    groups: Any,
-    precision: Any = None,
-) -> Any:
+    numbers: lax.DotDimensionNumbers,
+    ragged: Sequence[int],
+    groups: Sequence[int],
+    precision: lax.PrecisionLike = None,
+) -> Array:
     return lax.ragged_dot_general(
         x,
         w,

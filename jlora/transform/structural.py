@@ -1,6 +1,6 @@
-"""Rules for what only rearranges: the same on the base, and on each factor's own axes."""
+"""Rules for rearrangements: the same operation on the base and on each factor's own axes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.extend.core import JaxprEqn
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, axes_of, on_factor
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Weight
+from jlora.transform._weight import AnyBase, Role, Value, Weight
 
 
 @rule("transpose", kind="rearrange", repeated=True)
@@ -19,7 +19,7 @@ def _transpose(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     return [_transposed(view, walk.bind(eqn, view)[0], eqn.params["permutation"])]
 
 
-def _transposed(view: Weight, base: Any, perm: Sequence[int]) -> Weight:
+def _transposed(view: Weight, base: AnyBase, perm: Sequence[int]) -> Weight:
     def move(f: Array, axes: list[int]) -> Array:
         return lax.transpose(f, [axes.index(p) for p in perm if p in axes] + [len(axes)])
 
@@ -30,7 +30,7 @@ def _transposed(view: Weight, base: Any, perm: Sequence[int]) -> Weight:
 def _cast(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return NotImplemented
-    # The factors keep their own dtype: they are cast where they are multiplied.
+    # The factors keep their dtype; a product casts them.
     return [view.over(walk.bind(eqn, view)[0])]
 
 
@@ -49,7 +49,7 @@ def _stop_gradient(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
 
 
 @rule("optimization_barrier", kind="rearrange")
-def _barrier(walk: Walk, eqn: JaxprEqn, *operands: Any) -> Any:
+def _barrier(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     return lax.optimization_barrier(list(operands))
 
 
@@ -65,7 +65,7 @@ def _squeeze(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
 
 
 @rule("broadcast_in_dim", kind="rearrange", repeated=True)
-def _broadcast(walk: Walk, eqn: JaxprEqn, view: Weight, *sizes: Any) -> Any:
+def _broadcast(walk: Walk, eqn: JaxprEqn, view: Weight, *sizes: Value) -> Any:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     base = walk.bind(eqn, view, *sizes)[0]
     roles = [view.repeated_role] * len(shape)
@@ -80,9 +80,9 @@ def _broadcast(walk: Walk, eqn: JaxprEqn, view: Weight, *sizes: Any) -> Any:
 
 
 @rule("reshape", kind="rearrange", repeated=True)
-def _reshape(walk: Walk, eqn: JaxprEqn, weight: Weight, *sizes: Any) -> Any:
+def _reshape(walk: Walk, eqn: JaxprEqn, weight: Weight, *sizes: Value) -> Any:
     new, perm, view = eqn.params["new_sizes"], eqn.params["dimensions"], weight
-    if perm is not None:  # batching rules transpose and reshape in one
+    if perm is not None:  # made by batching rules: a transpose and a reshape in one
         shape = jax.ShapeDtypeStruct([view.shape[p] for p in perm], view.base.dtype)
         view = _transposed(view, shape, perm)
     groups = _groups(view.shape, new)
@@ -108,7 +108,7 @@ def _reshape(walk: Walk, eqn: JaxprEqn, weight: Weight, *sizes: Any) -> Any:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into the smallest runs of axes that become runs of axes of the same size."""
+    """Split a reshape into minimal groups of axes with equal products of sizes."""
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         before, after, m, n = [], [], 1, 1
@@ -118,7 +118,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
             else:
                 n, after, j = n * new[j], [*after, j], j + 1
         if m == 1 and not (before and after) and groups:
-            # a leftover axis of size 1 joins its neighbor, whose role it takes
+            # a leftover axis of size 1 joins the group before it and takes its role
             groups[-1][0].extend(before)
             groups[-1][1].extend(after)
         else:
@@ -158,8 +158,14 @@ def _dynamic_slice(walk: Walk, eqn: JaxprEqn, view: Any, *starts: Any) -> Any:
     return [view.moved(walk.bind(eqn, view, *starts)[0], view.roles, move)]
 
 
-def _pieces(view: Weight, axis: int, bases: Sequence[Any], roles: Any, cut: Any) -> list[Weight]:
-    """Cut each factor that has an axis into as many pieces as the base; the other is shared."""
+def _pieces(
+    view: Weight,
+    axis: int,
+    bases: Sequence[Any],
+    roles: Sequence[Role],
+    cut: Callable[[Array, int], Sequence[Array]],
+) -> list[Weight]:
+    """Cut each component that has `axis` into as many pieces as the base; others are shared."""
     cuts = [
         cut(f, view.axes(k).index(axis)) if axis in view.axes(k) else [f] * len(bases)
         for k, f in enumerate(view.components)
@@ -201,13 +207,13 @@ def _tile(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
 
-@rule("pad", kind="join")  # with its filling, which no gain scales
-def _pad(walk: Walk, eqn: JaxprEqn, view: Any, value: Any) -> Any:
+@rule("pad", kind="join")  # a join, because a gain must not scale the padding
+def _pad(walk: Walk, eqn: JaxprEqn, view: Value, value: Value) -> Any:
     if not isinstance(view, Weight) or isinstance(value, Weight):
         return NotImplemented
     config = eqn.params["padding_config"]
 
-    def move(f: Array, axes: list[int]) -> Array:  # where the base is padded the delta is zero
+    def move(f: Array, axes: list[int]) -> Array:  # the delta is zero in the padding
         return lax.pad(f, jnp.zeros((), f.dtype), [*(config[k] for k in axes), (0, 0, 0)])
 
     return [view.moved(walk.bind(eqn, view, value)[0], view.roles, move)]
@@ -218,14 +224,14 @@ def _sum(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     gone = list(eqn.params["axes"])
     if view.gain is not None:
         if any(view.shape[k] > 1 for k in view.axes(GAIN) if k in gone):
-            return NotImplemented  # a sum of outputs, each with a gain of its own
+            return NotImplemented  # a sum of outputs that each have their own gain
 
     def move(f: Array, axes: list[int]) -> Array:
         f = f.sum([n for n, k in enumerate(axes) if k in gone and view.roles[k] != "s"])
         left = [k for k in axes if k not in gone or view.roles[k] == "s"]
         kept = [n for n, k in enumerate(left) if k not in gone]
         stack = [n for n in range(len(left)) if n not in kept]
-        # A sum over a stack is one product of the ranks of all.
+        # A sum over a stack is a single product with the ranks concatenated.
         f = lax.transpose(f, [*kept, *stack, len(left)])
         return f.reshape(*f.shape[: len(kept)], -1)
 
@@ -240,7 +246,7 @@ def _neg(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
 
 @rule("mul", "div", kind="rearrange")
 def _scale(walk: Walk, eqn: JaxprEqn, left: Any, right: Any) -> Any:
-    """Scale by what varies on one side only: the factor of that side takes it."""
+    """Scale by an array that varies along one side only, in the factor of that side."""
     divide = eqn.primitive.name == "div"
     view, other = (left, 1) if isinstance(left, Weight) else (right, 0)
     if (isinstance(left, Weight) and isinstance(right, Weight)) or (divide and view is right):
