@@ -1,6 +1,6 @@
-"""PEFT's files: adapters of PyTorch's in, adapters of jlora's out, and its recipes as rules.
+"""Load and save adapters in PEFT's file format, and turn PEFT's configurations into rules.
 
-Where jlora means to give another answer than PEFT: `tests/parity/test_peft_differences.py`.
+Intended differences from PEFT: `tests/parity/test_peft_differences.py`.
 """
 
 from jlora.peft._by_value import match as match

@@ -1,4 +1,4 @@
-"""Which tensor of a file is which part of which leaf; what is missing, unexpected, mis-shaped."""
+"""Assign the tensors of a file to leaves; collect missing, unexpected and misshaped keys."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ from jlora.peft._keys import BIAS, Found, Groups, Owner, Tensors, owners, sort
 from jlora.peft._match import first_match, is_saved, targeted
 from jlora.peft._names import Place, bias_of, is_parameter, kind_of, refuse_variants
 from jlora.peft._spell import PREFIX, names_of, strange_prefix
-from jlora.peft._tensors import parts_of, whole_shape
-from jlora.peft._tied import is_tied_lora, is_tied_whole, unties
+from jlora.peft._tensors import full_shape, parts_of
+from jlora.peft._tied import is_tied_full, is_tied_lora, unties
 from jlora.peft._tokens import Tokens, assign_tokens
 
 _SHOWN = 5
@@ -29,7 +29,7 @@ class Assignment:
 
     place: Place
     tensors: Mapping[str, np.ndarray]
-    geometry: Any  # None of a vector
+    geometry: Any  # None for a vector
     kind: str
     rank: int = 0
     scaling: float = 0.0
@@ -43,19 +43,21 @@ class Assignment:
 
 @dataclasses.dataclass
 class Plan:
-    """What the file gives: by leaf, in the order of its places; and what is wrong with it."""
+    """The contents of the file by leaf, in the order of its places, and its errors."""
 
     lora: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
     full: dict[str, list[Assignment]] = dataclasses.field(default_factory=dict)
     base: list[Assignment] = dataclasses.field(default_factory=list)
-    biases: list[Assignment] = dataclasses.field(default_factory=list)  # of lora_B, at its layer's
+    biases: list[Assignment] = dataclasses.field(
+        default_factory=list
+    )  # of lora_B, by the layer's bias
     tokens: list[Tokens] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     misshaped: list[str] = dataclasses.field(default_factory=list)
 
     def check_shape(self, key: str, x: np.ndarray, want: tuple[int, ...], place: Place) -> None:
-        """Note a tensor that does not fit its place."""
+        """Record a tensor whose shape does not match its place."""
         if x.shape != want:
             self.misshaped.append(
                 f'"{key}" {list(x.shape)}, where "{place.path}" needs {list(want)}'
@@ -69,9 +71,9 @@ def assign(
     parameters: Collection[str],
     call: str,
 ) -> Plan:
-    """Assign every tensor; raise one error that lists all that does not fit.
+    """Assign every tensor; raise one error that lists everything that does not match.
 
-    `parameters` are the `target_parameters` of a file that has no configuration.
+    `parameters` are the `target_parameters` of a file without a configuration.
     """
     groups, plan = sort(tensors, found.places, call), Plan()
     targets = config.target_parameters if isinstance(config, Config) else parameters
@@ -86,11 +88,11 @@ def assign(
         is_copy = groups.base.get(name) == key
         if place is None or (not is_copy and place.path in plan.lora):
             repeated = _is_repeated(name, groups, tensors)
-            if not repeated and not is_tied_whole(key, is_copy, groups, tensors, found):
+            if not repeated and not is_tied_full(key, is_copy, groups, tensors, found):
                 plan.unexpected.append(key)
             continue
-        geometry, kind = found.whole(place, call, tensors[key].shape)
-        plan.check_shape(key, tensors[key], whole_shape(place.shape, geometry, kind), place)
+        geometry, kind = found.full_geometry(place, call, tensors[key].shape)
+        plan.check_shape(key, tensors[key], full_shape(place.shape, geometry, kind), place)
         one = Assignment(place, {"value": tensors[key]}, geometry, kind)
         if is_copy:
             plan.base.append(one)
@@ -105,14 +107,14 @@ def assign(
 
 
 def _is_repeated(name: str, groups: Groups, tensors: Tensors) -> bool:
-    """Whether PEFT wrote this bias once more: bias="all" finds both copies of a module to save.
+    """Whether this bias is a second copy: with bias="all" PEFT saves both copies of a module.
 
-    The one that trains is the same as the module's own; the original is used nowhere.
+    The trained copy equals the module's own; the original is not used.
     """
-    # Where the module has modules of its own, the adapter's name is left in their biases' keys.
+    # For biases of nested modules, PEFT leaves the adapter's name in the key.
     for copy in (r"\.modules_to_save\.", r"\.modules_to_save\.[^.]+\.", r"\.original_module\."):
-        whole, found = re.subn(copy, ".", name, count=1)
-        own = groups.full.get(whole)
+        original, found = re.subn(copy, ".", name, count=1)
+        own = groups.full.get(original)
         if found and name.endswith(".bias") and own is not None:
             same = np.array_equal(tensors[groups.full[name]], tensors[own])
             return same or "original" in copy
@@ -129,7 +131,7 @@ def _assign_lora(
     found: Found,
     call: str,
 ) -> None:
-    """Check one module's parts, and note them under their leaf."""
+    """Check one module's parts, and record them under their leaf."""
     place, name = owner
     kind = next((k for k in ("embedding", "loralib") if k in kinds), "linear")
     keys = _of_kind(plan, spelled, kinds, kind, config)
@@ -172,15 +174,15 @@ def _of_kind(
     kind: str,
     config: Config | Alpha,
 ) -> dict[str, str] | None:
-    """Return the keys of a module's parts; note what is too much or missing: then None."""
+    """Return the keys of a module's parts; record unexpected and missing ones, None if any miss."""
     dora, bias = (
         (config.use_dora, config.lora_bias) if isinstance(config, Config) else (False, False)
     )
     wanted = parts_of(kind, dora) | ({"bias": BIAS} if bias else {})
-    given = {**kinds.get(kind, {}), **kinds.get("any", {})}
+    there = {**kinds.get(kind, {}), **kinds.get("any", {})}
     others = [k for other in kinds if other not in (kind, "any") for k in kinds[other].values()]
-    plan.unexpected += others + [key for part, key in given.items() if part not in wanted]
-    keys = {part: key for part, key in given.items() if part in wanted}
+    plan.unexpected += others + [key for part, key in there.items() if part not in wanted]
+    keys = {part: key for part, key in there.items() if part in wanted}
     lacking = [f"{PREFIX}{spelled}.{wanted[part]}" for part in wanted if part not in keys]
     plan.missing += lacking
     return None if lacking else keys
@@ -193,7 +195,7 @@ def _rank(
     name: str,
     call: str,
 ) -> int:
-    """Return the rank that the configuration says or, where there is none, that A has."""
+    """Return the rank from the configuration or, without one, from the shape of A."""
     if isinstance(config, Config):
         return first_match(config.rank_pattern, name, config.r, call)
     return max(1, (*parts["lora_a"].shape, 1)[0] // math.prod(geometry.stack))
@@ -207,12 +209,12 @@ def _note_missing(
     found: Found,
     call: str,
 ) -> None:
-    """Note what the configuration or the rest of a stack asks for, and the file does not have."""
+    """Record what the configuration or the rest of a stack requires and the file lacks."""
     for place in found.places.values():
         full, saved = place.name in groups.full, place.path in plan.full
         if place.path in plan.lora and place.name not in adapted:
             plan.missing.append(f"{PREFIX}{place.module}.{parts_of('linear')['lora_a']}")
-        elif not full and (saved or _asks_whole(place, config, found, call)):
+        elif not full and (saved or _asks_full(place, config, found, call)):
             plan.missing.append(f"{PREFIX}{place.name}")
         elif place.name not in adapted and _asks_lora(place, config, call):
             kind = kind_of(place, found.layouts.get(place.path), found.kinds)
@@ -226,10 +228,10 @@ def _asks_lora(place: Place, config: Config | Alpha, call: str) -> bool:
     try:
         return targeted(config, place.module, call)
     except ValueError:
-        return False  # a pattern too costly to try: the file itself says what is adapted
+        return False  # a pattern too costly to try: rely on the keys of the file
 
 
-def _asks_whole(place: Place, config: Config | Alpha, found: Found, call: str) -> bool:
+def _asks_full(place: Place, config: Config | Alpha, found: Found, call: str) -> bool:
     if not isinstance(config, Config):
         return False
     if is_saved(config.modules_to_save, place.module):
@@ -243,7 +245,7 @@ def _asks_whole(place: Place, config: Config | Alpha, found: Found, call: str) -
 
 
 def _refuse(plan: Plan, tensors: Tensors, found: Found, call: str) -> None:
-    """Raise one error that lists whatever does not fit."""
+    """Raise one error that lists everything that does not match."""
     said = []
     for word, keys in (("missing", plan.missing), ("unexpected", plan.unexpected)):
         if keys:
@@ -258,9 +260,9 @@ def _refuse(plan: Plan, tensors: Tensors, found: Found, call: str) -> None:
             f"{len(plan.misshaped)} keys have another shape: " + "; ".join(plan.misshaped[:_SHOWN])
         )
         said.append(
-            "Where weights are stored otherwise than in Flax, (out, in) as in Equinox, give "
-            "`layouts=jlora.layouts(fn, params, x)`; for an embedding or another parameter saved "
-            "whole that is stored as in PyTorch, `kinds`"
+            "For weights not stored as in Flax, such as (out, in) in Equinox, pass "
+            "`layouts=jlora.layouts(fn, params, x)`; for an embedding or another fully saved "
+            "parameter that is stored as in PyTorch, pass `kinds`"
         )
     if not said and not plan.lora and not plan.full and not plan.tokens:
         said.append("the file holds no tensors")
@@ -272,6 +274,8 @@ def _refuse(plan: Plan, tensors: Tensors, found: Found, call: str) -> None:
     if said:
         odd = (plan.unexpected or plan.missing or [PREFIX])[0].removeprefix(PREFIX)[:200]
         raise ValueError(
-            f"`{call}`: the file does not fit the model. " + ". ".join(said) + ". Is it an adapter "
+            f"`{call}`: the file does not match the model. "
+            + ". ".join(said)
+            + ". Is it an adapter "
             f"of this model, and are its `names` right? {near_misses(odd, found.places)}"
         )

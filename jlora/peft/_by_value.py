@@ -1,7 +1,7 @@
-"""Names and layouts of a tree, found by comparing its values with a checkpoint's.
+"""Find names and layouts of a tree by comparing its values with those of a checkpoint.
 
-A transpose, a reshape or a permutation of axes moves values and changes none. So a leaf's multiset
-of values says which tensor it is, and the order of axes that makes the two equal is its layout.
+A transpose or a reshape moves values without changing them. So the multiset of a leaf's values
+identifies its tensor, and the order of axes that makes the two equal is its layout.
 """
 
 import collections
@@ -27,7 +27,7 @@ _PAIRS, _SHOWN, _DEEPEST = 16, 20, 2
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A leaf, or one index along its leading dimensions: what may be one tensor."""
+    """A leaf, or one index along its leading dimensions: a candidate for one tensor."""
 
     path: str
     index: tuple[int, ...]
@@ -35,7 +35,7 @@ class Part:
 
 @dataclasses.dataclass
 class Found:
-    """What the comparison has told so far: of each part its tensor and layout, or why not."""
+    """The results of the comparison: the tensor and layout of each part, or why there is none."""
 
     named: dict[Part, tuple[str, str]] = dataclasses.field(default_factory=dict)
     why: dict[Part, str] = dataclasses.field(default_factory=dict)
@@ -48,28 +48,27 @@ def match(
     *,
     names: Mapping[str, Name | None] | None = None,
 ) -> tuple[dict[str, Name], dict[str, str]]:
-    """Find the PyTorch name and the layout of each leaf by its values: what `load` asks for.
+    """Find the PyTorch name and the layout of each leaf by its values, as `load` requires them.
 
-    A leaf is looked up among the tensors by what no order of its values changes: their number, the
-    sum of their bit patterns as integers, and the sum of the squares of these, modulo 2⁶⁴, which
-    are exact in any order. Then the leaf's axes are put in every order that a layout can mean, and
-    the one that makes it equal to the tensor bit for bit is its layout. A leaf that is no tensor is
-    compared index by index along its first dimension or its first two: stacked layers, experts,
-    keys and values in one weight. Tensors are cast to the leaf's dtype first, so a model loaded as
-    bfloat16 from float32, or the other way, is found too. One tensor is in memory at a time; each
-    is read twice.
+    A leaf is looked up among the tensors by invariants of the order of its values: their number,
+    the sum of their bit patterns as integers and the sum of the squares of these, modulo 2⁶⁴ and
+    thus exact. Then every order of axes that a layout can describe is tried; the one that makes the
+    leaf equal to the tensor bit for bit gives the layout. A leaf that matches no tensor is compared
+    index by index along its first one or two dimensions: stacked layers, experts, keys and values
+    in one weight. Tensors are cast to the leaf's dtype first, so a model loaded as bfloat16 from
+    float32, or the reverse, is found too. One tensor is in memory at a time; each is read twice.
 
-    It warns of the leaves that it cannot name: values that are equal in several places (biases of
-    zeros, norms of ones), or that loading changed (scaled, shifted by one, permuted within an
-    axis). The layout takes a Linear for (out, in), an embedding and a Conv1D of transformers for
-    (in, out), as the checkpoint's names and biases tell; experts in one parameter have none.
+    Warns about leaves that it cannot name: values that occur several times (biases of zeros, norms
+    of ones), or values changed by loading (scaled, shifted by one, permuted within an axis). For
+    the layout, a Linear is (out, in), and an embedding or a Conv1D of transformers is (in, out), as
+    inferred from the checkpoint's names and biases; experts in one parameter have no layout.
 
     Args:
-        params: base parameters as they were loaded, plain or adapted.
+        params: base parameters as loaded, adapted or not.
         checkpoint: the model's folder in Hugging Face's form (safetensors, in one file or several),
             a safetensors file, or a mapping from PyTorch's names to arrays.
-        names: path to name for leaves that values do not tell; None where none is needed. They are
-            taken as they are.
+        names: path to name for leaves that values do not identify; None where none is needed. Used
+            unchanged.
 
     Returns:
         `names` and `layouts`, dicts by path, for `load`, `save`, `rules` and `jlora.attach`. A leaf
@@ -77,9 +76,9 @@ def match(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: no weight has the values of a tensor; a damaged file.
-        KeyError: `names` speaks of a leaf that is not there.
-        TypeError: the checkpoint is of another type; a leaf that has no values.
+        ValueError: no weight matches a tensor; a damaged file.
+        KeyError: `names` has a path that is not in the tree.
+        TypeError: the checkpoint is of another type; a leaf without values.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -92,16 +91,16 @@ def match(
     call = "jlora.peft.match(params, checkpoint)"
     leaves = dict(leaves_with_paths(detach(params)[0]))
     check_keys(names, list(leaves), "names", call)
-    given = dict(names or {})
-    wanted = {path: x for path, x in leaves.items() if path not in given and _is_float(x)}
+    preset = dict(names or {})
+    wanted = {path: x for path, x in leaves.items() if path not in preset and _is_float(x)}
     for path, leaf in wanted.items():
         if not hasattr(leaf, "__array__"):
             raise TypeError(
-                f"`{call}`: {describe(path, leaf)} is a shape without values, by which leaves are "
-                "found. Give the parameters themselves."
+                f"`{call}`: {describe(path, leaf)} is a shape without values, and leaves are found "
+                "by their values. Pass the parameters themselves."
             )
     weights = open_weights(checkpoint, call)
-    used = {name for x in given.values() for name in _flat(x)}
+    used = {name for x in preset.values() for name in _flat(x)}
     table = _table(weights, {np.dtype(x.dtype) for x in wanted.values()}, used)
     found, groups, transposed = Found(), _groups(wanted, table), inputs_first(weights.shapes)
     for mark, parts in groups.items():
@@ -110,7 +109,7 @@ def match(
     result, layouts, odd = _collect(found, list(groups.values()))
     _refuse_other_weights(result, wanted, weights, call)
     _warn(odd, len(leaves), call)
-    result |= {path: name for path, name in given.items() if name is not None}
+    result |= {path: name for path, name in preset.items() if name is not None}
     return {path: result[path] for path in leaves if path in result}, layouts
 
 
@@ -127,7 +126,7 @@ def _flat(name: Name | None) -> Iterator[str]:
 
 
 def _table(weights: Weights, dtypes: set[np.dtype[Any]], used: set[str]) -> dict[Mark, list[str]]:
-    """Mark every tensor, in each dtype that the leaves have."""
+    """Compute the mark of every tensor, in each dtype of the leaves."""
     table: dict[Mark, list[str]] = collections.defaultdict(list)
     for name in weights:
         tensor = None if name in used else weights[name]
@@ -138,7 +137,7 @@ def _table(weights: Weights, dtypes: set[np.dtype[Any]], used: set[str]) -> dict
 
 
 def _groups(wanted: Mapping[str, Any], table: Mapping[Mark, list[str]]) -> dict[Mark, list[Part]]:
-    """Divide leaves into parts that the table has, and put parts of equal marks together."""
+    """Split leaves into parts that are in the table, and group parts with equal marks."""
     sizes = collections.Counter({(m[0], m[1]): 0 for m in table})
     for mark, names in table.items():
         sizes[mark[0], mark[1]] += len(names)
@@ -167,7 +166,7 @@ def _resolve(
     weights: Weights,
     transposed: set[str],
 ) -> None:
-    """Tell parts and tensors of equal values apart by the order of these."""
+    """Distinguish parts and tensors with the same values by the order of the values."""
     if not names:
         found.why |= dict.fromkeys(parts, "no tensor has its values")
         return
@@ -203,7 +202,7 @@ def _resolve(
 def _tied(
     fits: Mapping[Part, list[tuple[str, str]]], names: Sequence[str]
 ) -> dict[Part, tuple[str, str]]:
-    """Give the values of an embedding that is the head as well to the leaf that is called so."""
+    """For an embedding tied to the head, match the leaf that is named like an embedding."""
     own = [name for name in names if is_embedding(name)]
     parts = [p for p in fits if len(fits) == 1 or "embed" in p.path or "wte" in p.path]
     if len(own) != 1 or len(parts) != 1:
@@ -217,7 +216,7 @@ def _tied(
 
 
 def _by_siblings(found: Found) -> None:
-    """Name what is equal elsewhere, a bias of zeros, after the weight that is next to it."""
+    """Name leaves with ambiguous values, such as zero biases, by the weight in the same module."""
     modules: dict[tuple[str, tuple[int, ...]], set[str]] = collections.defaultdict(set)
     for part, (name, _) in found.named.items():
         modules[part.path.rpartition("/")[0], part.index].add(name.rpartition(".")[0])
@@ -234,7 +233,7 @@ def _by_siblings(found: Found) -> None:
 def _collect(
     found: Found, groups: Sequence[Sequence[Part]]
 ) -> tuple[dict[str, Name], dict[str, str], dict[str, str]]:
-    """Put the parts of each leaf together; return names, layouts, and why the others have none."""
+    """Combine the parts of each leaf; return names, layouts, and why other leaves have none."""
     by_path: dict[str, list[Part]] = collections.defaultdict(list)
     for part in itertools.chain.from_iterable(groups):
         by_path[part.path].append(part)
@@ -294,6 +293,6 @@ def _warn(odd: Mapping[str, str], count: int, call: str) -> None:
         more = f"; and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
         warnings.warn(
             f"`{call}`: {len(odd)} of {count} leaves have no name. {listed}{more}. Give "
-            "`names={path: name}` for those that you adapt or train whole, None for the others.",
+            "`names={path: name}` for those that you adapt or fully train, None for the others.",
             stacklevel=3,
         )

@@ -1,10 +1,10 @@
-"""adapter_config.json: read, checked key by key, and what jlora lacks refused by name."""
+"""Read adapter_config.json, and check it key by key; unsupported variants raise by name."""
 
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from jlora.peft._match import Patterns
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-# What changes the computation, and is refused where it is on.
+# Variants that change the computation; they raise if enabled.
 _VARIANTS = {
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "arrow_config": "Arrow routing",
@@ -27,7 +27,7 @@ _VARIANTS = {
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
-# What changes nothing once A and B are there, or is read below.
+# Entries that do not matter once A and B exist.
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out"),
     *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
@@ -55,7 +55,7 @@ _FOREIGN = {
         "and `lora_b` of a `LoraArray`, with s = alpha / rank",
     ),
 }
-# Other methods of PEFT that jlora has a form of, and their entries that change no number.
+# Other PEFT methods that jlora supports as forms, and those of their entries without effect.
 FORMS = {"LORA": "lora", "ADALORA": "adalora", "VERA": "vera"}
 _OWN = {
     "ADALORA": {
@@ -65,17 +65,17 @@ _OWN = {
     "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "init_weights"},
 }
 EPSILON = 1e-5  # what PEFT's AdaLoRA adds to the rank that it divides by
-# Initializers that move the base weights by what only the writer had: data, or random numbers.
+# Initializers that change the base weights, and depend on data or random numbers.
 _MOVES_BASE = ("pissa_niter", "corda", "lora_ga", "loftq")
 
 
-# What is known of a file without a configuration: alpha, or that it is each module's rank.
+# For a file without a configuration: alpha, or "rank" for each module's own rank.
 Alpha = float | int | Literal["rank"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a LoRA configuration says of shapes, scalings and names, with PEFT's defaults."""
+    """The entries of a LoRA configuration that jlora uses, with PEFT's defaults."""
 
     r: int = 8
     lora_alpha: float | int = 8
@@ -106,11 +106,11 @@ class Config:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def alpha_of(s: Any, rank: int, rslora: bool) -> float | int:
+def alpha_of(s: float | np.floating, rank: int, rslora: bool) -> float | int:
     """Return the alpha of the fewest decimal digits whose α/r is this float32 scaling.
 
-    The scaling is kept as float32, so many an alpha has it: 10/3 is 3.3333333, and so is
-    9.9999999/3. The shortest is the one that was written.
+    The scaling is stored as float32, so several alphas give the same one: 10/3 is 3.3333333, and so
+    is 9.9999999/3. The shortest is the one that was written.
     """
     divisor = math.sqrt(rank) if rslora else rank
     exact = float(s) * divisor
@@ -126,7 +126,7 @@ def read_json(source: Path, call: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"`{call}`: {source.name} is not JSON ({error or 'nested too deep'}). "
-            "Copy the whole folder again."
+            "Copy the folder again."
         ) from None
     if not isinstance(entries, dict):
         raise ValueError(
@@ -135,8 +135,8 @@ def read_json(source: Path, call: str) -> dict[str, Any]:
     return entries
 
 
-def read_config(config: Any, call: str) -> Config:
-    """Read a configuration given as a dict, a file or the folder it is in."""
+def read_config(config: object, call: str) -> Config:
+    """Read a configuration from a dict, a file or a folder."""
     if isinstance(config, Mapping):
         return parse(config, call)
     if not isinstance(config, str | os.PathLike):
@@ -152,7 +152,7 @@ def read_config(config: Any, call: str) -> Config:
 
 
 def foreign(entries: Container[Any]) -> str:
-    """Say whose configuration this is, where its keys are another program's."""
+    """Return a hint if the keys are those of another program's configuration."""
     for program, (keys, how) in _FOREIGN.items():
         found = [key for key in keys if key in entries]
         if found:
@@ -161,31 +161,31 @@ def foreign(entries: Container[Any]) -> str:
 
 
 def parse(entries: Mapping[Any, Any], call: str) -> Config:
-    """Check every key; what jlora would have to ignore, but changes the numbers, is refused."""
-    kind = _plain(entries.get("peft_type"))
+    """Check every key; raise for entries that change the result and are not supported."""
+    kind = _as_json(entries.get("peft_type"))
     if kind is None:
         raise ValueError(f'`{call}`: the configuration has no "peft_type".{foreign(entries)}')
     if not isinstance(kind, str) or kind not in FORMS:
         raise ValueError(
             f'`{call}`: peft_type {kind!r} is another method than LoRA ("LORA"), and jlora does '
-            "not read it. Merge it in PEFT, or train it there."
+            "not support it. Merge the adapter in PEFT, or train it there."
         )
     entries = _as_lora(entries, kind)
     for key, value in entries.items():
         if key in _VARIANTS and value:
             raise ValueError(
                 f"`{call}`: the adapter uses {_VARIANTS[key]} ({key}={value!r}), which jlora does "
-                "not have yet; as plain LoRA it would give other numbers."
+                "not support; read as LoRA it would compute something else."
             )
         if key not in _VARIANTS and key not in _HARMLESS | _READ and value:
             raise ValueError(
                 f'`{call}`: the configuration sets "{key}" to {value!r}, which jlora does not '
-                "know, and which may change the numbers. Take it out if it does not. "
+                "know, and which may change the result. Remove it if it does not. "
                 + near_misses(str(key), sorted(_READ | set(_VARIANTS)))
             )
     known = {f.name for f in dataclasses.fields(Config)} - {"form"}
     typed = {
-        key: _typed(key, _plain(value), call)
+        key: _typed(key, _as_json(value), call)
         for key, value in entries.items()
         if key in known and value is not None
     }
@@ -193,7 +193,7 @@ def parse(entries: Mapping[Any, Any], call: str) -> Config:
 
 
 def _as_lora(entries: Mapping[Any, Any], kind: str) -> Mapping[Any, Any]:
-    """Write the entries of a method that jlora has a form of as those of LoRA."""
+    """Convert the entries of a method that jlora has as a form to those of LoRA."""
     if kind == "LORA":
         return entries
     kept = {key: x for key, x in entries.items() if key not in _OWN[kind]}
@@ -204,20 +204,20 @@ def _as_lora(entries: Mapping[Any, Any], kind: str) -> Mapping[Any, Any]:
     return {**kept, "r": entries.get("r", 256), "bias": bias}
 
 
-def _plain(value: Any) -> Any:
-    """Undo what `LoraConfig.to_dict` leaves of Python: sets, and enumerations of strings."""
+def _as_json(value: object) -> Any:
+    """Convert the Python values in `LoraConfig.to_dict`, sets and string enums, to JSON's."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     return getattr(value, "value", value)
 
 
 def _typed(key: str, value: Any, call: str) -> Any:
-    """Check the type of one entry; single strings and numbers that stand for lists become lists."""
+    """Check the type of one entry; wrap single values of list entries in a list."""
     if key in ("layers_pattern", "modules_to_save") and isinstance(value, str):
-        value = [value] if value else []  # PEFT takes an empty one for none
+        value = [value] if value else []  # PEFT treats an empty string as none
     if key == "layers_to_transform":
         value = [value] if isinstance(value, int) else value
-        value = value or None  # an empty list chooses every layer
+        value = value or None  # an empty list selects every layer
     good, wanted = {
         "r": (_is_rank, "an integer of at least 1"),
         "d_initial": (_is_alpha, "a finite number"),
@@ -247,7 +247,7 @@ def _typed(key: str, value: Any, call: str) -> Any:
     return value
 
 
-def _is_rank(value: Any) -> bool:
+def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -256,37 +256,37 @@ def _is_alpha(value: Any) -> bool:
     return is_number and abs(value) < 1e30  # also no NaN; far inside float32
 
 
-def _is_map(value: Any, good: Any) -> bool:
+def _is_map(value: object, good: Callable[[Any], bool]) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(k, str) and good(v) for k, v in value.items()
     )
 
 
-def _is_list(value: Any, kind: type) -> bool:
+def _is_list(value: object, kind: type) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(v, kind) and not isinstance(v, bool) for v in value
     )
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, str) or _is_list(value, str)
 
 
 def check_init(config: Config, call: str) -> None:
-    """Refuse to load what was trained beside base weights that are not known.
+    """Raise for adapters that were trained over base weights that cannot be recomputed.
 
-    "pissa" and "olora" move the base weights too, but by what the weights alone say.
+    "pissa" and "olora" change the base weights too, but as a function of the weights alone.
     """
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_MOVES_BASE):
         raise ValueError(
             f"`{call}`: the adapter began with init_lora_weights={init!r}, which moves the base "
-            "weights, so on the plain ones it gives other numbers. Save it from PEFT with "
-            "`path_initial_model_for_weight_conversion=...`, which makes it plain LoRA."
+            "weights, so over the original ones it computes something else. Save it from PEFT with "
+            "`path_initial_model_for_weight_conversion=...`, which converts it to LoRA."
         )
-    plain = ("gaussian", "eva", "orthogonal", "mica")
-    if isinstance(init, str) and init.lower() not in (*plain, "pissa", "olora"):
+    unchanged = ("gaussian", "eva", "orthogonal", "mica")
+    if isinstance(init, str) and init.lower() not in (*unchanged, "pissa", "olora"):
         raise ValueError(
             f"`{call}`: the adapter began with init_lora_weights={init!r}, which jlora does not "
-            "have yet; it may be more than the first values of A and B."
+            "support; it may change more than the initial values of A and B."
         )

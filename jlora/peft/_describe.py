@@ -1,4 +1,4 @@
-"""adapter_config.json out: what rank, alpha, targets and biases describe the tensors exactly."""
+"""Write adapter_config.json: the rank, alpha, targets and biases that describe the tensors."""
 
 import collections
 import json
@@ -14,7 +14,7 @@ from jlora.peft._match import Patterns, ends_with, parents
 from jlora.peft._names import Place
 from jlora.peft._tensors import MAGNITUDE
 
-# What the caller may say, and what is written if not.
+# Entries that the caller may set, and their defaults.
 _GIVEN = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -33,7 +33,7 @@ _GIVEN = {
 
 
 class Adapted(NamedTuple):
-    """The tensors of one adapted parameter, by what their keys end with; its rank and alpha."""
+    """The tensors of one adapted parameter, by the endings of their keys; its rank and alpha."""
 
     tensors: Mapping[str, np.ndarray]
     rank: int
@@ -45,36 +45,36 @@ class Adapted(NamedTuple):
 
 def describe_adapter(
     parts: Mapping[Place, Adapted],
-    wholes: Iterable[Place],
+    fulls: Iterable[Place],
     found: Mapping[str, Place],
     given: Mapping[str, Any],
     call: str,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration's entries, and the keys of what is saved whole, by its name."""
+    """Return the configuration's entries, and the keys of fully saved parameters by name."""
     for key in given:
         if key not in _GIVEN:
             raise ValueError(
-                f'`{call}`: "{key}" is not for the caller to say, or not known: what the '
-                f"parameters tell is written from them. {near_misses(key, _GIVEN)}"
+                f'`{call}`: "{key}" cannot be set: it is unknown, or follows from '
+                f"the parameters. {near_misses(key, _GIVEN)}"
             )
     init = given.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError(
-            f"`{call}`: init_lora_weights={init!r} makes PEFT move the base weights when it loads "
-            "the adapter. Leave it out."
+            f"`{call}`: init_lora_weights={init!r} makes PEFT move the base weights when it "
+            "loads the adapter. Leave it out."
         )
     if given.get("lora_bias") and init not in (True, False):
-        raise ValueError(f"`{call}`: PEFT has no lora_bias=True beside init_lora_weights={init!r}.")
+        raise ValueError(
+            f"`{call}`: PEFT has no lora_bias=True together with init_lora_weights={init!r}."
+        )
     try:
         json.dumps(dict(given), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{call}`: the given entries are not JSON: {error}.") from None
+        raise ValueError(f"`{call}`: the entries are not JSON: {error}.") from None
     layers = {place.module: one for place, one in parts.items() if not one.is_parameter}
     modules = {one.target for one in layers.values()}
     parameters = [one.target for one in parts.values() if one.is_parameter]
-    whole_modules, bias = _whole_modules(
-        set(wholes), set(layers), found, given.get("task_type"), call
-    )
+    full_modules, bias = _full_modules(set(fulls), set(layers), found, given.get("task_type"), call)
     ranks = {one.target: one.rank for one in parts.values()}
     alphas = {one.target: one.alpha for one in parts.values()}
     for one in parts.values():
@@ -90,7 +90,7 @@ def describe_adapter(
         "alpha_pattern": _pattern(alphas, alpha, call),
         "bias": bias,
         "lora_alpha": alpha,
-        "modules_to_save": whole_modules or None,
+        "modules_to_save": full_modules or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": _pattern(ranks, rank, call),
@@ -98,8 +98,8 @@ def describe_adapter(
         "target_parameters": _parameters(parameters, found, call),
         "use_dora": _dora(parts, call),
     }
-    spelled = {place.name: place.name for place in wholes}
-    for place in wholes:
+    spelled = {place.name: place.name for place in fulls}
+    for place in fulls:
         if bias != "none" and place.parameter == "bias" and place.module in layers:
             spelled[place.name] = f"{layers[place.module].spelled}.base_layer.bias"
     return entries, spelled
@@ -141,7 +141,7 @@ def _pattern(values: Mapping[str, Any], default: Any, call: str) -> dict[str, An
 
 
 def _targets(modules: set[str], found: Mapping[str, Place]) -> list[str] | str | None:
-    """Return the modules' full names; where these are suffixes of others, an exact pattern."""
+    """Return the modules' full names, or an exact pattern if these are suffixes of others."""
     others = {place.module for place in found.values()} - modules
     if any(ends_with(other, modules) for other in others):
         return "|".join(re.escape(m) for m in sorted(modules))
@@ -149,7 +149,7 @@ def _targets(modules: set[str], found: Mapping[str, Place]) -> list[str] | str |
 
 
 def _parameters(names: Sequence[str], found: Mapping[str, Place], call: str) -> list[str] | None:
-    """Return the full names of adapted parameters, which must be no suffixes of others."""
+    """Return the full names of adapted parameters; raise if one is a suffix of another."""
     adapted = set(names)
     for other in found:
         if other not in adapted and ends_with(other, adapted):
@@ -161,48 +161,48 @@ def _parameters(names: Sequence[str], found: Mapping[str, Place], call: str) -> 
 
 
 def _highest(
-    wholes: set[Place], inside: Mapping[str, list[Place]], heads: tuple[str, ...]
+    fulls: set[Place], inside: Mapping[str, list[Place]], heads: tuple[str, ...]
 ) -> list[str]:
     """Return the modules to save: the highest all of whose parameters are saved.
 
-    A module around a single one is left alone, because `names` may not name all that it has; but
-    for a head that PEFT saves by itself.
+    A module that encloses a single one is not used, because `names` may not cover all of it, except
+    for a head that PEFT saves by default.
     """
-    saved = {m for m, places in inside.items() if wholes.issuperset(places)}
+    saved = {m for m, places in inside.items() if fulls.issuperset(places)}
     several = {
         m for m in saved if len({p.module for p in inside[m]}) > 1 or (heads and m.endswith(heads))
     }
-    modules = {p.module for p in wholes if p.parameter != "bias"}
+    modules = {p.module for p in fulls if p.parameter != "bias"}
     return sorted({next((m for m in parents(own) if m in several), own) for own in modules})
 
 
-def _whole_modules(
-    wholes: set[Place],
+def _full_modules(
+    fulls: set[Place],
     targeted: set[str],
     found: Mapping[str, Place],
     task: str | None,
     call: str,
 ) -> tuple[list[str], str]:
-    """Put what is trained whole into PEFT's words: whole modules, and which biases."""
+    """Describe fully trained parameters as PEFT does: full modules, and a choice of biases."""
     inside: dict[str, list[Place]] = {}
     for place in found.values():
         for module in parents(place.module):
             inside.setdefault(module, []).append(place)
     heads = HEADS.get(task, ())
-    modules = _highest(wholes, inside, heads)
+    modules = _highest(fulls, inside, heads)
     ending = _ending(inside, set(modules))
     for module in modules:
-        lacking = sorted(p.name for p in inside.get(module, ()) if p not in wholes)
+        lacking = sorted(p.name for p in inside.get(module, ()) if p not in fulls)
         alike = sorted(ending[module])
         if not module or lacking or alike:
             raise ValueError(
-                f'`{call}`: PEFT saves whole modules, by the ends of their names: for "{module}" '
-                f"also {(lacking + alike)[:3]} must be trained whole. Give them the rule "
+                f'`{call}`: PEFT saves full modules, by the ends of their names: for "{module}" '
+                f"{(lacking + alike)[:3]} must be fully trained too. Give them the rule "
                 '"full" too, or none of them.'
             )
         head = next((m for m in parents(module)[:-1] if m.endswith(heads)), None) if heads else None
         if head:
-            lacking = sorted(p.name for p in inside[head] if p not in wholes)
+            lacking = sorted(p.name for p in inside[head] if p not in fulls)
             raise ValueError(
                 f'`{call}`: under task_type={task!r} PEFT saves all of "{head}", and fails on a '
                 f'file of "{module}" alone. Give {lacking[:3]} the rule "full" too, or leave '
@@ -210,7 +210,7 @@ def _whole_modules(
             )
     covered = {p.name for module in modules for p in inside[module]}
     biases = {p.name for p in found.values() if p.parameter == "bias"} - covered
-    left = {p.name for p in wholes} & biases
+    left = {p.name for p in fulls} & biases
     if not left:
         return modules, "none"
     if left == {name for name in biases if found[name].module in targeted}:

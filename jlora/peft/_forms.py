@@ -1,6 +1,6 @@
-"""The forms of A and B: with groups, loralib's, and of leaves that are several parameters.
+"""Other forms of A and B: convolutions with groups, loralib, leaves of several parameters.
 
-PEFT, g groups      A (r, in, k...) sees all channels, B (out, r/g, 1...): g slices of the outputs
+PEFT, g groups      A (r, in, k...) reads all channels, B (out, r/g, 1...): g slices of the outputs
 MergedLinear        A (n·r, in), B (n·h, r): n slices of the outputs
 loralib's Conv2d    W = B A read as (out, in, k, k), A (r·k, in·k), B (out·k, r·k)
 """
@@ -23,7 +23,7 @@ Parts = Mapping[str, np.ndarray]
 
 
 class Form(NamedTuple):
-    """One module's tensors as `from_torch` reads them, and the shapes that the file's must have."""
+    """One module's tensors as `from_torch` reads them, and the shapes required in the file."""
 
     tensors: Parts
     rank: int
@@ -31,9 +31,9 @@ class Form(NamedTuple):
     wanted: Mapping[str, tuple[int, ...]]
 
 
-def even(whole: int, n: int) -> tuple[tuple[int, int], ...]:
+def equal_ranges(size: int, n: int) -> tuple[tuple[int, int], ...]:
     """Divide an output dimension into n ranges."""
-    return tuple((k * whole // n, (k + 1) * whole // n) for k in range(n))
+    return tuple((k * size // n, (k + 1) * size // n) for k in range(n))
 
 
 def of_peft(
@@ -48,12 +48,12 @@ def of_peft(
     channels = in_torch_order(geometry.layout, geometry.in_dims)[0]
     if a.shape[1:2] == (groups * channels,):
         raise ValueError(
-            f'`{call}`: "{place.module}" has {groups} groups, and its A in PEFT sees the '
-            f"{a.shape[1]} channels of all of them, so its update fills a kernel of {a.shape[1]} "
-            f'input channels, where "{place.path}" has {channels}. Write the layer without '
+            f'`{call}`: "{place.module}" has {groups} groups, and its A in PEFT reads the '
+            f"{a.shape[1]} channels of all groups, so its update has {a.shape[1]} "
+            f'input channels, while "{place.path}" has {channels}. Write the layer without '
             "groups, its kernel zero between one group's inputs and another's outputs."
         )
-    slices = even(geometry.out_dims[0], groups)
+    slices = equal_ranges(geometry.out_dims[0], groups)
     return Form(parts, rank, slices, shapes(geometry, rank, kind, groups))
 
 
@@ -68,16 +68,16 @@ def of_loralib(
         return _convolution(a, b, geometry, place, call)
     rank = b.shape[1]
     n, width = a.shape[0] // rank, geometry.out_dims[0]
-    is_whole = b.shape[0] == geometry.fan_out
+    covers_all = b.shape[0] == geometry.fan_out
     divides = n * rank == a.shape[0] and geometry.fan_out * n % b.shape[0] == 0
-    if slices is None and (not divides or (n == 1 and is_whole)):
+    if slices is None and (not divides or (n == 1 and covers_all)):
         return Form(parts, rank, None, shapes(geometry, rank, "linear"))
-    if slices is None and is_whole and width % n == 0:
-        slices = even(width, n)
+    if slices is None and covers_all and width % n == 0:
+        slices = equal_ranges(width, n)
     if slices is None:
         raise ValueError(
-            f'`{call}`: by its shapes "{place.module}" is a MergedLinear of loralib, {n} parts of '
-            "whose outputs are adapted; the file does not say which (its `enable_lora`). Give "
+            f'`{call}`: from its shapes, "{place.module}" is a MergedLinear of loralib with {n} '
+            "adapted parts, but the file does not record which (`enable_lora`). Give "
             f'`slices={{"{place.path}": ((start, stop), ...)}}`.'
         )
     slices = LoraSpec(rank, slices=slices).slices
@@ -104,8 +104,8 @@ def _convolution(a: np.ndarray, b: np.ndarray, geometry: Geometry, place: Place,
         return Form({"lora_a": a, "lora_b": b}, rank, None, wanted)
     if groups * size != inputs * k * k or out % groups:
         raise ValueError(
-            f"`{call}`: a convolution of loralib's has a window of k · k or of 1; "
-            f'"{place.path}" {list(place.shape)} has {window}, which its own layers cannot run.'
+            f"`{call}`: loralib supports convolutions with a window of k · k or of 1 only; "
+            f'"{place.path}" {list(place.shape)} has {window}.'
         )
     row, column = np.divmod(np.arange(groups * size).reshape(groups, size), inputs * k)
     here = row[:, None, None] == np.arange(k)[None, :, None, None]  # (q, p, 1, x)
@@ -121,14 +121,14 @@ def _convolution(a: np.ndarray, b: np.ndarray, geometry: Geometry, place: Place,
 
 
 class Shaped:
-    """A shape, for what only reads shapes."""
+    """A shape, for functions that only read shapes."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape, self.ndim, self.dtype = shape, len(shape), ""
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """Return the shape of a weight, of a detached adapter's too."""
+    """Return the shape of a weight, also for a detached adapter."""
     if not isinstance(node, LoraArray):
         return tuple(np.shape(node.value if isinstance(node, FullArray) else node))
     if node.slices is not None:  # B is narrower than the weight
@@ -143,10 +143,10 @@ def shape_of(node: Any) -> tuple[int, ...]:
 
 
 def unrolled(node: LoraArray, depth: int) -> LoraArray:
-    """Make stack of the leading `depth` dimensions, each a parameter of its own in PyTorch.
+    """Turn the leading `depth` dimensions, separate parameters in PyTorch, into stack.
 
-    Where they are outputs (Gemma's keys and values in one kernel, read as "ooio") the parameters
-    share A, and where they are inputs B: each gets a copy.
+    If they are outputs (Gemma's keys and values in one kernel, read as "ooio"), the parameters
+    share A; if they are inputs, they share B. Each gets a copy.
     """
     while len(stack := node.lora_a.shape[: node.lora_a.ndim - node.layout.count("i") - 1]) < depth:
         at, a, b = len(stack), node.lora_a, node.lora_b

@@ -1,4 +1,4 @@
-"""PEFT's names of first values: which initializer each is, and which of them move the base."""
+"""Map PEFT's `init_lora_weights` to initializers, and list those that move the base."""
 
 import functools
 import re
@@ -29,12 +29,12 @@ _LACKED = {
     "mica": "trains A alone, which rules cannot say",
 }
 _Splitting = Callable[..., initializers.Split]
-# Those that PEFT applies again when it loads an adapter, so that it stands over the same residual.
+# Those that PEFT applies again when it loads an adapter, to get the same residual.
 REPEATED: dict[str, _Splitting] = {"pissa": initializers.pissa, "olora": initializers.olora}
 
 
 def initializer(chosen: bool | str, embedding: bool, call: str) -> initializers.Initializer:
-    """Return the initializer of PEFT's name; an embedding has its own."""
+    """Return the initializer for PEFT's name; embeddings have their own."""
     name = chosen.lower() if isinstance(chosen, str) else chosen
     if embedding and name in (True, False, "gaussian"):
         return embedding_normal if name is False else embedding_init
@@ -53,15 +53,15 @@ def initializer(chosen: bool | str, embedding: bool, call: str) -> initializers.
 
 @functools.cache
 def _randomized(niter: int) -> initializers.Initializer:
-    """Return one and the same function for one number, so that equal rules are equal."""
+    """Return the same function for the same number, so that equal rules compare equal."""
     return functools.partial(initializers.pissa, niter=niter)
 
 
 @functools.cache
 def of_groups(init: initializers.Initializer, n: int) -> initializers.Initializer:
-    """Return PEFT's initializer for one of n groups, which has a n-th of the rank.
+    """Return PEFT's initializer for one of n groups, which has 1/n of the rank.
 
-    "gaussian" alone reads the rank of all groups: the standard deviation of A is 1/(n r).
+    Only "gaussian" depends on the rank of all groups: the standard deviation of A is 1/(n r).
     """
     if init is not initializers.gaussian or n == 1:
         return init
@@ -80,7 +80,7 @@ def embedding_init(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> initializers.Factors:
-    """Set A to zero and draw B from N(0, 1): what PEFT and loralib give an embedding."""
+    """Set A to zero and draw B from N(0, 1), as PEFT and loralib do for an embedding."""
     d_in, d_out = weight.shape
     return jnp.zeros((d_in, rank), dtype), jax.random.normal(key, (rank, d_out), dtype)
 
@@ -92,14 +92,14 @@ def embedding_normal(
     scaling: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> initializers.Factors:
-    """Draw A and B from N(0, 1): what PEFT gives an embedding for `init_lora_weights=False`."""
+    """Draw A and B from N(0, 1), as PEFT does for an embedding with `init_lora_weights=False`."""
     (d_in, d_out), (of_a, of_b) = weight.shape, jax.random.split(key)
     a = jax.random.normal(of_a, (d_in, rank), dtype)
     return a, jax.random.normal(of_b, (rank, d_out), dtype)
 
 
 def residual(init: _Splitting, weight: Array, node: LoraArray) -> Array:
-    """Return what an initializer leaves of a weight, for a node of the weight's own A and B."""
+    """Return the residual that an initializer leaves of a weight, for the node's rank and scale."""
     geometry = Geometry.of(weight.shape, node.layout)
 
     def rest(matrix: Array, s: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The keys of a file, taken apart: which module's A and B, and which leaf that module is."""
+"""Parse the keys of a file: the module whose A and B they are, and the leaf for that module."""
 
 import dataclasses
 import itertools
@@ -13,14 +13,14 @@ from jlora._paths import is_doubtful
 from jlora.peft._match import ends_with
 from jlora.peft._names import Names, Place, ask_orientation, geometry_of, kind_of
 from jlora.peft._spell import names_of
-from jlora.peft._tensors import AS_IT_IS, MAGNITUDE, PARTS, turns, whole_shape
+from jlora.peft._tensors import AS_IT_IS, MAGNITUDE, PARTS, full_shape, turns
 
 Tensors = Mapping[str, np.ndarray]
 
 BIAS = "lora_B.bias"
 TOKENS = "token_adapter.trainable_tokens_delta"
 
-# What the keys of variants that jlora lacks end with.
+# The endings of keys of variants that jlora does not support.
 _LACKED = {
     r"lora_A\.bias": "a bias on lora_A",
     r"lora_diag": "KaSA",
@@ -35,7 +35,7 @@ _ENDINGS = [
 
 
 class Owner(NamedTuple):
-    """The parameter that A and B adapt, and the name that rank and alpha patterns see."""
+    """The parameter that A and B adapt, and the name matched by rank and alpha patterns."""
 
     place: Place
     pattern_name: str
@@ -43,29 +43,29 @@ class Owner(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The places that `names` gives, and what is known of their leaves."""
+    """The places from `names`, and what is known about their leaves."""
 
     places: Mapping[str, Place]
     layouts: Mapping[str, str]
     kinds: Mapping[str, str]
     slices: Mapping[str, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
-    declared: Sequence[str] = ()  # parameters in PyTorch's order, as far as that is known
+    declared: Sequence[str] = ()  # parameters in PyTorch's order, as far as known
 
     def layout(self, place: Place) -> str | None:
-        """Return the layout of a place, where it is known; what its name unrolls has no letter."""
+        """Return the layout of a place if known; unrolled dimensions have no letter."""
         layout = self.layouts.get(place.path)
         return layout and layout[-len(place.shape) :]
 
     def geometry(self, place: Place, kind: str, call: str) -> Geometry:
-        """Divide the shape of a place; what its name unrolls is stack."""
+        """Return the geometry of a place; unrolled dimensions are stack."""
         return geometry_of(place, self.layout(place), kind, call)
 
-    def whole(
+    def full_geometry(
         self, place: Place, call: str, file: tuple[int, ...] | None = None
     ) -> tuple[Geometry | None, str]:
-        """Return geometry and kind of a parameter saved whole; a vector or a bias has no sides.
+        """Return the geometry and kind of a fully saved parameter; None for a vector or a bias.
 
-        `file` is its shape in a file that is read, and None where one is written.
+        `file` is its shape in the file that is read, and None when a file is written.
         """
         kind = kind_of(place, self.layouts.get(place.path), self.kinds)
         if len(place.shape) < 2 or place.parameter == "bias":
@@ -80,25 +80,25 @@ class Found:
         return self.geometry(place, kind, call), kind
 
     def _raw(self, place: Place, kind: str, call: str, file: tuple[int, ...] | None) -> str:
-        """Say whether a parameter of no layer's has its axes in PyTorch's order: "parameter"."""
+        """Return "parameter" if a parameter outside any layer has its axes in PyTorch's order."""
         default = "i" * (len(place.shape) - 1) + "o" if kind == "conv" else "io"
         sides = geometry_of(place, self.layout(place) or default, kind, call)
         if not turns(place.shape, sides, kind):
             return "parameter"
-        turned = whole_shape(place.shape, sides, kind)
+        turned = full_shape(place.shape, sides, kind)
         if file is not None and turned != place.shape:
             return kind if file == turned else "parameter"
         raise ValueError(
-            f'`{call}`: "{place.name}" is no layer\'s weight, and saved whole: nothing tells '
-            f'whether its axes are those of "{place.path}" {list(place.shape)}, or the other way '
-            f'round. Give `kinds={{"{place.path}": "parameter"}}` where they are the same, as '
-            '`x @ proj` has them in both, or "linear" where PyTorch has (out, in).'
+            f'`{call}`: "{place.name}" is no layer\'s weight, but all of it is saved: '
+            f'its axes may be those of "{place.path}" {list(place.shape)} or reversed. '
+            f'Give `kinds={{"{place.path}": "parameter"}}` where they are the same, as in '
+            '`x @ proj`, or "linear" where PyTorch has (out, in).'
         )
 
 
 @dataclasses.dataclass
 class Groups:
-    """Keys by module as the file spells it, kind and part; of whole parameters by their name."""
+    """Keys of A and B by module, kind and part; keys of fully saved parameters by name."""
 
     lora: dict[str, dict[str, dict[str, str]]] = dataclasses.field(default_factory=dict)
     full: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -107,14 +107,14 @@ class Groups:
 
 
 def sort(tensors: Tensors, known: Collection[str], call: str) -> Groups:
-    """Take the keys apart; a part of a variant that jlora lacks is refused by name."""
+    """Sort keys by what they are; raise for those of variants that jlora does not support."""
     groups = Groups()
     for key, name in names_of(tensors, known, call).items():
         for pattern, variant in _LACKED.items():
             if re.search(rf"(^|\.){pattern}$", name[-200:]):
                 raise ValueError(
-                    f'`{call}`: "{key[-200:]}" is of {variant}, which jlora does not have yet; '
-                    "without it the adapter would give other numbers."
+                    f'`{call}`: "{key[-200:]}" is of {variant}, which jlora does not '
+                    "support; without it the adapter would compute something else."
                 )
         for kind, part, ending in _ENDINGS:
             if name.endswith("." + ending):
@@ -138,7 +138,7 @@ def owners(
     found: Found,
     call: str,
 ) -> dict[str, Owner]:
-    """Say whose A and B stand under each module of the file; `targets` is target_parameters."""
+    """Return the owner of A and B for each module; `targets` is target_parameters."""
     by_module: dict[str, list[Place]] = {}
     for place in found.places.values():
         if ends_with(place.name, targets):
@@ -148,7 +148,7 @@ def owners(
         if re.sub(r"(\.base_layer)+$", "", spelled) in by_module:
             continue
         candidates = {f"{spelled}.weight": spelled, f"{spelled}.in_proj_weight": spelled}
-        if "loralib" in groups.lora[spelled]:  # whose convolutions hold PyTorch's own inside
+        if "loralib" in groups.lora[spelled]:  # its convolutions wrap PyTorch's
             candidates[f"{spelled}.conv.weight"] = spelled
         outer, inside, _ = spelled.rpartition(".base_layer.out_proj")
         if inside and f"{outer}.in_proj_weight" in found.places:  # MultiheadAttention's second
@@ -185,20 +185,20 @@ def _nested(
         )
 
     orders = [order for order in itertools.permutations(places) if fits(order)]
-    given = in_order(places, found.declared)
-    if given and tuple(reversed(given)) in orders:
-        orders = [tuple(reversed(given))]
+    ordered = in_order(places, found.declared)
+    if ordered and tuple(reversed(ordered)) in orders:
+        orders = [tuple(reversed(ordered))]
     if len(orders) > 1:
         raise ValueError(
             f'`{call}`: several parameters of "{module}" are adapted, '
-            f"{[p.parameter for p in places]}, of equal shapes, and the file does not say which is "
-            f"which. {declare([p.name for p in places])}"
+            f"{[p.parameter for p in places]}, with equal shapes, and the file does not tell them "
+            f"apart. {declare([p.name for p in places])}"
         )
     return dict(zip(spelled, orders[0] if orders else places, strict=True))
 
 
 def declare(names: Sequence[str]) -> str:
-    """Ask for the order of several parameters of one module."""
+    """Return the sentence that asks for the order of parameters of one module."""
     return (
         f"Give `declared={list(names)}` in the order in which PyTorch declares them, as in "
         "`model.named_parameters()`; target_parameters in adapter_config.json has no fixed order."
@@ -208,9 +208,9 @@ def declare(names: Sequence[str]) -> str:
 def order_of(
     names: Names, declared: Sequence[str] | None, found: Mapping[str, Place]
 ) -> Sequence[str]:
-    """Return what is known of PyTorch's order: what is declared, or the order of `names`.
+    """Return what is known about PyTorch's order: `declared`, else the order of `names`.
 
-    A mapping in the order of the tree says nothing: it may have been made by going over its leaves.
+    A mapping in the order of the tree is no evidence: it may come from iterating over its leaves.
     """
     if declared is not None:
         return declared
@@ -228,7 +228,7 @@ def order_of(
 
 
 def in_order(places: Sequence[Place], declared: Sequence[str]) -> list[Place] | None:
-    """Sort parameters as `declared` has them, where it has them all."""
+    """Sort parameters in the order of `declared`; None unless it has them all."""
     position = {
         place.name: k
         for k, entry in reversed(list(enumerate(declared)))

@@ -1,7 +1,7 @@
-""" "all-linear": which weights are of linear layers, by names and shapes, and the heads left out.
+""" "all-linear": select the weights of linear layers by name and shape, without output heads.
 
-PEFT asks the class of each module. A tree of arrays has none, so what a path does not tell is
-assumed, and said.
+PEFT checks the class of each module. A tree of arrays has no classes, so whatever a path does not
+tell is assumed, with a warning.
 """
 
 import re
@@ -12,22 +12,22 @@ from jlora.peft._keys import Found
 from jlora.peft._match import ends_with
 from jlora.peft._names import Place, kind_of
 
-# What PEFT adds to `modules_to_save` itself, by the task.
+# What PEFT adds to `modules_to_save` by default, by task.
 HEADS: Mapping[str | None, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# Output heads, which "all-linear" leaves out in Hugging Face's models.
+# Output heads, which "all-linear" excludes in Hugging Face's models.
 _OUTPUT = ("lm_head", "embed_out", "cls.predictions.decoder")
-# The usual names of modules that are no linear layers.
+# Common names of modules that are not linear layers.
 _EMBEDDING = re.compile(r"(.*_)?(embed|embeds|embeddings?|embd)|embed_.*|w[tp]e|shared")
 _ROUTER = ("router", "gate")
 _SHOWN = 5
 
 
 def all_linear(where: Found, task: str | None, call: str) -> set[str]:
-    """Return the names of the weights of linear layers; warn of those that were guessed."""
+    """Return the names of the weights of linear layers; warn about assumed ones."""
     heads = _OUTPUT + (HEADS["SEQ_CLS"] if task == "SEQ_CLS" else ())
     linear, assumed = set(), {}
     for place in where.places.values():
@@ -42,7 +42,7 @@ def all_linear(where: Found, task: str | None, call: str) -> set[str]:
     if assumed:
         more = f", and {len(assumed) - _SHOWN} more" if len(assumed) > _SHOWN else ""
         warnings.warn(
-            f'`{call}`: "all-linear" asks what each module is in PyTorch, which these paths do not '
+            f'`{call}`: "all-linear" depends on what each module is in PyTorch, which paths do not '
             f"tell. Assumed: {', '.join([*assumed.values()][:_SHOWN])}{more}. Give "
             f'`kinds={{"{next(iter(assumed))}": ...}}`: "linear", "embedding", "conv", or '
             '"parameter" for what is no layer\'s weight.',
@@ -52,7 +52,7 @@ def all_linear(where: Found, task: str | None, call: str) -> set[str]:
 
 
 def _kind(place: Place, where: Found) -> tuple[str, bool]:
-    """Return the kind of a weight, and whether its path, shape or `kinds` told it."""
+    """Return the kind of a weight, and whether its path, its shape or `kinds` determines it."""
     leaf, own = place.path.rpartition("/")[2], place.module.rpartition(".")[2].lower()
     layout = where.layouts.get(place.path)
     kind = kind_of(place, layout, where.kinds)

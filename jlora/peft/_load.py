@@ -1,4 +1,4 @@
-"""PEFT's files in: which key is which leaf, and everything refused before anything is built."""
+"""Load PEFT's files: assign keys to leaves, and check everything before building anything."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ from jlora.peft._initial import REPEATED, residual
 from jlora.peft._keys import order_of
 from jlora.peft._methods import as_lora, with_extra
 from jlora.peft._names import Names, check_keys, check_kinds, places
-from jlora.peft._tensors import from_torch, read, whole_from_torch
+from jlora.peft._tensors import from_torch, full_from_torch, read
 from jlora.peft._tokens import with_tokens
 
 
@@ -48,54 +48,52 @@ def load(
     alpha: Alpha | None = None,
     dtype: DTypeLike | None = jnp.float32,
 ) -> PyTree:
-    """Put an adapter of PEFT's on base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
+    """Attach an adapter in PEFT's format to base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
 
-    AdaLoRA's and VeRA's files become nodes of these forms (`LoraSpec(form=...)`); VeRA's nodes have
-    a copy each of the A and B that PEFT shares.
-    DoRA's m is `lora_magnitude_vector`. A bias of lora_B (`lora_bias`) becomes a part of the
-    layer's own, a `FullArray` of value bias + s · b. A, B and m become float32, in which they
-    train, as in PEFT: a step of 1e-5 changes few elements of a bfloat16 A. What is trained whole
-    has the file's dtype or the base's, the wider of the two.
-    Weights stay in Flax's orientation: kernels (in, out) or HWIO, embeddings (vocab, d); attention
-    kernels of three dimensions are reshaped by layout.
-    PEFT's update of a convolution with groups fills the whole kernel: write the layer without.
-    An adapter that began as "pissa" or "olora" stands, as in PEFT, over the residual that this
-    leaves of the given weights; its nodes are `residual`.
+    AdaLoRA and VeRA files become nodes of these forms (`LoraSpec(form=...)`). Each VeRA node has a
+    copy of the A and B that PEFT shares. DoRA's m is `lora_magnitude_vector`. A bias of lora_B
+    (`lora_bias`) is added to the layer's bias, a `FullArray` with the value bias + s · b.
+
+    A, B and m become float32 for training, as in PEFT: a step of 1e-5 changes few elements of a
+    bfloat16 A. Fully trained parameters have the wider of the file's and the base's dtype. Weights
+    stay in Flax's orientation: kernels (in, out) or HWIO, embeddings (vocab, d); 3-D attention
+    kernels are reshaped by layout. PEFT's update of a convolution with groups covers the dense
+    kernel: write the layer without groups. For an adapter initialized as "pissa" or "olora" the
+    base becomes the residual of the weights, as in PEFT, and its nodes are `residual`.
 
     Args:
         directory: the folder with adapter_config.json and adapter_model.safetensors.
-        params: base parameters, plain or adapted (their adapter is left out, its layouts kept).
+        params: base parameters, adapted or not (an adapter is dropped, its layouts are used).
         names: a mapping or a function from a leaf's path to the PyTorch parameter it came from:
-            "layers_3/attn/q_proj/kernel" to "model.layers.3.self_attn.q_proj.weight"; None where
-            there is none. A stacked leaf's name holds a "{}" for each dimension that is unrolled,
+            "layers_3/attn/q_proj/kernel" to "model.layers.3.self_attn.q_proj.weight"; None if
+            there is none. The name of a stacked leaf has a "{}" per unrolled dimension, as in
             "model.layers.{}.self_attn.q_proj.weight", or is a list of names.
         adapter: the name of an adapter in a sub-folder; "default" is in `directory` itself.
         layouts: path to layout, as for `jlora.attach`; 2-D weights are "io" and 4-D ones "iiio".
-            A square weight fits both ways round: unless it is called "kernel", it must be here.
-        kinds: path to "embedding", "conv", "Conv1D" (of transformers) or "parameter" (of no
-            layer's, with its axes in the same order here) for parameters saved whole whose
-            orientation their path does not tell; anything else is "linear".
-        slices: path to the (start, stop) ranges of outputs that a MergedLinear of loralib's adapts,
-            as in `LoraSpec`; needed only where they are not all.
-        declared: adapted parameters of one module (experts) in the order in which PyTorch declares
-            them, needed only where neither their shapes tell nor `names`, a mapping in that order
-            (of `model.named_parameters()`).
+            Required for a square weight unless its path ends with "kernel".
+        kinds: path to "embedding", "conv", "Conv1D" (of transformers) or "parameter" (outside
+            any layer, with its axes in the same order here) for fully saved parameters whose path
+            does not tell their orientation; anything else is "linear".
+        slices: path to the (start, stop) output ranges that a loralib MergedLinear adapts, as in
+            `LoraSpec`; needed unless all are adapted.
+        declared: adapted parameters of one module (experts) in PyTorch's order of declaration; only
+            needed if their shapes are equal and `names` is not a mapping in that order (that of
+            `model.named_parameters()`).
         target_parameters: PEFT's entry, in any order, for a file without adapter_config.json.
-        alpha: α of all, for files without adapter_config.json, such as loralib's; "rank" where it
-            is each module's own rank, so that s is 1.
-        dtype: of A, B and m; None keeps the file's.
+        alpha: α for files without adapter_config.json, such as loralib's; "rank" for α equal to
+            each module's rank, so that s is 1.
+        dtype: the dtype of A, B and m; None keeps the file's.
 
     Returns:
-        The adapted parameters; the base weights are the very arrays that were given, but for
+        The adapted parameters. The base weights are the same arrays as in `params`, except
         residuals.
 
     Raises:
-        FileNotFoundError: no adapter there.
+        FileNotFoundError: there is no adapter.
         ValueError: keys missing, unexpected or of another shape; a damaged file; a pickle; another
-            method than LoRA, or a variant that jlora does not have; `params` over a residual.
-        KeyError: `names`, `layouts` or `kinds` speak of a leaf that is not there.
-        TypeError: a name that is no string, or of a leaf that is no array; a dtype that is not
-            floating.
+            method than LoRA, or a variant that jlora does not support; residuals in `params`.
+        KeyError: `names`, `layouts` or `kinds` has a path that is not in the tree.
+        TypeError: a name is not a string, or its leaf is not an array; `dtype` is not floating.
 
     Example:
         See `save`.
@@ -114,8 +112,8 @@ def load(
     base = detach(params)[0]
     leaves = leaves_with_paths(base)
     by_path = dict(leaves)
-    given = {"names": names, "layouts": layouts, "kinds": kinds, "slices": slices}
-    for argument, value in given.items():
+    arguments = {"names": names, "layouts": layouts, "kinds": kinds, "slices": slices}
+    for argument, value in arguments.items():
         check_keys(value, [path for path, _ in leaves], argument, call)
     check_kinds(kinds or {}, call)
     known = _layouts(params) | dict(layouts or {})
@@ -144,16 +142,16 @@ def load(
 
 
 def _layouts(params: PyTree) -> dict[str, str]:
-    """Return the layouts of what is adapted already."""
+    """Return the layouts of the weights that are already adapted."""
     nodes = leaves_with_paths(params, is_adapted)
     return {path: node.layout for path, node in nodes if isinstance(node, LoraArray)}
 
 
 def _refuse_idle_slices(plan: Plan, slices: Mapping[str, Any], call: str) -> None:
-    """Refuse slices of what the file does not adapt in slices."""
-    for path, given in slices.items():
+    """Raise for slices of weights that the file does not adapt in slices."""
+    for path, ranges in slices.items():
         found = {one.slices for one in plan.lora.get(path, [])}
-        if found != {tuple(map(tuple, given))}:
+        if found != {tuple(map(tuple, ranges))}:
             raise ValueError(
                 f'`{call}`: `slices` has "{path}", which the file does not adapt in slices; a '
                 "MergedLinear of loralib's is. Leave it out."
@@ -161,19 +159,19 @@ def _refuse_idle_slices(plan: Plan, slices: Mapping[str, Any], call: str) -> Non
 
 
 def _refuse_residuals(params: PyTree, call: str) -> None:
-    """Refuse base weights that are not the model's own."""
+    """Raise if a base weight is a residual."""
     for path, node in leaves_with_paths(params, is_adapted):
         if getattr(node, "residual", False):
             raise ValueError(
                 f'`{call}`: the base of "{path}" is a residual, W less its first A and B '
-                "(`pissa`, `corda`, ...). Give the original weights, what `jlora.attach` was given."
+                "(`pissa`, `corda`, ...). Pass the original weights, as passed to `attach`."
             )
 
 
 def _residuals(
     base: PyTree, nodes: Mapping[str, Any], plan: Plan, init: bool | str, call: str
 ) -> PyTree:
-    """Take out of the base weights what PEFT takes out when it loads such an adapter."""
+    """Subtract from the base weights what PEFT subtracts when it loads such an adapter."""
     for path, parts in plan.lora.items():
         first = parts[0]
         if first.kind != "linear" or first.geometry.stack or min(p.scaling for p in parts) <= 0:
@@ -192,11 +190,11 @@ def _residuals(
 
 
 def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
-    """Find the adapter's folder, and refuse a name that leads out of the directory."""
+    """Return the adapter's folder; raise if its name leads out of the directory."""
     root = Path(directory)
     folder = root if adapter == "default" else root / adapter
-    plain = adapter not in ("", ".", "..") and not set(adapter) & set("/\\\0")
-    if not plain or not folder.resolve().is_relative_to(root.resolve()):
+    is_name = adapter not in ("", ".", "..") and not set(adapter) & set("/\\\0")
+    if not is_name or not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(
             f"`{call}`: adapter={adapter!r} leads out of the directory. Give the name of a folder "
             "in it."
@@ -205,8 +203,8 @@ def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
         return folder
     if (folder / PICKLE).is_file():
         raise ValueError(
-            f"`{call}`: {PICKLE} is a pickle, which can run any program when it is read, so jlora "
-            "never reads one. Convert it in PyTorch: `safetensors.torch.save_file(torch.load("
+            f"`{call}`: {PICKLE} is a pickle, which can run arbitrary code, so jlora "
+            "never loads one. Convert it in PyTorch: `safetensors.torch.save_file(torch.load("
             f'"{PICKLE}", map_location="cpu", weights_only=True), "{TENSORS}")`.'
         )
     others = sorted(p.parent.name for p in root.glob(f"*/{TENSORS}")) if root.is_dir() else []
@@ -217,7 +215,7 @@ def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
 
 
 def _config(folder: Path, alpha: Alpha | None, call: str) -> Config | Alpha:
-    """Read the configuration; where there is none, alpha is all that is known of it."""
+    """Read the configuration, or return `alpha` if there is none."""
     if (folder / CONFIG).is_file():
         config = parse(read_json(folder / CONFIG, call), call)
         check_init(config, call)
@@ -231,7 +229,7 @@ def _config(folder: Path, alpha: Alpha | None, call: str) -> Config | Alpha:
 
 
 def _lora(
-    found: list[Assignment], shape: tuple[int, ...], path: str, dtype: Any, call: str
+    found: list[Assignment], shape: tuple[int, ...], path: str, dtype: DTypeLike | None, call: str
 ) -> LoraArray:
     """Build one node, without its base, from the tensors of all its places."""
     first = found[0]
@@ -260,9 +258,9 @@ def _lora(
 
 
 def _full(found: list[Assignment], leaf: Any) -> FullArray:
-    """Build one parameter that is trained whole, without its original."""
+    """Build one fully trained parameter, without its original."""
     values = [
-        whole_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
+        full_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
         for one in found
     ]
     value = np.stack(values).reshape(leaf.shape)
@@ -270,8 +268,10 @@ def _full(found: list[Assignment], leaf: Any) -> FullArray:
     return FullArray(None, jnp.asarray(value, max(kinds, key=lambda kind: jnp.finfo(kind).bits)))
 
 
-def _biases(plan: Any, leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> dict[str, FullArray]:
-    """Add what lora_B adds to a layer's bias, s·b, to that bias, which trains whole."""
+def _biases(
+    plan: Plan, leaves: Mapping[str, Any], nodes: Mapping[str, Any]
+) -> dict[str, FullArray]:
+    """Add s·b, the scaled bias of lora_B, to the layer's bias, which is fully trained."""
     values: dict[str, np.ndarray] = {}
     for one in plan.biases:
         path, index = one.place.path, one.place.index
@@ -282,11 +282,11 @@ def _biases(plan: Any, leaves: Mapping[str, Any], nodes: Mapping[str, Any]) -> d
     return {p: FullArray(None, jnp.asarray(v, leaves[p].dtype)) for p, v in values.items()}
 
 
-def _same_base(plan: Any, leaves: Mapping[str, Any], call: str) -> None:
-    """A base weight that the file repeats (PEFT saves targeted embeddings) must be ours."""
+def _same_base(plan: Plan, leaves: Mapping[str, Any], call: str) -> None:
+    """Check that base weights in the file (PEFT saves targeted embeddings) are ours."""
     for one in plan.base:
         ours = np.asarray(leaves[one.place.path])[one.place.index]
-        theirs = whole_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
+        theirs = full_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
         if not np.array_equal(ours, theirs.astype(ours.dtype)):
             raise ValueError(
                 f'`{call}`: the file also holds the base weight of "{one.place.module}", and it '

@@ -1,6 +1,6 @@
-"""PEFT's way of matching module names: suffixes, whole regular expressions, layer indices.
+"""Match module names as PEFT does: by suffix, by full regular expression, by layer index.
 
-Configurations may come from anywhere, so a pattern that could take very long is refused.
+Configurations are untrusted, so patterns that could take exponential time raise an error.
 """
 
 import functools
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-_WIDTH, _TRIES = 40, 2e8  # the length of a name, and how many ways of matching it are too many
+_WIDTH, _TRIES = 40, 2e8  # the length of a name, and the most ways of matching it
 
 
 @functools.lru_cache(maxsize=2**16)
 def _compile(pattern: str, before: str, after: str) -> re.Pattern[str] | str:
-    """Compile a pattern between two of PEFT's own, or say why it is not to be tried.
+    """Compile a pattern surrounded by PEFT's, or return why it must not be tried.
 
-    Backtracking is exponential where a group repeats. Otherwise the ways of matching are counted:
-    each repeat of one character multiplies them by the length of a name, and alternatives add up.
+    Backtracking is exponential if a group repeats. Otherwise count the ways of matching: each
+    repeat of a character multiplies them by the length of a name, and alternatives add up.
     """
     try:
         re.compile(pattern)
-        whole = re.compile(f"{before}{pattern}{after}")
+        full = re.compile(f"{before}{pattern}{after}")
     except (re.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression here: {error}"
     try:
@@ -31,15 +31,15 @@ def _compile(pattern: str, before: str, after: str) -> re.Pattern[str] | str:
         why = "has too many repeats and alternatives that multiply" if slow else None
     except (_Refused, RecursionError) as error:
         why = str(error) or "is nested too deep"
-    return whole if why is None else f"{why}; matching it could take for ever. Write the names out"
+    return full if why is None else f"{why}; matching it could take too long. Write the names out"
 
 
 class _Refused(Exception):
-    """Why a pattern is not to be tried."""
+    """The reason why a pattern must not be tried."""
 
 
 class _Ways(NamedTuple):
-    """How many ways a part of a pattern has to match at one place; its texts if it is but text."""
+    """The number of ways a part of a pattern can match at one position; its texts if literal."""
 
     ways: float
     texts: frozenset[str] | None = None
@@ -62,9 +62,9 @@ def _tokens(pattern: str) -> list[str]:
 
 
 def _alternatives(tokens: list[str]) -> _Ways:
-    """Count the ways of what is between two parentheses.
+    """Count the ways of matching the content of a pair of parentheses.
 
-    Of texts only those that begin alike match at one place.
+    Of several literal texts only those with a common prefix match at one position.
     """
     branches = [_sequence(tokens)]
     while tokens and tokens[-1] == "|":
@@ -80,7 +80,7 @@ def _alternatives(tokens: list[str]) -> _Ways:
 
 
 def _sequence(tokens: list[str]) -> _Ways:
-    """Multiply the ways of what follows one another, up to a bar, a parenthesis or the end."""
+    """Multiply the ways of consecutive parts, up to a bar, a parenthesis or the end."""
     ways, parts = 1.0, []
     while tokens and tokens[-1] not in ("|", ")"):
         token, one = tokens.pop(), _Ways(1.0)
@@ -116,7 +116,7 @@ def _repeated(one: _Ways, is_group: bool, quantifier: re.Match[str]) -> _Ways:
 
 
 def compiled(pattern: str, call: str, before: str = "", after: str = "") -> re.Pattern[str]:
-    """Compile a pattern of a configuration; refuse a broken or a slow one."""
+    """Compile a pattern of a configuration; raise if it is invalid or slow."""
     made = _compile(pattern, before, after)
     if isinstance(made, str):
         raise ValueError(f"`{call}`: the pattern {pattern[:80]!r} {made}.")
@@ -134,20 +134,20 @@ def ends_with(name: str, entries: Collection[str]) -> bool:
 
 
 class Patterns(dict[str, Any]):
-    """Values by patterns, each of which must match a name's last components.
+    """Values by pattern; a pattern must match the last components of a name.
 
-    A file may have one for every module, so those that are names are looked up, not tried. Their
-    dots are not escaped and stand for any character; what is looked up is the text between.
+    A file may have one for every module, so patterns that are plain names are looked up, not tried.
+    Their dots are not escaped and match any character, so the text between dots is looked up.
     """
 
     @functools.cached_property
     def tried(self) -> dict[str, int]:
-        """The keys that are no names, and their positions."""
+        """The keys that are not names, and their positions."""
         return {key: k for k, key in enumerate(self) if not re.fullmatch(r"\^?[\w.-]+", key)}
 
     @functools.cached_property
     def _named(self) -> dict[tuple[int, ...], dict[tuple[str, ...], tuple[int, str]]]:
-        """The keys that are names: whether they begin with ^ and their widths, then their text."""
+        """The keys that are names, by whether they start with ^ and by widths, then by text."""
         named: dict[tuple[int, ...], dict[tuple[str, ...], tuple[int, str]]] = {}
         for k, key in enumerate(self):
             if key not in self.tried:
@@ -184,12 +184,12 @@ def first_match(patterns: Mapping[str, T], name: str, default: T, call: str) -> 
 
 
 def parents(module: str) -> list[str]:
-    """Return the modules around a module, and itself."""
+    """Return the enclosing modules of a module, and itself."""
     return [*(module[:k] for k, letter in enumerate(module) if letter == "."), module]
 
 
 def holds(entries: Collection[str], module: str, call: str) -> bool:
-    """Whether an entry of `modules_to_save` is the module, or a module around it."""
+    """Whether an entry of `modules_to_save` is the module or encloses it."""
     entries = entries if isinstance(entries, Patterns) else Patterns(dict.fromkeys(entries))
     return any(entries.names(m) for m in parents(module)) or any(
         compiled(e, call, r"(^|.*\.)", r"($|\..*)").match(module) for e in entries.tried
@@ -197,12 +197,12 @@ def holds(entries: Collection[str], module: str, call: str) -> bool:
 
 
 def is_saved(entries: Collection[str], module: str) -> bool:
-    """Whether the name of a module or of one around it ends with an entry, as PEFT saves them."""
+    """Whether the name of a module or of an enclosing one ends with an entry, as in PEFT."""
     return bool(entries) and any(m[k:] in entries for m in parents(module) for k in range(len(m)))
 
 
 def excluded(config: Any, module: str, call: str) -> bool:
-    """Whether `exclude_modules`, a whole regular expression or last components, has the module."""
+    """Whether `exclude_modules`, a full regular expression or last components, has the module."""
     exclude = config.exclude_modules
     if isinstance(exclude, str):
         return compiled(exclude, call).fullmatch(module) is not None
@@ -212,8 +212,9 @@ def excluded(config: Any, module: str, call: str) -> bool:
 def targeted(config: Any, module: str, call: str) -> bool:
     """Whether PEFT would give this module a LoRA layer.
 
-    What is excluded or saved whole comes first; a string must match whole; an entry of a list must
-    be the last components, and then the layer's index counts, except where it is the whole name.
+    Excluded and fully saved modules are never targeted. A string must match in full. An entry of a
+    list must be the last components, and the layer's index must be listed unless it is the full
+    name.
     """
     target = config.target_modules
     if excluded(config, module, call):
@@ -233,7 +234,7 @@ def targeted(config: Any, module: str, call: str) -> bool:
 
 
 def _layer(patterns: Sequence[str], module: str, call: str) -> int | None:
-    """Return the index of the layer: the first number that stands alone below a list's name."""
+    """Return the index of the layer: the first component below a list's name that is a number."""
     if patterns:
         around = (r"(?:^|.*?\.)", r"\.(?P<index>\d+)\.")
         found = [compiled(pattern, call, *around).match(module) for pattern in patterns]

@@ -1,10 +1,10 @@
-"""PEFT's AdaLoRA and VeRA: their files as files of LoRA, and the parts that these do not have.
+"""PEFT's AdaLoRA and VeRA: convert their files to LoRA's and back, with their extra parts.
 
 ADALORA  lora_A (r, in), lora_B (out, r), lora_E (r, 1)        W + α/(r₀ + 1e-5) · B (E ⊙ A)
 VERA     vera_lambda_d (r,), vera_lambda_b (out,), and once    W + diag(λ_b) B diag(λ_d) A
          vera_A (r, widest in), vera_B (widest out, r)
 
-r₀ is `init_r`, also where `rank_pattern` has taken singular values out of some modules since.
+r₀ is `init_r`, even if `rank_pattern` has pruned singular values of some modules since.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jlora.peft._spell import PREFIX, names_of
 
 _LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _VALUES, _LAMBDAS = "lora_E", {"vera_lambda_d": "lambda_d", "vera_lambda_b": "lambda_b"}
-# PEFT's entries of each method that LoRA does not have, with what an adapter only to be run needs.
+# PEFT's entries that LoRA does not have, with values that suffice for inference.
 _ADALORA = {
     **{"target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
     **{"orth_reg_weight": 0.5, "total_step": 1},
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
 
 
 class Read(NamedTuple):
-    """A file's tensors as those of LoRA, and by module what stands between and around A and B."""
+    """A file's tensors as LoRA tensors, and the extra parts by module."""
 
     tensors: dict[str, np.ndarray]
     extra: dict[str, dict[str, np.ndarray]]
@@ -46,7 +46,7 @@ class Read(NamedTuple):
 
 
 def as_lora(tensors: Tensors, config: Config | Alpha, found: Found, call: str) -> Read:
-    """Write the tensors of another method as A and B of LoRA, and set its own parts apart."""
+    """Convert the tensors of another method to LoRA's A and B, and separate its own parts."""
     form = config.form if isinstance(config, Config) else "lora"
     if form == "lora" or not isinstance(config, Config):
         return Read(dict(tensors), {}, "lora")
@@ -75,7 +75,7 @@ def _adalora(
     config: Config,
     call: str,
 ) -> Read:
-    """Fill the ranks that were taken out with zeros, so that all of a stacked leaf have one."""
+    """Pad pruned ranks with zeros, so that all layers of a stacked leaf have one rank."""
     extra = {}
     for module, parts in by_module.items():
         a, b, e = (parts[name] for name in (*_LORA, _VALUES))
@@ -98,7 +98,7 @@ def _vera(
     found: Found,
     call: str,
 ) -> Read:
-    """Cut each module's A and B out of those that all share."""
+    """Slice each module's A and B out of the shared ones."""
     shared = {names[key]: key for key in rest if names[key] in ("vera_A", "vera_B")}
     if len(shared) < 2:
         raise ValueError(
@@ -132,7 +132,7 @@ def _vera(
 def with_extra(
     node: LoraArray, places: list[Place], read: Read, dtype: DTypeLike | None
 ) -> LoraArray:
-    """Give a node that was read as LoRA its own method's form and parts."""
+    """Give a node that was read as LoRA the form and parts of its method."""
     if read.form == "lora":
         return node
     stack = node.lora_a.shape[: node.lora_a.ndim - node.layout.count("i") - 1]
@@ -146,7 +146,7 @@ def with_extra(
 
 
 def bare(path: str, node: Any, method: str, call: str) -> Any:
-    """Return A and B of a node of the method's form, without what stands between and around."""
+    """Return the A and B of a node with the method's form, without its extra parts."""
     if not isinstance(node, LoraArray):
         return node
     if method not in METHODS or node.form != METHODS[method][0] or forms.has_gain(node):
@@ -165,7 +165,7 @@ def of_lora(
     entries: Mapping[str, Any],
     call: str,
 ) -> tuple[dict[Place, Adapted], dict[str, np.ndarray], dict[str, Any]]:
-    """Write A and B of LoRA as another method's tensors: by module, once for all, and entries."""
+    """Convert LoRA's A and B to another method's tensors by module, shared tensors and entries."""
     for place, one in parts.items():
         stack = nodes[place.path].lora_a.ndim - nodes[place.path].layout.count("i") - 1
         if one.is_parameter or list(one.tensors) != [*_LORA.values()] or stack != len(place.index):
@@ -191,7 +191,7 @@ def _write_adalora(
     entries: Mapping[str, Any],
     call: str,
 ) -> tuple[dict[Place, Adapted], dict[str, np.ndarray], dict[str, Any]]:
-    """Give all modules the highest rank and the first's scaling: PEFT has one of each."""
+    """Give all modules the highest rank and the first scaling: PEFT has one of each."""
     rank, s = max(one.rank for one in parts.values()), _s(next(iter(parts.values())))
     if s <= 0:
         raise ValueError(f"`{call}`: PEFT's AdaLoRA has no scaling of {s}. Leave `peft_type` out.")
@@ -216,7 +216,7 @@ def _write_vera(
     entries: Mapping[str, Any],
     call: str,
 ) -> tuple[dict[Place, Adapted], dict[str, np.ndarray], dict[str, Any]]:
-    """Write one A and one B, of which every module has the first columns and rows."""
+    """Write one A and one B; every module uses their first columns and rows."""
     shared: dict[str, np.ndarray] = {}
     for part, axis in (("lora_A", 1), ("lora_B", 0)):
         every = {place: one.tensors[_LORA[part]] for place, one in parts.items()}
@@ -225,7 +225,7 @@ def _write_vera(
             if not np.array_equal(x, widest.take(range(x.shape[axis]), axis)):
                 raise ValueError(
                     f"`{call}`: PEFT's VeRA has one A and one B for all layers, and those of "
-                    f'"{place.path}" are others. Share them, `jlora.tie(params, {{".*": ("lora_a", '
+                    f'"{place.path}" differ. Share them, `jlora.tie(params, {{".*": ("lora_a", '
                     '"lora_b")})`, or leave `peft_type` out: plain LoRA is written.'
                 )
         shared[f"base_model.vera_{part[-1]}"] = widest

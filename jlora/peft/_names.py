@@ -1,6 +1,6 @@
-"""Where each leaf lives in PyTorch: names filled in, unrolled over stacks, and taken apart.
+"""Map leaves to PyTorch parameters: fill in names, unroll stacks, and parse names.
 
-Knows neither the file format nor the configuration.
+Independent of the file format and the configuration.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from jlora._arrays import Geometry
 from jlora._paths import describe, near_misses, tells
 
-# A PyTorch parameter name; one with a "{}" per leading dimension that it unrolls; or one name per
-# index of the leading dimension, where they share no pattern.
+# A PyTorch parameter name; a name with a "{}" per unrolled leading dimension; or one name per index
+# of the leading dimension, if they do not share a pattern.
 Name = str | Sequence[Any]
 KINDS = ("linear", "Conv1D", "embedding", "conv", "grouped", "parameter")
 Names = Mapping[str, Name | None] | Callable[[str], Name | None]
@@ -20,7 +20,7 @@ Names = Mapping[str, Name | None] | Callable[[str], Name | None]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One PyTorch parameter, and the leaf (and the index along its leading dimensions) it is."""
+    """One PyTorch parameter, and its leaf and index along the leaf's leading dimensions."""
 
     path: str
     index: tuple[int, ...]
@@ -39,7 +39,7 @@ class Place:
 
 
 def places(leaves: Sequence[tuple[str, Any]], names: Names, call: str) -> dict[str, Place]:
-    """Return every PyTorch parameter that `names` gives to a leaf, by its name, in tree order."""
+    """Return every PyTorch parameter in `names`, by name, in tree order."""
     found: dict[str, Place] = {}
     for path, leaf in leaves:
         name = names.get(path) if isinstance(names, Mapping) else names(path)
@@ -47,8 +47,8 @@ def places(leaves: Sequence[tuple[str, Any]], names: Names, call: str) -> dict[s
             continue
         if not hasattr(leaf, "shape"):
             raise TypeError(
-                f"`{call}`: `names` gives {name!r} to {describe(path, leaf)}, which is no array. "
-                "Give its path None."
+                f"`{call}`: `names` gives {name!r} to {describe(path, leaf)}, which is not an "
+                "array. Give its path None."
             )
         for index, full in _unroll(name, path, leaf, tuple(leaf.shape), call):
             if full in found:
@@ -68,15 +68,15 @@ def places(leaves: Sequence[tuple[str, Any]], names: Names, call: str) -> dict[s
 
 
 def name_of(names: Names, path: str) -> Name | None:
-    """Return what `names` says of one path."""
+    """Return the entry of `names` for one path."""
     return names.get(path) if isinstance(names, Mapping) else names(path)
 
 
-def check_keys(given: Any, paths: Sequence[str], argument: str, call: str) -> None:
-    """Refuse a mapping that speaks of a leaf that is not there."""
-    if isinstance(given, Mapping):
+def check_keys(by_path: object, paths: Sequence[str], argument: str, call: str) -> None:
+    """Raise if a mapping has a path that is not in the tree."""
+    if isinstance(by_path, Mapping):
         known = set(paths)
-        for path in given:
+        for path in by_path:
             if path not in known:
                 raise KeyError(
                     f'`{call}`: `{argument}` has "{path}", which is no parameter. '
@@ -85,7 +85,7 @@ def check_keys(given: Any, paths: Sequence[str], argument: str, call: str) -> No
 
 
 def check_kinds(kinds: Mapping[str, str], call: str) -> None:
-    """Refuse a kind that there is not."""
+    """Raise for an unknown kind."""
     for path, kind in kinds.items():
         if kind not in KINDS:
             raise ValueError(f'`{call}`: the kind of "{path}" is {kind!r}; give one of {KINDS}.')
@@ -122,7 +122,7 @@ def _unroll(
 
 
 def kind_of(place: Place, layout: str | None, kinds: Mapping[str, str]) -> str:
-    """Say what a parameter is in PyTorch, where no file tells: by its leaf's name and layout."""
+    """Infer what a parameter is in PyTorch from its leaf's name and layout."""
     leaf = place.path.rpartition("/")[2]
     if place.path in kinds:
         return kinds[place.path]
@@ -134,7 +134,7 @@ def kind_of(place: Place, layout: str | None, kinds: Mapping[str, str]) -> str:
 
 
 def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geometry:
-    """Divide one PyTorch parameter's part of a leaf into experts, inputs and outputs."""
+    """Split the shape of one PyTorch parameter into experts, inputs and outputs."""
     dims = len(place.shape)
     default = None
     if kind in ("conv", "grouped"):
@@ -167,7 +167,7 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
 
 
 def _fits_both_ways(place: Place, kind: str) -> bool:
-    """Whether the shape is the same with the outputs first, as PyTorch and Equinox have them."""
+    """Whether the shape is the same with outputs first, as in PyTorch and Equinox."""
     shape = place.shape
     if kind in ("conv", "grouped"):
         return shape == (*shape[2:], shape[1], shape[0])
@@ -175,7 +175,7 @@ def _fits_both_ways(place: Place, kind: str) -> bool:
 
 
 def ask_orientation(place: Place, kind: str, call: str) -> NoReturn:
-    """Refuse to guess which axes are input: the leaf's name does not say it, nor does its shape."""
+    """Raise because neither the leaf's name nor its shape tells which axes are inputs."""
     n = len(place.shape) - 1
     first, last = ("i" * n + "o", "o" + "i" * n) if kind in ("conv", "grouped") else ("io", "oi")
     raise ValueError(
@@ -193,12 +193,12 @@ def is_parameter(place: Place, geometry: Geometry) -> bool:
 
 
 def bias_of(place: Place, found: Mapping[str, Place], call: str) -> Place:
-    """Return the bias of the layer whose weight this is: where a bias of lora_B goes."""
+    """Return the bias of the layer with this weight, to which a bias of lora_B is added."""
     name = f"{place.module}.bias"
     if name not in found:
         raise ValueError(
-            f'`{call}`: under lora_bias=True lora_B of "{place.module}" has a bias, which goes to '
-            f'that of the layer, and `names` names no "{name}". Name it; if the layer has none, '
+            f'`{call}`: under lora_bias=True lora_B of "{place.module}" has a bias, which is added '
+            f'to that of the layer, and `names` names no "{name}". Add it; if the layer has none, '
             "PEFT cannot merge such an adapter either."
         )
     return found[name]
@@ -207,7 +207,7 @@ def bias_of(place: Place, found: Mapping[str, Place], call: str) -> Place:
 def refuse_variants(
     place: Place, parameter: bool, kind: str, dora: bool, bias: bool, call: str
 ) -> None:
-    """Refuse what PEFT does not have: DoRA or a bias on lora_B of other things than layers."""
+    """Raise for what PEFT does not support: DoRA or a bias of lora_B outside layers."""
     if dora and bias:
         raise ValueError(f"`{call}`: PEFT has no lora_bias=True together with use_dora=True.")
     if parameter or place.parameter == "in_proj_weight":

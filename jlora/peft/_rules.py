@@ -1,11 +1,10 @@
-"""PEFT's configurations as jlora rules: the same weights, ranks, alphas and first values."""
+"""Convert PEFT's configurations to rules with the same weights, ranks, alphas and init."""
 
 import dataclasses
 import math
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from jaxtyping import PyTree
 
@@ -14,7 +13,7 @@ from jlora._arrays import is_adapted
 from jlora._paths import is_doubtful, leaves_with_paths, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
-from jlora.peft._forms import even
+from jlora.peft._forms import equal_ranges
 from jlora.peft._initial import initializer, of_groups
 from jlora.peft._keys import Found
 from jlora.peft._linear import HEADS, all_linear
@@ -42,7 +41,7 @@ from jlora.peft._names import (
 
 
 def rules(
-    config: Any,
+    config: object,
     params: PyTree,
     *,
     names: Names,
@@ -51,45 +50,46 @@ def rules(
     layouts: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, LoraSpec | str]:
-    """Turn an adapter_config.json into rules, so that a recipe of PEFT's can be repeated here.
+    """Convert an adapter_config.json to rules, to reproduce a PEFT training recipe.
 
-    PEFT's entries choose modules of PyTorch's; `names` says which leaves those are. The head of a
-    classifier ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") trains too, as in PEFT, which adds it to
-    `modules_to_save`. The keys are the leaves' own paths, escaped. `lora_dropout` is not the
-    rules' but `jlora.lora`'s. An entry of a list that chooses nothing is passed over with a
-    warning where others of the list match. AdaLoRA's and VeRA's configurations give specs of these
-    forms.
+    PEFT's entries select PyTorch modules, which `names` maps to leaves. The head of a classifier
+    ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") is trained too, as in PEFT, which adds it to
+    `modules_to_save`. The keys of the rules are the leaves' paths, escaped. `lora_dropout` is an
+    argument of `jlora.lora`, not of the rules. An entry of a list that matches nothing is ignored
+    with a warning if others of the list match. AdaLoRA and VeRA configurations give specs with
+    these forms.
+
     `init_lora_weights` may be True, False, "gaussian", "orthogonal", "olora", "pissa" or
-    "pissa_niter_16"; those that need data ("eva", "corda", "lora_ga") or a quantizer ("loftq") are
-    refused, unless `init` stands in for them.
+    "pissa_niter_16"; those that need data ("eva", "corda", "lora_ga") or a quantizer ("loftq")
+    raise unless `init` replaces them.
 
     Args:
         config: adapter_config.json, its folder, or its entries as a dict
             (`lora_config.to_dict()`).
-        params: the plain parameters, of arrays or their shapes.
+        params: the base parameters, as arrays or shapes.
         names: from a leaf's path to its PyTorch name, as for `load`.
-        init: the initializer of all weights, in place of `init_lora_weights`.
-        groups: path to the number of groups of a convolution that has them in PyTorch, whose kernel
-            here, (..., in, out), is written without. PEFT's update of it fills that kernel, in as
-            many slices of the outputs; `save` takes it as the kind "grouped". A kernel does not
-            tell its groups: one that has them here too, (..., in/g, out), gets an update that
-            merges into it, and is none of PEFT's, which refuses a file of it by its shapes.
-        layouts: path to layout of leaves that lie otherwise than Flax's, as for `attach`: a stacked
-            or expert leaf that is not here is taken for (..., in, out).
-        kinds: path to what the module is in PyTorch, as for `load`. "all-linear" takes "linear" and
-            "Conv1D" alone. What neither the path (".../kernel", ".../embedding") nor the shape
-            tells is assumed from the module's name, with a warning that lists it.
+        init: the initializer for all weights, in place of `init_lora_weights`.
+        groups: path to the number of groups of a convolution that has groups in PyTorch but a dense
+            kernel here, (..., in, out). PEFT's update is dense too, with one slice of the outputs
+            per group; `save` writes it as the kind "grouped". A kernel that has groups here too,
+            (..., in/g, out), cannot be told apart by shape; it gets an update that merges into it,
+            but PEFT has no such update and rejects its shapes.
+        layouts: path to layout of leaves not stored as in Flax, as for `attach`. Without one, a
+            stacked or expert leaf is (..., in, out).
+        kinds: path to what the module is in PyTorch, as for `load`. "all-linear" selects "linear"
+            and "Conv1D" only. If neither the path (".../kernel", ".../embedding") nor the shape
+            tells, the module's name decides, with a warning that lists these paths.
 
     Returns:
         Rules for `jlora.attach`: a `LoraSpec` for each weight that PEFT would adapt, and "full"
         for `modules_to_save` and for the biases of `bias` and `lora_bias`.
 
     Raises:
-        FileNotFoundError: no file there.
+        FileNotFoundError: the file does not exist.
         ValueError: a method, a variant or an initializer that jlora does not have;
             a list or a pattern that matches nothing; layers of one stacked leaf that are to be
             adapted differently; groups that do not divide the outputs and the rank.
-        KeyError: `names`, `groups` or `layouts` speak of a leaf that is not there.
+        KeyError: `names`, `groups` or `layouts` has a path that is not in the tree.
         TypeError: `config` is of another type.
 
     Example:
@@ -106,8 +106,8 @@ def rules(
     call = "jlora.peft.rules(config, params)"
     parsed = _with_heads(read_config(config, call))
     leaves = leaves_with_paths(params, is_adapted)
-    given = {"names": names, "groups": groups, "layouts": layouts, "kinds": kinds}
-    for argument, value in given.items():
+    arguments = {"names": names, "groups": groups, "layouts": layouts, "kinds": kinds}
+    for argument, value in arguments.items():
         check_keys(value, [path for path, _ in leaves], argument, call)
     check_kinds(kinds or {}, call)
     where = Found(places(leaves, names, call), dict(layouts or {}), dict(kinds or {}))
@@ -131,7 +131,7 @@ def rules(
 
 
 def _with_heads(config: Config) -> Config:
-    """Add the heads that PEFT trains and saves by itself, for a task that has one."""
+    """Add the heads that PEFT trains and saves by default for a task."""
     heads = HEADS.get(config.task_type, ())
     added = [head for head in heads if head not in config.modules_to_save]
     saved = Patterns(dict.fromkeys([*config.modules_to_save, *added]))
@@ -139,7 +139,7 @@ def _with_heads(config: Config) -> Config:
 
 
 def _check_tokens(config: Config, call: str) -> None:
-    """Refuse to train some rows of an embedding, which no rule says."""
+    """Raise for training only some rows of an embedding, which rules cannot express."""
     if config.trainable_token_indices:
         raise ValueError(
             f"`{call}`: trainable_token_indices trains some rows of an embedding, and a rule all "
@@ -150,7 +150,7 @@ def _check_tokens(config: Config, call: str) -> None:
 
 
 def _choose(config: Config, where: Found, call: str) -> dict[str, str]:
-    """Say of every PyTorch parameter "lora", "parameter" or "full"."""
+    """Return "lora", "parameter" or "full" for every selected PyTorch parameter."""
     found = where.places
     if config.target_modules is None and not config.target_parameters:
         raise ValueError(
@@ -196,7 +196,7 @@ def _choose(config: Config, where: Found, call: str) -> dict[str, str]:
 def _check_idle(
     config: Config, modules: set[str], chosen: list[str], found: Mapping[str, Place], call: str
 ) -> None:
-    """Warn of entries of a list that choose nothing, which PEFT passes over; refuse a whole one."""
+    """Warn about entries that match nothing, as PEFT ignores them; raise if no entry matches."""
     targets = config.target_modules
     parameters = sorted(config.target_parameters)
     # PEFT adds the usual names of a head itself, whichever the model has.
@@ -257,7 +257,7 @@ def _rule(
 def _of_method(
     config: Config, place: Place, odd: bool, init: initializers.Initializer | None, call: str
 ) -> LoraSpec:
-    """Return the spec of AdaLoRA's and VeRA's form, at PEFT's scaling."""
+    """Return the spec for AdaLoRA or VeRA, with PEFT's scaling."""
     if odd or config.d_initial != 0.1 or config.init_lora_weights is not True:
         raise ValueError(
             f"`{call}`: peft_type {config.form.upper()!r} is of linear layers, which begin as "
@@ -270,7 +270,7 @@ def _of_method(
 
 
 def _grouped(spec: LoraSpec, place: Place, n: int, own_init: bool, call: str) -> LoraSpec:
-    """Divide an update over the groups of a convolution, at the same scaling."""
+    """Split an update over the groups of a convolution, with the same scaling."""
     outs, is_conv = place.shape[-1], kind_of(place, None, {}) == "conv" or len(place.shape) == 3
     if not isinstance(n, int) or n < 1 or outs % n or spec.rank % n or not is_conv:
         raise ValueError(
@@ -284,12 +284,12 @@ def _grouped(spec: LoraSpec, place: Place, n: int, own_init: bool, call: str) ->
         alpha=spec.alpha / (math.sqrt(n) if spec.scaling == "rslora" else n),
         init=of_groups(spec.init, n) if own_init else spec.init,
         layout="i" * (len(place.shape) - 1) + "o",
-        slices=even(outs, n),
+        slices=equal_ranges(outs, n),
     )
 
 
 def _layout(place: Place, chosen: str, kind: str) -> str | None:
-    """Return the layout of what `attach` cannot know: a leaf with stack dimensions."""
+    """Return the layout if `attach` cannot infer it, for a leaf with stack dimensions."""
     dims, stacked = len(place.shape), bool(place.index) or chosen == "parameter"
     if is_doubtful(place.path):
         return None  # (out, in), perhaps: `attach` asks, or has it from its `layouts`

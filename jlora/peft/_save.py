@@ -1,4 +1,4 @@
-"""Adapters out, as PEFT's files: every tensor and key made and checked before a file is touched."""
+"""Save adapters in PEFT's format; every tensor and key is checked before a file is touched."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._paths import leaves_with_paths, near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import Shaped, even, shape_of, unrolled
+from jlora.peft._forms import Shaped, equal_ranges, shape_of, unrolled
 from jlora.peft._keys import BIAS, Found, declare, in_order, order_of
 from jlora.peft._methods import bare, of_lora
 from jlora.peft._names import (
@@ -34,7 +34,7 @@ from jlora.peft._names import (
     refuse_variants,
 )
 from jlora.peft._spell import PREFIX
-from jlora.peft._tensors import in_dtype, parts_of, to_torch, whole_to_torch, write
+from jlora.peft._tensors import full_to_torch, in_dtype, parts_of, to_torch, write
 from jlora.peft._tokens import take_tokens
 
 
@@ -50,43 +50,43 @@ def save(
     dtype: DTypeLike | None = None,
     **config: Any,
 ) -> None:
-    """Write an adapter as PEFT's files: adapter_model.safetensors and adapter_config.json.
+    """Save an adapter in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-    PEFT and transformers load them. The files are written beside their place and renamed;
-    an adapter that is there already is replaced, other files in the folder stay.
-    What PEFT's LoRA does not have is written as plain LoRA of the same update: slices become one
-    A and B, and what stands between A and B or scales it (`LoraSpec(form="lora_xs")`, "vera" and
-    "adalora") goes into B. It loads as plain LoRA too; `jlora.checkpoint` keeps the form, and so
-    does `peft_type`.
+    PEFT and transformers load these files. They are written to a temporary directory, then renamed
+    into place. An existing adapter is replaced; other files in the folder are kept.
+
+    Variants that PEFT's LoRA lacks are written as LoRA with the same update: slices become one A
+    and B, and matrices or scales between A and B (`LoraSpec(form="lora_xs")`, "vera", "adalora")
+    are multiplied into B. They load as LoRA too; `jlora.checkpoint` and `peft_type` keep the form.
 
     Args:
-        directory: the folder. For one of several adapters PEFT has a sub-folder of its name.
+        directory: the folder. PEFT stores each of several adapters in a sub-folder of its name.
         params: adapted parameters, or an adapter from `jlora.detach`.
         names: from a leaf's path to its PyTorch name, as for `load`.
-        layouts: path to layout of parameters trained whole that have three dimensions or more.
+        layouts: path to layout of fully trained parameters with three or more dimensions.
         kinds: path to "embedding", "conv" or "Conv1D" (of transformers) where neither the path
             (".../embedding") nor the layout ("iiio") tells; anything else is "linear". "grouped"
-            is a convolution with groups in PyTorch, whose kernel here is written without them;
-            "parameter" is no layer's weight, `x @ proj`, with the same axes in PyTorch.
-        declared: adapted parameters of one module (experts) in the order in which PyTorch declares
-            them, as for `load`.
-        peft_type: "ADALORA" or "VERA", this method of PEFT's, where all nodes are of its form.
-        dtype: float32, float16 or bfloat16 for every tensor of the file; None writes each as it is
-            in `params`, which loses nothing. To halve the file once training is over, give
-            `dtype=jnp.bfloat16`; a file read as bfloat16 and not trained is written as it was.
-        **config: entries of adapter_config.json that the parameters do not tell:
+            is a convolution with groups in PyTorch whose kernel here has none; "parameter" is a
+            weight outside any layer, as in `x @ proj`, with the same axes in PyTorch.
+        declared: adapted parameters of one module (experts) in PyTorch's order of declaration, as
+            in `load`.
+        peft_type: "LORA", or "ADALORA" or "VERA" if all nodes have this form.
+        dtype: float32, float16 or bfloat16 for every tensor of the file; None keeps the dtypes of
+            `params` and is lossless. To halve the file after training, pass `dtype=jnp.bfloat16`;
+            an adapter loaded as bfloat16 and not trained is written unchanged.
+        **config: entries of adapter_config.json that do not follow from the parameters:
             `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`, `revision`,
             `init_lora_weights`, `inference_mode`; `use_rslora=True` to write the same scaling as
-            α/√r; `lora_bias=True` to write the biases of adapted layers, which train whole, as
+            α/√r; `lora_bias=True` to write the fully trained biases of adapted layers as
             biases of lora_B, (value - original) / s; `trainable_token_indices`, the rows of an
             embedding that changed, to write them alone.
 
     Raises:
-        ValueError: nothing is adapted; an adapted leaf without a name, or over a residual;
-            parameters trained whole that make up no module; magnitudes in some adapted layers
-            only, or of experts or MultiheadAttention; an entry of `config` that the parameters
-            tell; values that `dtype` cannot hold.
-        TypeError: a name that is no string.
+        ValueError: nothing is adapted; an adapted leaf without a name, or with a residual base;
+            fully trained parameters that do not make up a module; magnitudes in only some adapted
+            layers, or for experts or MultiheadAttention; an entry of `config` that follows from the
+            parameters; values that `dtype` cannot represent.
+        TypeError: a name is not a string.
 
     Example:
         >>> import jax, jax.numpy as jnp, tempfile
@@ -117,10 +117,10 @@ def save(
         check_keys(value, [path for path, _ in holes], argument, call)
     for path, node in adapted.items():
         _check(path, node, call)
-    given = adapted
+    attached = adapted
     if peft_type != "LORA":
         leaves = [(path, bare(path, node, peft_type, call)) for path, node in leaves]
-    leaves = [(path, _plain(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
+    leaves = [(path, _as_peft(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     shaped = [(path, Shaped(shape_of(node))) for path, node in leaves]
     found = places(shaped, names, call)
@@ -141,27 +141,27 @@ def save(
     order = order_of(names, declared, found)
     where = Found(found, known, dict(kinds or {}), declared=order)
     parts = _parts(where, adapted, config, call)
-    wholes = _wholes(where, adapted, call)
+    fulls = _fulls(where, adapted, call)
     if config.get("lora_bias"):
-        parts, wholes = _with_biases(parts, wholes, where, adapted, call)
+        parts, fulls = _with_biases(parts, fulls, where, adapted, call)
     tokens = config.get("trainable_token_indices")
-    rows = take_tokens(wholes, adapted, tokens, where, call) if tokens else {}
-    entries, spelled = describe_adapter(parts, wholes, found, config, call)
+    rows = take_tokens(fulls, adapted, tokens, where, call) if tokens else {}
+    entries, spelled = describe_adapter(parts, fulls, found, config, call)
     shared: dict[str, np.ndarray] = {}
     if peft_type != "LORA":
-        parts, shared, entries = of_lora(peft_type, parts, given, entries, call)
+        parts, shared, entries = of_lora(peft_type, parts, attached, entries, call)
     tensors = shared | {
         f"{PREFIX}{one.spelled}.{ending}": x
         for one in parts.values()
         for ending, x in one.tensors.items()
     }
-    tensors |= {PREFIX + spelled[place.name]: x for place, x in wholes.items()}
+    tensors |= {PREFIX + spelled[place.name]: x for place, x in fulls.items()}
     tensors |= {PREFIX + name: x for name, x in rows.items()}
     _write(Path(directory), in_dtype(tensors, dtype, call), entries)
 
 
-def _check(path: str, node: Any, call: str) -> None:
-    """Refuse a node that is in parts; one whose base is detached has its shape from A and B."""
+def _check(path: str, node: LoraArray | FullArray, call: str) -> None:
+    """Raise for an incomplete node; if the base is detached, its shape follows from A and B."""
     if isinstance(node, FullArray):
         if node.value is None:
             raise ValueError(
@@ -172,7 +172,7 @@ def _check(path: str, node: Any, call: str) -> None:
     if node.residual:
         raise ValueError(
             f'`{call}`: the base of "{path}" is a residual, W less its first A and B (`pissa`, '
-            "`corda`, ...), so on the model's own weights this adapter gives other numbers. "
+            "`corda`, ...), so over the model's own weights this adapter computes something else. "
             "Convert it: `jlora.arithmetic.residual_to_lora(params, initial, base)`."
         )
     if node.base is None and node.slices is not None:
@@ -186,13 +186,13 @@ def _check(path: str, node: Any, call: str) -> None:
     forms.check(path, node, call)
 
 
-def _plain(path: str, node: Any, kind: str | None, call: str) -> Any:
-    """Write slices and cores as one A and B of the whole weight, but for slices of groups."""
+def _as_peft(path: str, node: Any, kind: str | None, call: str) -> Any:
+    """Convert slices and forms to one A and B per weight, except slices of groups."""
     if kind != "grouped" or not is_adapted(node):
         return forms.as_lora(node, shape_of(node)) if isinstance(node, LoraArray) else node
-    slices = getattr(node, "slices", None)  # what is trained whole has none
+    slices = getattr(node, "slices", None)  # a `FullArray` has none
     outs = Geometry.of(node.shape, node.layout).out_dims if slices else (0,)
-    if slices is None or slices != even(outs[0], len(slices)):
+    if slices is None or slices != equal_ranges(outs[0], len(slices)):
         raise ValueError(
             f'`{call}`: the kind of "{path}" is "grouped", whose update is of equal slices of all '
             f"its outputs, one a group; here they are {slices}. Give `LoraSpec(slices=...)`, as "
@@ -251,8 +251,8 @@ def _spelled(
 ) -> dict[Place, tuple[str, str]]:
     """Return each place's module in the keys, and the name by which PEFT targets it.
 
-    Of several parameters on one module the one declared last is outermost; the second projection
-    of a MultiheadAttention is inside the first's module.
+    Of several parameters of one module, the one declared last is outermost. The second projection
+    of a MultiheadAttention is inside the module of the first.
     """
     spelled = {place: (place.module, place.module) for place in places}
     by_name = {place.name: place for place in places}
@@ -268,44 +268,43 @@ def _spelled(
     for place in parameters:
         by_module.setdefault(place.module, []).append(place)
     for module, inside in by_module.items():
-        given = in_order(inside, order) if len(inside) > 1 else inside
-        if given is None:
+        ordered = in_order(inside, order) if len(inside) > 1 else inside
+        if ordered is None:
             raise ValueError(
-                f'`{call}`: several parameters of "{module}" are adapted, and PEFT tells them '
-                f"apart by their order alone. {declare([p.name for p in inside])}"
+                f'`{call}`: several parameters of "{module}" are adapted, and PEFT distinguishes '
+                f"them only by order. {declare([p.name for p in inside])}"
             )
-        for depth, place in enumerate(reversed(given)):
+        for depth, place in enumerate(reversed(ordered)):
             spelled[place] = (module + ".base_layer" * depth, place.name)
     return spelled
 
 
-def _wholes(where: Found, adapted: Mapping[str, Any], call: str) -> dict[Place, np.ndarray]:
-    """Arrange what is trained whole."""
-    wholes = {}
+def _fulls(where: Found, adapted: Mapping[str, Any], call: str) -> dict[Place, np.ndarray]:
+    """Arrange the fully trained parameters."""
+    fulls = {}
     for place in where.places.values():
         node = adapted.get(place.path)
         if isinstance(node, FullArray):
-            geometry, kind = where.whole(place, call)
-            wholes[place] = whole_to_torch(np.asarray(node.value)[place.index], geometry, kind)
-    return wholes
+            geometry, kind = where.full_geometry(place, call)
+            fulls[place] = full_to_torch(np.asarray(node.value)[place.index], geometry, kind)
+    return fulls
 
 
 def _with_biases(
     parts: Mapping[Place, Adapted],
-    wholes: Mapping[Place, np.ndarray],
+    fulls: Mapping[Place, np.ndarray],
     where: Found,
     adapted: Mapping[str, Any],
     call: str,
 ) -> tuple[dict[Place, Adapted], dict[Place, np.ndarray]]:
-    """Write what a layer's bias has become as the bias of its lora_B."""
-    made, left = {}, dict(wholes)
+    """Write the change of a layer's bias as the bias of its lora_B."""
+    made, left = {}, dict(fulls)
     for place, one in parts.items():
         of = bias_of(place, where.places, call)
         node, s = adapted.get(of.path), _scaling(adapted[place.path], place, call)
         if not isinstance(node, FullArray) or node.base is None or s == 0:
-            why = (
-                "its scaling is 0" if s == 0 else f'"{of.path}" does not train beside its original'
-            )
+            kept = f'"{of.path}" is not trained with its original kept'
+            why = "its scaling is 0" if s == 0 else kept
             raise ValueError(
                 f"`{call}`: lora_bias=True writes (value - original) / s of the bias of "
                 f'"{place.module}", but {why}. Give it the rule "full", and the base weights with '
@@ -318,13 +317,13 @@ def _with_biases(
 
 
 def _write(folder: Path, tensors: Mapping[str, np.ndarray], entries: Mapping[str, Any]) -> None:
-    """Write beside and rename; at no moment is there a configuration beside another's tensors."""
+    """Write to a temporary directory and rename; a configuration never meets other tensors."""
     text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=folder) as beside:
-        write(Path(beside) / TENSORS, tensors)
-        (Path(beside) / CONFIG).write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=folder) as temporary:
+        write(Path(temporary) / TENSORS, tensors)
+        (Path(temporary) / CONFIG).write_text(text, encoding="utf-8")
         (folder / CONFIG).unlink(missing_ok=True)
-        (Path(beside) / TENSORS).replace(folder / TENSORS)
-        (Path(beside) / CONFIG).replace(folder / CONFIG)
+        (Path(temporary) / TENSORS).replace(folder / TENSORS)
+        (Path(temporary) / CONFIG).replace(folder / CONFIG)
         (folder / PICKLE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Names as writers other than `save_pretrained` leave them in keys: a raw `state_dict`'s.
+"""Normalize keys not written by `save_pretrained`, such as those of a raw `state_dict`.
 
 base_model.model._orig_mod.m.q_proj.lora_A.weight    torch.compile's; "module." is that of DDP
 base_model.model.m.q_proj.lora_A.default.weight      with the adapter's name left in
@@ -19,7 +19,7 @@ _ENDS = ("weight", "bias")
 
 
 def names_of(keys: Iterable[str], known: Collection[str], call: str) -> dict[str, str]:
-    """Return each key's name, without wrappers' prefixes and the adapter's name; `known` stay."""
+    """Return each key's name without prefixes of wrappers (unless `known`) and adapter name."""
     wrappers = [w for w in _WRAPPERS if not any(name.startswith(w) for name in known)]
     compiled = any(f".{_COMPILED}" in name for name in known)
     names, adapters = {}, set()
@@ -50,16 +50,16 @@ def names_of(keys: Iterable[str], known: Collection[str], call: str) -> dict[str
 
 
 def _without_copies(names: dict[str, str], adapter: str) -> dict[str, str]:
-    """Take the adapter's name out of modules to save, where nothing else has what is left."""
-    taken, plain = set(names.values()), {}
+    """Remove the adapter's name from modules to save unless the result is already taken."""
+    taken, stripped = set(names.values()), {}
     for key, name in names.items():
         left = name.replace(f".modules_to_save.{adapter}.", ".")
-        plain[key] = name if left in taken else left
-    return plain
+        stripped[key] = name if left in taken else left
+    return stripped
 
 
 def strange_prefix(names: Collection[str], modules: Collection[str]) -> str:
-    """Return what all these names begin with before a module that is known; or nothing."""
+    """Return the common prefix of all names before a known module, or an empty string."""
     first, *_ = (*names, "")
     parts = first.split(".")
     for k in range(1, len(parts)):

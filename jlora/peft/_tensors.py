@@ -1,4 +1,4 @@
-"""Tensors: the safetensors file, and how A, B and whole weights are arranged in it.
+"""Tensors: the safetensors file, and the arrangement of A, B and full weights in it.
 
 lora_A.weight (r, in)        = Aᵀ         lora_embedding_A (r, vocab)
 lora_B.weight (out, r)       = Bᵀ         lora_embedding_B (d, r)
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from jlora._arrays import Geometry
 
-# The parts of a LoraArray, and what their keys end with.
+# The parts of a LoraArray, and the endings of their keys.
 PARTS: dict[str, dict[str, str]] = {
     "linear": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
     "embedding": {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"},
@@ -28,12 +28,12 @@ PARTS: dict[str, dict[str, str]] = {
 }
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 MAGNITUDE = "lora_magnitude_vector"
-# Kinds of parameters whose axes are in the same order in PyTorch, where they are saved whole.
+# Kinds of parameters that, if fully saved, have their axes in the same order in PyTorch.
 AS_IT_IS = ("embedding", "Conv1D", "parameter")
 
 
 def parts_of(kind: str, dora: bool = False) -> dict[str, str]:
-    """Return what the keys of a kind's parts end with."""
+    """Return the key endings of the parts of a kind."""
     parts = PARTS[kind if kind in PARTS else "linear"]
     return parts | ({"magnitude": MAGNITUDE} if dora else {})
 
@@ -44,11 +44,11 @@ def read(file: Path, call: str) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"`{call}`: {file.name} is not a whole safetensors file ({error}); it may be cut off. "
-            "Copy it again."
+            f"`{call}`: {file.name} is not a complete safetensors file ({error}); it may be "
+            "cut off. Copy it again."
         ) from None
     tensors = {}
-    # The reader's own order changes from call to call, and an error lists keys in this one.
+    # The reader's order varies between calls; sort, so that errors list keys in a stable order.
     for key, entry in sorted(entries, key=lambda pair: pair[0]):
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
@@ -64,7 +64,7 @@ def read(file: Path, call: str) -> dict[str, np.ndarray]:
 def in_dtype(
     tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None, call: str
 ) -> dict[str, np.ndarray]:
-    """Round tensors to a dtype, or leave theirs; refuse what `read` would refuse."""
+    """Cast tensors to a dtype if given; raise for dtypes that `read` does not accept."""
     made = {key: x if dtype is None else _cast(key, x, dtype, call) for key, x in tensors.items()}
     for key, x in made.items():
         if x.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
@@ -76,7 +76,7 @@ def in_dtype(
 
 
 def _cast(key: str, x: np.ndarray, dtype: DTypeLike, call: str) -> np.ndarray:
-    """Round a tensor to a narrower dtype, and refuse what is beyond its range."""
+    """Cast a tensor to a narrower dtype; raise for values beyond its range."""
     with np.errstate(over="ignore"):
         y = x.astype(jnp.dtype(dtype))
     if not np.array_equal(np.isfinite(x), np.isfinite(y)):
@@ -88,9 +88,9 @@ def _cast(key: str, x: np.ndarray, dtype: DTypeLike, call: str) -> np.ndarray:
 
 
 def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors as PEFT does; contiguous, because the writer copies memory as it lies."""
-    whole = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
-    safetensors.numpy.save_file(whole, os.fspath(file), metadata={"format": "pt"})
+    """Write tensors as PEFT does, made contiguous because the writer ignores strides."""
+    contiguous = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
+    safetensors.numpy.save_file(contiguous, os.fspath(file), metadata={"format": "pt"})
 
 
 def shapes(geometry: Geometry, rank: int, kind: str, groups: int = 1) -> dict[str, tuple[int, ...]]:
@@ -127,7 +127,7 @@ def to_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> 
 
 
 def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -> dict[str, Any]:
-    """Undo `to_torch`; outputs in slices, as of groups, may be fewer than the geometry's."""
+    """Undo `to_torch`; with slices or groups, outputs may be fewer than the geometry's."""
     a, b = parts["lora_a"], parts["lora_b"]
     if geometry.stack:
         experts = geometry.stack[0]
@@ -145,8 +145,8 @@ def from_torch(parts: Mapping[str, np.ndarray], geometry: Geometry, kind: str) -
     return {name: x.reshape(shape[name]) for name, x in {**parts, "lora_a": a, "lora_b": b}.items()}
 
 
-def whole_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> tuple[int, ...]:
-    """Return the shape in the file of a parameter that is saved whole, a leaf of `shape` here."""
+def full_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> tuple[int, ...]:
+    """Return the shape in the file of a fully saved parameter with this `shape` in the tree."""
     if kind in AS_IT_IS:
         return shape
     if geometry is None:
@@ -156,24 +156,24 @@ def whole_shape(shape: tuple[int, ...], geometry: Geometry | None, kind: str) ->
     return (*geometry.stack, geometry.fan_out, geometry.fan_in)
 
 
-def whole_to_torch(value: np.ndarray, geometry: Geometry | None, kind: str) -> np.ndarray:
-    """Arrange a parameter that is saved whole: outputs first, inputs after; a vector as it is."""
+def full_to_torch(value: np.ndarray, geometry: Geometry | None, kind: str) -> np.ndarray:
+    """Arrange a fully saved parameter: outputs first, then inputs; a vector is unchanged."""
     return value.transpose(_axes(value.ndim, geometry, kind)).reshape(
-        whole_shape(value.shape, geometry, kind)
+        full_shape(value.shape, geometry, kind)
     )
 
 
-def whole_from_torch(
+def full_from_torch(
     value: np.ndarray, shape: tuple[int, ...], geometry: Geometry | None, kind: str
 ) -> np.ndarray:
-    """Undo `whole_to_torch`; `shape` is the leaf's."""
+    """Undo `full_to_torch`; `shape` is the leaf's."""
     axes = _axes(len(shape), geometry, kind)
     moved = value.reshape([shape[k] for k in axes])
     return moved.transpose(sorted(range(len(axes)), key=axes.__getitem__))
 
 
 def turns(shape: tuple[int, ...], geometry: Geometry | None, kind: str) -> bool:
-    """Whether a parameter saved whole has its axes in another order in PyTorch."""
+    """Whether a fully saved parameter has its axes in another order in PyTorch."""
     return _axes(len(shape), geometry, kind) != tuple(range(len(shape)))
 
 

@@ -1,10 +1,10 @@
-"""Heads that are the embedding too: what a file of PEFT's holds of them twice.
+"""Heads tied to the embedding, which a PEFT file may contain twice.
 
 | the file, of a model whose head is its embedding | here, where both are one leaf |
 |---|---|
 | `ensure_weight_tying=True`: both, equal | read once |
-| the embedding alone, saved whole | both change; PEFT's head keeps the old rows |
-| both, different, or the head alone | refused: the head needs a leaf of its own |
+| only the embedding, fully saved | both change; PEFT's head keeps the old rows |
+| both, different, or only the head | an error: the head needs its own leaf |
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ import numpy as np
 from jlora.peft._keys import Found, Groups, Tensors
 
 
-def is_tied_whole(key: str, is_copy: bool, groups: Groups, tensors: Tensors, found: Found) -> bool:
-    """Whether a matrix that fits no leaf is the same as one that does: an embedding."""
+def is_tied_full(key: str, is_copy: bool, groups: Groups, tensors: Tensors, found: Found) -> bool:
+    """Whether a matrix without a leaf equals one with a leaf: a tied embedding."""
     x = tensors[key]
     others = (groups.base if is_copy else groups.full).items()
     alike = [
@@ -25,7 +25,7 @@ def is_tied_whole(key: str, is_copy: bool, groups: Groups, tensors: Tensors, fou
 
 
 def is_tied_lora(kinds: Mapping[str, Mapping[str, str]], groups: Groups, tensors: Tensors) -> bool:
-    """Whether A and B of a head are those of the embedding: its B and A, transposed."""
+    """Whether A and B of a head are the embedding's B and A, transposed."""
     head = kinds.get("linear", {})
     if set(head) != {"lora_a", "lora_b"} or set(kinds) != {"linear"}:
         return False
@@ -40,7 +40,7 @@ def is_tied_lora(kinds: Mapping[str, Mapping[str, str]], groups: Groups, tensors
 
 
 def unties(unexpected: Sequence[str], tensors: Tensors, found: Found) -> list[str]:
-    """Say of a matrix that fits no leaf, but has an embedding's shape, that it unties the head."""
+    """Explain a matrix without a leaf but with an embedding's shape: it unties the head."""
     embeddings = [
         place
         for place in found.places.values()

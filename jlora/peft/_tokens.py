@@ -1,4 +1,4 @@
-"""Trainable tokens: some rows of an embedding, which the file holds as they have become.
+"""Trainable tokens: rows of an embedding, stored in the file with their trained values.
 
 <module>.token_adapter.trainable_tokens_delta (n, d) = W[indices], despite its name
 """
@@ -14,13 +14,13 @@ from jlora.peft._config import Config
 from jlora.peft._keys import TOKENS, Found, Groups, Tensors
 from jlora.peft._match import ends_with
 from jlora.peft._names import Place
-from jlora.peft._tensors import whole_from_torch, whole_shape, whole_to_torch
+from jlora.peft._tensors import full_from_torch, full_shape, full_to_torch
 
 Indices = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 class Tokens(NamedTuple):
-    """The rows of one embedding, in PyTorch's order of axes, and which they are."""
+    """Rows of one embedding, in PyTorch's order of axes, and their indices."""
 
     place: Place
     rows: np.ndarray
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 def assign_tokens(
     plan: Any, groups: Groups, tensors: Tensors, config: Any, found: Found, call: str
 ) -> None:
-    """Find the embedding of each set of rows, and check that the rows fit it."""
+    """Find the embedding of each set of rows, and check their shapes and indices."""
     given = config.trainable_token_indices if isinstance(config, Config) else ()
     _note_missing(plan, groups, given)
     for module, key in groups.tokens.items():
@@ -42,8 +42,8 @@ def assign_tokens(
         if place is None or is_taken or place.index or len(place.shape) != 2:
             plan.unexpected.append(key)
             continue
-        geometry, kind = found.whole(place, call)
-        vocab, width = whole_shape(place.shape, geometry, kind)
+        geometry, kind = found.full_geometry(place, call)
+        vocab, width = full_shape(place.shape, geometry, kind)
         plan.check_shape(key, rows, (len(indices), width), place)
         if not all(0 <= k < vocab for k in indices) or len(set(indices)) < len(indices):
             raise ValueError(
@@ -55,7 +55,7 @@ def assign_tokens(
 
 
 def _note_missing(plan: Any, groups: Groups, given: Indices) -> None:
-    """Note rows that the configuration has and the file does not; PEFT writes tied ones once."""
+    """Record rows that the configuration lists and the file lacks; PEFT writes tied ones once."""
     if not isinstance(given, Mapping):
         if given and not groups.tokens:
             plan.missing.append(f"<the input embedding>.{TOKENS}")
@@ -70,39 +70,39 @@ def _note_missing(plan: Any, groups: Groups, given: Indices) -> None:
 
 
 def indices_of(given: Indices, module: str) -> Sequence[int]:
-    """Return the indices of a module: a list is the input embedding's, a mapping has its name."""
+    """Return the indices for a module: a list applies to the input embedding."""
     if isinstance(given, Mapping):
         return next((of for name, of in given.items() if ends_with(module, [name])), ())
     return given
 
 
 def with_tokens(tokens: Sequence[Tokens], leaves: Mapping[str, Any]) -> dict[str, FullArray]:
-    """Put the rows into their embeddings, which train whole."""
+    """Write the rows into their embeddings, which become fully trained."""
     nodes = {}
     for one in tokens:
         leaf, path = leaves[one.place.path], one.place.path
-        weight = whole_to_torch(np.array(leaf), one.geometry, one.kind).copy()
+        weight = full_to_torch(np.array(leaf), one.geometry, one.kind).copy()
         weight[list(one.indices)] = one.rows.astype(weight.dtype)
-        value = whole_from_torch(weight, one.place.shape, one.geometry, one.kind)
+        value = full_from_torch(weight, one.place.shape, one.geometry, one.kind)
         nodes[path] = FullArray(None, jnp.asarray(value))
     return nodes
 
 
 def take_tokens(
-    wholes: dict[Place, np.ndarray], adapted: Mapping[str, Any], given: Any, found: Found, call: str
+    fulls: dict[Place, np.ndarray], adapted: Mapping[str, Any], given: Any, found: Found, call: str
 ) -> dict[str, np.ndarray]:
-    """Take embeddings of which some rows train out of what is saved whole; return their rows."""
+    """Remove embeddings with trainable rows from the fully saved parameters; return the rows."""
     rows = {}
-    for place in list(wholes):
-        kind = found.whole(place, call)[1] if len(place.shape) == 2 else ""
+    for place in list(fulls):
+        kind = found.full_geometry(place, call)[1] if len(place.shape) == 2 else ""
         indices = indices_of(given, place.module)
         if not indices or (not isinstance(given, Mapping) and kind != "embedding"):
             continue
-        geometry, kind = found.whole(place, call)
-        value, base = wholes[place], adapted[place.path].base
+        geometry, kind = found.full_geometry(place, call)
+        value, base = fulls[place], adapted[place.path].base
         kept = np.ones(len(value), bool)
         kept[list(indices)] = False
-        old = None if base is None else whole_to_torch(np.asarray(base), geometry, kind)
+        old = None if base is None else full_to_torch(np.asarray(base), geometry, kind)
         if old is None or not np.array_equal(value[kept], old[kept]):
             raise ValueError(
                 f"`{call}`: trainable_token_indices says that only rows {list(indices)[:8]} of "
@@ -110,11 +110,11 @@ def take_tokens(
                 "Put the base weights in, `jlora.bind(base, adapter)`, or leave the entry out: "
                 "then all of it is saved."
             )
-        rows[f"{place.module}.{TOKENS}"] = wholes.pop(place)[list(indices)]
+        rows[f"{place.module}.{TOKENS}"] = fulls.pop(place)[list(indices)]
     if len(rows) != (len(given) if isinstance(given, Mapping) else 1):
         raise ValueError(
-            f"`{call}`: trainable_token_indices={given!r} speaks of other embeddings than those "
-            "that train whole, of which there are "
-            f'{[p.module for p in wholes if len(p.shape) == 2][:3]}. Give them the rule "full".'
+            f"`{call}`: trainable_token_indices={given!r} names other embeddings than those "
+            "that are fully trained: "
+            f'{[p.module for p in fulls if len(p.shape) == 2][:3]}. Give them the rule "full".'
         )
     return rows

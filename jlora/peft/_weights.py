@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint of a model, read one by one: safetensors files or a mapping."""
+"""Read the tensors of a model's checkpoint one by one, from safetensors files or a mapping."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ class Tensor(NamedTuple):
 
 
 class Weights:
-    """Tensors by name; each is read whenever it is asked for, and none is kept."""
+    """Tensors by name; each is read on access and not cached."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -44,9 +44,9 @@ class Weights:
 
 
 def open_weights(checkpoint: Any, call: str) -> Weights:
-    """Open a directory of Hugging Face's, a safetensors file or a mapping from names to arrays."""
+    """Open a Hugging Face directory, a safetensors file or a mapping from names to arrays."""
     if isinstance(checkpoint, Mapping):
-        return Weights({name: _given(name, x, call) for name, x in checkpoint.items()})
+        return Weights({name: _of_array(name, x, call) for name, x in checkpoint.items()})
     if not isinstance(checkpoint, str | os.PathLike):
         raise TypeError(
             f"`{call}`: the checkpoint is a {type(checkpoint).__name__}; give the folder of the "
@@ -58,7 +58,7 @@ def open_weights(checkpoint: Any, call: str) -> Weights:
     return Weights(tensors)
 
 
-def _given(name: str, x: Any, call: str) -> Tensor:
+def _of_array(name: str, x: Any, call: str) -> Tensor:
     if not hasattr(x, "shape") or not hasattr(x, "__array__"):
         raise TypeError(
             f'`{call}`: "{name}" of the checkpoint is a {type(x).__name__}; give arrays. Of '
@@ -76,8 +76,8 @@ def _files(place: Path, call: str) -> list[Path]:
         for shard in shards:
             if not shard.is_file():
                 raise FileNotFoundError(
-                    f"`{call}`: {_INDEX} names {shard.name}, which is not there. "
-                    "Copy the whole folder again."
+                    f"`{call}`: {_INDEX} names {shard.name}, which does not exist. "
+                    "Copy the folder again."
                 )
         return shards
     if (place / _FILE).is_file():
@@ -85,7 +85,7 @@ def _files(place: Path, call: str) -> list[Path]:
     files = sorted(p for p in place.glob("*.safetensors") if not p.name.startswith("adapter_"))
     if not files:
         pickles = [p.name for p in place.glob("*.bin")]
-        why = f" {pickles[0]} is a pickle, which is never read; convert it." if pickles else ""
+        why = f" {pickles[0]} is a pickle, which is never loaded; convert it." if pickles else ""
         raise FileNotFoundError(f"`{call}`: there is no {_FILE} in {place}.{why}")
     return files
 
@@ -101,7 +101,7 @@ def _shards(index: Path, call: str) -> list[Path]:
 
 
 def _header(file: Path, call: str) -> dict[str, Tensor]:
-    """Read where each floating-point tensor is; nothing is believed that the file cannot hold."""
+    """Read the position of each floating-point tensor, checked against the size of the file."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -125,8 +125,8 @@ def _header(file: Path, call: str) -> dict[str, Tensor]:
                 found[name] = Tensor(shape, functools.partial(_read, file, *where, dtype, shape))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"`{call}`: {file.name} is not a whole safetensors file: {error}. It may be cut off; "
-            "copy it again."
+            f"`{call}`: {file.name} is not a complete safetensors file: {error}. It may be "
+            "cut off; copy it again."
         ) from None
     return found
 

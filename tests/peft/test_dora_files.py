@@ -232,12 +232,12 @@ UNFIT = {
     "no_original": (
         lambda: of_q(no_original()),
         {"lora_bias": True},
-        says('the bias of "m.q_proj"', '"q/bias" does not train beside its original'),
+        says('the bias of "m.q_proj"', '"q/bias" is not trained with its original kept'),
     ),
     "frozen": (
         lambda: of_q({"q": {**small()["q"], "bias": jnp.ones(4)}}),
         {"lora_bias": True},
-        says('"q/bias" does not train beside its original', "jlora.bind(base, adapter)"),
+        says('"q/bias" is not trained with its original kept', "jlora.bind(base, adapter)"),
     ),
     "unscaled": (unscaled, {"lora_bias": True}, says("but its scaling is 0")),
     "both": (
@@ -248,7 +248,7 @@ UNFIT = {
     "init": (
         lambda: of_q(small()),
         {"lora_bias": True, "init_lora_weights": "gaussian"},
-        says("PEFT has no lora_bias=True beside init_lora_weights='gaussian'"),
+        says("PEFT has no lora_bias=True together with init_lora_weights='gaussian'"),
     ),
 }
 

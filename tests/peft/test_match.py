@@ -346,9 +346,9 @@ def damaged(folder: Path) -> dict[str, tuple[Path, Any, str]]:
         "no_json": (
             write("json", b"\3" + bytes(7) + b"abc"),
             ValueError,
-            "not a whole safetensors",
+            "not a complete safetensors",
         ),
-        "list": (write("list", b"\2" + bytes(7) + b"[]"), ValueError, "not a whole safetensors"),
+        "list": (write("list", b"\2" + bytes(7) + b"[]"), ValueError, "not a complete safetensors"),
         "index": (index, ValueError, "index.json cannot be read: a file outside"),
         "gone": (gone, FileNotFoundError, "names x.safetensors, which is not there"),
         "none": (folder / "nowhere", FileNotFoundError, "there is no model.safetensors"),

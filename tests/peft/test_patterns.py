@@ -1,4 +1,4 @@
-"""Patterns of configurations: what is tried, and what could take for ever."""
+"""Patterns of configurations: what is tried, and what could take too long."""
 
 import re
 import time

@@ -129,13 +129,13 @@ SAVES = {
         {"q": node(), "n": {"scale": full(4), "bias": jnp.ones(4)}},
         {"q": "m.q.weight", "n/scale": "m.n.weight", "n/bias": "m.n.bias"},
         {},
-        says('for "m.n" also [', "m.n.bias", "must be trained whole"),
+        says('for "m.n" [', "m.n.bias", "must be fully trained too"),
     ),
     "a_module_of_the_same_end": (
         {"q": node(), "a": full(4, 6), "b": jnp.ones((4, 6))},
         {"q": "m.q.weight", "a": "head.weight", "b": "m.head.weight"},
         {},
-        says('for "head" also [', "m.head"),
+        says('for "head" [', "m.head"),
     ),
     "some_biases": (
         {"q": node(), "a": full(4), "b": jnp.ones(4), "c": jnp.ones(4)},

@@ -228,7 +228,9 @@ HOSTILE = {
 def test_a_hostile_safetensors_file_is_refused(tmp_path, content):
     write(tmp_path, tensors(), entries())
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is not a whole safetensors"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors is not a complete safetensors"
+    ):
         load(tmp_path)
 
 
