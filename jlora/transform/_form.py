@@ -115,7 +115,7 @@ def in_terms(
     wide = accumulator(z.dtype)
     z, factor = narrowed(z, wide), narrowed(factor, wide)
 
-    def row(n: int, x: Array, names: Labels) -> Array:
+    def row(n: int, x: Array, names: Labels) -> Any:
         x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
         return expanded(x, [k for k in names if k != RANK], out_labels)
 

@@ -63,13 +63,13 @@ def of_dot(numbers: lax.DotDimensionNumbers, lhs: Any, rhs: Any) -> Sums | None:
     return Sums(second, total, jnp.asarray(count, second.dtype))
 
 
-def pulled(narrow: Callable[[Any], Any], a: Array) -> tuple[Array, Array, Array]:
+def pulled(narrow: Callable[[Any], Any], a: AnyArray) -> tuple[Array, Array, Array]:
     """Return x·P, and the cotangents of P for the cotangents x·P and ones."""
     z, pull = jax.vjp(narrow, a)
     return z, pull(z)[0], pull(jnp.ones_like(z))[0]
 
 
-def wide(x: AnyArray) -> Array:
+def wide(x: AnyArray) -> Any:
     """Cast to float32 unless `x` is a float; products of bfloat16 are exact in float32 already."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)

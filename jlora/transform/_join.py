@@ -10,7 +10,7 @@ from jax import Array, lax
 from jlora._base import Deferred
 from jlora.transform._probe import Probe
 from jlora.transform._view import View
-from jlora.transform._weight import AnyBase, Names, Value, Weight, all_names
+from jlora.transform._weight import AnyBase, Names, Operand, Weight, all_names
 
 
 def aligned(operands: Sequence[Any]) -> list[Any] | None:
@@ -59,7 +59,7 @@ def of_one_rank(operands: Sequence[Any], among: Sequence[Any] = ()) -> list[View
         max((x.factors[k].dtype for x in views), key=lambda d: jnp.finfo(d).bits) for k in (0, 1)
     ]
 
-    def factor(x: Value | Deferred, k: int) -> Array:
+    def factor(x: Operand | Deferred, k: int) -> Array:
         if not isinstance(x, View):  # an array's update is zero
             return jnp.zeros((*(x.shape[n] for n in like.axes(k)), rank), wide[k])
         f = x.factors[k]
@@ -78,7 +78,7 @@ def of_one_rank(operands: Sequence[Any], among: Sequence[Any] = ()) -> list[View
     ]
 
 
-def fitted(plan: Sequence[Any], x: Value) -> Weight:
+def fitted(plan: Sequence[Any], x: Operand) -> Weight:
     """Convert `x`, a weight or an array, to the common type of the aligned weights in `plan`."""
     weights = [w for w in plan if isinstance(w, Weight)]
     if not any(isinstance(w, View) for w in weights):

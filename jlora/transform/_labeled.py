@@ -15,7 +15,7 @@ Label = Hashable  # the name of an axis
 Labels = tuple[Label, ...]
 
 
-def expanded(x: AnyArray, labels: Sequence[Label], among: Sequence[Label]) -> Array:
+def expanded(x: AnyArray, labels: Sequence[Label], among: Sequence[Label]) -> AnyArray:
     """Transpose and reshape a labeled array to broadcast against one with the axes `among`."""
     have = [k for k in among if k in labels]
     x = lax.transpose(x, [list(labels).index(k) for k in have])

@@ -13,13 +13,13 @@ from jlora.transform._gain import multiplied, placed
 from jlora.transform._labeled import AnyArray, Labels
 from jlora.transform._view import RANK, View
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Value, Weight
+from jlora.transform._weight import Operand, Weight
 
 
 def product(
     walk: Walk,
     eqn: JaxprEqn,
-    operands: Sequence[Value],
+    operands: Sequence[Operand],
     dimension_numbers: lax.DotDimensionNumbers,
     *,
     at: tuple[int, int] = (0, 1),

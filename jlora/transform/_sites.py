@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.typing import ArrayLike
 
@@ -21,6 +21,7 @@ from jlora import _compat
 from jlora._base import built
 from jlora.transform import _registry
 from jlora.transform._inputs import Sums
+from jlora.transform._labeled import AnyArray
 from jlora.transform._loops import Scan, While, carried_on, peeled
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
@@ -176,7 +177,7 @@ def _arrays(values: Sequence[Any]) -> list[Any]:
     return [built(x.base) if isinstance(x, View) else x for x in values]
 
 
-def _with(view: View, a: Array) -> View:
+def _with(view: View, a: AnyArray) -> View:
     return dataclasses.replace(view, parts=(a, *view.parts[1:]))
 
 

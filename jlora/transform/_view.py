@@ -123,7 +123,7 @@ class View(Weight):
         roles = roles or ["s"] * len(self.roles)
         roles = tuple(r if r != "e" else w for r, w in zip(self.roles, roles, strict=True))
 
-        def move(f: Array, k: int) -> Array:
+        def move(f: AnyArray, k: int) -> AnyArray:
             before, after = self.axes(k), axes_of(k, roles)
             if before == after:
                 return f
@@ -214,7 +214,7 @@ def axes_of(component: int, roles: Sequence[Role]) -> list[int]:
     return list(along(AXES[component], roles, tuple(range(len(roles))))[:-1])
 
 
-def on_factor(view: Weight, k: int, x: ArrayLike) -> Array:
+def on_factor(view: Weight, k: int, x: ArrayLike) -> AnyArray:
     """Reshape `x`, a scalar or with the base's number of axes, to broadcast against a factor."""
     if jnp.ndim(x) == 0:
         return jnp.reshape(x, (1,) * (len(view.axes(k)) + 1))

@@ -155,4 +155,5 @@ def all_names(operands: Sequence[Any]) -> Names:
     return Names(dict.fromkeys(n for x in operands if isinstance(x, Weight) for n in x.names))
 
 
-Value = AnyArray | Weight  # what a variable of the jaxpr holds in the walk
+Operand = AnyArray | Weight  # of a rule for a product
+Value = ArrayLike | Weight  # of any variable or literal of the jaxpr; scalars are Python's

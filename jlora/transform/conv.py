@@ -15,10 +15,10 @@ from jlora.transform._labeled import AnyArray, contract
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, plus
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Value, Weight
+from jlora.transform._weight import Operand, Weight
 
 
-def of_conv(eqn: JaxprEqn, x: AnyArray, view: Value) -> Sums | None:
+def of_conv(eqn: JaxprEqn, x: AnyArray, view: Operand) -> Sums | None:
     """Sum over the patches of the input; padding counts as zeros."""
     if not isinstance(view, View) or sides_of(eqn, view) != (0, 0):
         return None
@@ -34,7 +34,7 @@ def of_conv(eqn: JaxprEqn, x: AnyArray, view: Value) -> Sums | None:
 
 
 @rule("conv_general_dilated", kind="product", repeated=True, sums=of_conv)
-def _conv(walk: Walk, eqn: JaxprEqn, lhs: Value, view: Value) -> Any:
+def _conv(walk: Walk, eqn: JaxprEqn, lhs: Operand, view: Operand) -> Any:
     if not isinstance(view, Weight):
         return NotImplemented
     if isinstance(lhs, Weight):
@@ -124,7 +124,7 @@ def _narrow_conv(
     return y.reshape(shape)
 
 
-def with_rank_at(view: View, k: int, axis: int) -> Array:
+def with_rank_at(view: View, k: int, axis: int) -> Any:
     """Arrange a factor as a kernel with as many axes as the base, its rank at `axis`."""
     f, axes = view.factors[k], view.axes(k)
     for missing in range(len(view.roles)):

@@ -251,7 +251,7 @@ def _custom_vmap(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
 def _lifted(x: Value, flags: PyTree, size: int) -> Any:
     """Map every leaf of a weight if one is mapped, so that the rule sees a weight per lane."""
 
-    def lift(leaf: Array, flag: bool) -> Array:
+    def lift(leaf: Any, flag: bool) -> Any:
         return leaf if flag else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
 
     x = jax.tree.map(lift, x, flags)

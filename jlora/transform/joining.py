@@ -18,7 +18,7 @@ from jlora.transform._labeled import AnyArray
 from jlora.transform._registry import rule
 from jlora.transform._view import View, on_factor
 from jlora.transform._walk import Walk
-from jlora.transform._weight import AnyBase, Value, Weight, all_names
+from jlora.transform._weight import AnyBase, Operand, Value, Weight, all_names
 
 
 @rule("concatenate", kind="join")
@@ -73,7 +73,7 @@ def _stack(walk: Walk, eqn: JaxprEqn, *operands: Value | Deferred) -> Any:
     return [_joined([_raised(x, axis) for x in views], walk.bind(eqn, *operands)[0], axis)]
 
 
-def _raised(x: Value | Deferred, axis: int) -> Weight | jax.ShapeDtypeStruct:
+def _raised(x: Operand | Deferred, axis: int) -> Weight | jax.ShapeDtypeStruct:
     """Insert a stack axis of size 1; bases and arrays become shapes, since only those are read."""
     dtype = (x.base if isinstance(x, Weight) else x).dtype
     shape = jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis:]), dtype)

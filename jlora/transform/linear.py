@@ -14,15 +14,15 @@ from jlora.transform._product import product
 from jlora.transform._registry import rule
 from jlora.transform._view import View
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Value, Weight, all_names
+from jlora.transform._weight import Operand, Weight, all_names
 
 
-def _sums(eqn: JaxprEqn, lhs: Value, rhs: Value) -> Sums | None:
+def _sums(eqn: JaxprEqn, lhs: Operand, rhs: Operand) -> Sums | None:
     return of_dot(eqn.params["dimension_numbers"], lhs, rhs)
 
 
 @rule("dot_general", kind="product", own=True, sums=_sums)
-def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Any:
+def _dot_general(walk: Walk, eqn: JaxprEqn, lhs: Operand, rhs: Operand) -> Any:
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
         both = _of_weights(walk, eqn, lhs.settled(), rhs.settled())
         if both is not NotImplemented:

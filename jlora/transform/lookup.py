@@ -13,11 +13,11 @@ from jlora.transform._labeled import AnyArray, contract, expanded
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, RANK, View, narrowed, plus
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Value, Weight
+from jlora.transform._weight import Operand, Weight
 
 
 @rule("gather", kind="rearrange")  # or a product with rows of A, which applies the gain
-def _gather(walk: Walk, eqn: JaxprEqn, view: Value, indices: Value) -> Any:
+def _gather(walk: Walk, eqn: JaxprEqn, view: Operand, indices: Operand) -> Any:
     if not isinstance(view, Weight) or isinstance(indices, Weight):
         return NotImplemented
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]

@@ -14,17 +14,17 @@ from jlora.transform._labeled import AnyArray, expanded
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
-from jlora.transform._weight import Value, Weight
+from jlora.transform._weight import Operand, Weight
 
 
-def of_ragged(eqn: JaxprEqn, x: AnyArray, view: Value, group_sizes: AnyArray) -> Sums | None:
+def of_ragged(eqn: JaxprEqn, x: AnyArray, view: Operand, group_sizes: AnyArray) -> Sums | None:
     """Sum over the rows of each expert."""
     if not isinstance(view, View) or meeting(eqn, view)[0] != 0:
         return None
     a, axes = view.factors[0], view.axes(0)
     x = wide(x).astype(a.dtype)
 
-    def narrow(x: Array) -> Callable[[Any], Any]:
+    def narrow(x: AnyArray) -> Callable[[Any], Any]:
         return lambda a: into_rank(eqn, x, a, axes, group_sizes, EXACT)
 
     _, second, total = pulled(narrow(x), a)
@@ -34,7 +34,7 @@ def of_ragged(eqn: JaxprEqn, x: AnyArray, view: Value, group_sizes: AnyArray) ->
 
 
 @rule("ragged_dot_general", kind="product", sums=of_ragged)
-def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Value, view: Value, group_sizes: AnyArray) -> Any:
+def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Operand, view: Operand, group_sizes: AnyArray) -> Any:
     if not isinstance(view, Weight) or isinstance(x, Weight):
         return NotImplemented
     first, w_sum, free = meeting(eqn, view)
@@ -72,7 +72,7 @@ def meeting(eqn: JaxprEqn, view: Weight) -> tuple[int | None, Sequence[int], Seq
 def into_rank(
     eqn: JaxprEqn,
     x: AnyArray,
-    factor: Array,
+    factor: AnyArray,
     axes: list[int],
     group_sizes: AnyArray,
     precision: lax.PrecisionLike = None,
@@ -140,7 +140,7 @@ def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
 def _ragged(
     eqn: JaxprEqn,
     x: Any,
-    w: Array,
+    w: Any,
     group_sizes: Any,
     numbers: lax.DotDimensionNumbers,
     ragged: Sequence[int],
