@@ -152,8 +152,8 @@ def bare(path: str, node: Any, method: str, call: str) -> Any:
     if method not in METHODS or node.form != METHODS[method][0] or forms.has_gain(node):
         raise ValueError(
             f"`{call}`: peft_type={method!r} is none of {['LORA', *METHODS]}, or not every node is "
-            f'of its form: "{path}" is of the form {node.form!r}. Leave `peft_type` out: plain '
-            "LoRA of the same update is written."
+            f'of its form: "{path}" is of the form {node.form!r}. Leave `peft_type` out: '
+            "LoRA with the same update is written."
         )
     return dataclasses.replace(node, form="lora", extra={})
 
@@ -171,7 +171,7 @@ def of_lora(
         if one.is_parameter or list(one.tensors) != [*_LORA.values()] or stack != len(place.index):
             raise ValueError(
                 f'`{call}`: PEFT has {method} of linear layers alone, and "{place.name}" is '
-                "another. Leave `peft_type` out: plain LoRA of the same update is written."
+                "another. Leave `peft_type` out: LoRA with the same update is written."
             )
     write = _write_adalora if method == "ADALORA" else _write_vera
     return write(parts, nodes, entries, call)
@@ -226,7 +226,7 @@ def _write_vera(
                 raise ValueError(
                     f"`{call}`: PEFT's VeRA has one A and one B for all layers, and those of "
                     f'"{place.path}" differ. Share them, `jlora.tie(params, {{".*": ("lora_a", '
-                    '"lora_b")})`, or leave `peft_type` out: plain LoRA is written.'
+                    '"lora_b")})`, or leave `peft_type` out: LoRA is written.'
                 )
         shared[f"base_model.vera_{part[-1]}"] = widest
     made = {}

@@ -1,4 +1,4 @@
-"""The transform: `lora(fn)` takes adapted parameters where `fn` takes plain ones."""
+"""The transform: `lora(fn)` accepts adapted parameters in place of the base weights."""
 
 from jlora.transform import (
     control,

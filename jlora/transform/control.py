@@ -66,11 +66,11 @@ class _Carry:
     An entry that the body returns unchanged is a constant of the loop. Any other entry that starts
     as a view must come back as a view with the same roles, rank and dtypes, because the type of a
     carry is fixed. Whether it does depends on the other entries: once one of them is materialized,
-    a product with it is no longer a view. So find a fixpoint from above. Start with all weights,
-    trace one step on their shapes, materialize those that did not keep their type, and repeat.
-    Materializing more entries never turns an array back into a view, so no entry is materialized
-    that could have stayed: the result is the largest set of weights that the step maps to itself.
-    Each round removes at least one, so there are at most as many rounds as weights.
+    a product with it is no longer a view. So find a fixpoint from above: start with all weights,
+    trace one step on their shapes, materialize the entries that did not keep their type, and
+    repeat until all do. Each round materializes at least one, so there are at most as many rounds
+    as weights. Entries are never turned back into weights; if two sets are mapped to themselves
+    (x + y has the rank of x only if y is an array), the result need not be the larger one.
     """
 
     def __init__(
