@@ -17,7 +17,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array, PyTree
@@ -167,13 +166,6 @@ def bind(eqn: JaxprEqn, *operands: PyTree) -> list[Any]:
         return _compat.bind(eqn, *map(built, operands)) if own is NotImplemented else [own]
 
     return jax.checkpoint(run)(*operands)
-
-
-def rearranges(operands: Sequence[Any]) -> bool:
-    """Whether all operands are weights or integer indices, so that the result is a weight."""
-    return all(
-        hasattr(x, "base") or jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in operands
-    )
 
 
 def rearrange(eqn: JaxprEqn, *operands: PyTree) -> list[Any]:

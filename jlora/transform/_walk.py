@@ -158,7 +158,7 @@ class Walk:
                 self.sources[eqn.outvars[0]] = (eqn, operands[0])
             return _compat.bind(eqn, *operands)
         rule = _registry.find(eqn)
-        operands = _stored_for(rule, eqn, operands)
+        operands = _stored_for(rule, operands)
         if not any(isinstance(x, Weight) for x in operands):
             return _base.bind(eqn, *operands)
         if rule is None or not rule.own:
@@ -297,7 +297,7 @@ def _gained(x: object) -> bool:
     return isinstance(x, Weight) and x.gain is not None
 
 
-def _stored_for(rule: _registry.Rule | None, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
+def _stored_for(rule: _registry.Rule | None, operands: list[Any]) -> list[Any]:
     """Prepare stored weights without an adapter for an equation: build them, or keep them deferred.
 
     A call receives them deferred, and so does a rearrangement whose operands are only weights and
@@ -308,7 +308,11 @@ def _stored_for(rule: _registry.Rule | None, eqn: JaxprEqn, operands: list[Any])
         return operands
     kind = None if rule is None else rule.kind
     adapted = any(isinstance(x, Weight) and not unadapted(x) for x in operands)
-    if kind == "call" or (kind == "rearrange" and _base.rearranges(operands)):
+    indices = (x for x in operands if not isinstance(x, Weight))
+    moves = kind == "rearrange" and all(
+        jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in indices
+    )
+    if kind == "call" or moves:
         return operands
     if not adapted or kind == "join":
         return [x.base if unadapted(x) else x for x in operands]
