@@ -8,9 +8,10 @@ an adapter is a probe too, so that the rules for rearrangements apply to it.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -101,6 +102,25 @@ def waiting(x: Any) -> Any:
     return Probe(deferred(x), (Origins(),) * len(x.shape), Names()) if is_stored(x) else x
 
 
-def unadapted(x: object) -> bool:
+def unadapted(x: object) -> TypeGuard[Probe]:
     """Whether `x` is a stored weight without an adapter that has not been built."""
     return isinstance(x, Probe) and isinstance(x.base, Deferred)
+
+
+def ready(operands: Sequence[Any], kind: str | None) -> list[Any]:
+    """Prepare stored weights without an adapter for an equation: build them, or keep them deferred.
+
+    `kind` is that of the equation's rule. A call receives them deferred, and so does a
+    rearrangement whose operands are only weights and indices. A result that depends on an
+    activation must not be deferred, so for anything else they are built.
+    """
+    if not any(map(unadapted, operands)):
+        return list(operands)
+    indices = (x for x in operands if not isinstance(x, Weight))
+    moves = all(jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in indices)
+    if kind == "call" or (kind == "rearrange" and moves):
+        return list(operands)
+    adapted = any(isinstance(x, Weight) and not unadapted(x) for x in operands)
+    if not adapted or kind == "join":
+        return [x.base if unadapted(x) else x for x in operands]
+    return [x.dense() if unadapted(x) else x for x in operands]

@@ -17,7 +17,7 @@ from jlora import _base, _compat
 from jlora._paths import describe
 from jlora.transform import _registry
 from jlora.transform._labeled import AnyArray
-from jlora.transform._probe import unadapted
+from jlora.transform._probe import ready
 from jlora.transform._weight import Key, Value, Weight
 
 Fallback = Literal["warn", "error", "materialize"]
@@ -158,7 +158,7 @@ class Walk:
                 self.sources[eqn.outvars[0]] = (eqn, operands[0])
             return _compat.bind(eqn, *operands)
         rule = _registry.find(eqn)
-        operands = _stored_for(rule, operands)
+        operands = ready(operands, None if rule is None else rule.kind)
         if not any(isinstance(x, Weight) for x in operands):
             return _base.bind(eqn, *operands)
         if rule is None or not rule.own:
@@ -295,28 +295,6 @@ def _instead(eqn: JaxprEqn) -> str:
 
 def _gained(x: object) -> bool:
     return isinstance(x, Weight) and x.gain is not None
-
-
-def _stored_for(rule: _registry.Rule | None, operands: list[Any]) -> list[Any]:
-    """Prepare stored weights without an adapter for an equation: build them, or keep them deferred.
-
-    A call receives them deferred, and so does a rearrangement whose operands are only weights and
-    indices. A result that depends on an activation must not be deferred, so for anything else
-    they are built.
-    """
-    if not any(map(unadapted, operands)):
-        return operands
-    kind = None if rule is None else rule.kind
-    adapted = any(isinstance(x, Weight) and not unadapted(x) for x in operands)
-    indices = (x for x in operands if not isinstance(x, Weight))
-    moves = kind == "rearrange" and all(
-        jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in indices
-    )
-    if kind == "call" or moves:
-        return operands
-    if not adapted or kind == "join":
-        return [x.base if unadapted(x) else x for x in operands]
-    return [x.dense() if unadapted(x) else x for x in operands]
 
 
 def _last_uses(body: _compat.Body) -> list[list[Any] | None]:
