@@ -10,11 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     name: str
     fn: Callable[..., Any]
@@ -34,8 +35,16 @@ CASES: list[Case] = []
 
 
 def w(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
-    key = jax.random.key(seed + sum(n * 31**k for k, n in enumerate(shape)))
-    return (jax.random.normal(key, shape) / max(shape) ** 0.5).astype(dtype)
+    # NumPy's numbers: `jax.random` would compile a program for each shape.
+    rng = np.random.default_rng(seed + sum(n * 31**k for k, n in enumerate(shape)))
+    return jnp.asarray((rng.normal(size=shape) / max(shape) ** 0.5).astype(dtype))
+
+
+def numbers(shapes: Any) -> Any:
+    """Draw what a module would initialize, which would compile a program for each operation."""
+    rng = np.random.default_rng(1)
+    draw = lambda x: (rng.normal(size=x.shape) / max(x.shape, default=1) ** 0.5).astype(x.dtype)
+    return jax.tree.map(lambda x: jnp.asarray(draw(x)), shapes)
 
 
 def plain(
@@ -52,7 +61,7 @@ def plain(
 
 def linen(name: str, module: nn.Module, *args: Any, **kw: Any) -> None:
     """Make a case of a Linen module."""
-    variables = module.init(jax.random.key(1), *args)
+    variables = numbers(jax.eval_shape(module.init, jax.random.key(1), *args))
     CASES.append(Case(name, module.apply, variables, args, **kw))
 
 

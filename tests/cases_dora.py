@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from cases import CASES, Case, w
+from cases import CASES, Case, numbers, w
 from cases_weights import sharded
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -22,7 +22,7 @@ def dora(name, params, *args, materialized=0):
 
 
 def linen(name, module, *args):
-    variables = module.init(jax.random.key(1), *args)
+    variables = numbers(jax.eval_shape(module.init, jax.random.key(1), *args))
     CASES.append(Case(f"dora_{name}", module.apply, variables, args, dora=True))
 
 

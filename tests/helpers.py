@@ -1,5 +1,6 @@
 """What several test files share: adapters, comparisons, and the equations of a program."""
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 def adapted(case: "Case", init=None, random: bool = True):
     """Attach rank 2 by the case's rules and, unless told otherwise, give B random values too."""
+    # Every law asks for the same adapter; the containers are new each time, the arrays are not.
+    return jax.tree.map(lambda x: x, _adapted(case, init, random))
+
+
+@functools.cache
+def _adapted(case: "Case", init, random: bool):
     base = base_of(case)
     layouts = jlora.layouts(case.fn, base, *case.args)
     spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora, form=case.form)
@@ -25,12 +32,12 @@ def adapted(case: "Case", init=None, random: bool = True):
     if not random:
         return params
     trainable, frozen = jlora.partition(params)
-    leaves, tree = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    leaves = [
-        jax.random.normal(k, x.shape, x.dtype) * 0.3 for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jlora.combine(tree.unflatten(leaves), frozen)
+    # NumPy's numbers: `jax.random` would compile a program for each shape.
+    rng = np.random.default_rng(8)
+    trainable = jax.tree.map(
+        lambda x: jnp.asarray((rng.normal(size=x.shape) * 0.3).astype(x.dtype)), trainable
+    )
+    return jlora.combine(trainable, frozen)
 
 
 def transform(case: "Case"):
@@ -61,7 +68,8 @@ def loss_of(case: "Case", fn):
         outs = [x for x in jax.tree.leaves(fn(params, *args)) if hasattr(x, "dtype")]
         total = jnp.zeros(())
         for k, x in enumerate(outs):
-            weight = jax.random.normal(jax.random.key(k), x.shape)
+            # NumPy's numbers are a constant of the program, and not its costliest part to compile.
+            weight = np.random.default_rng(k).normal(size=x.shape).astype(np.float32)
             total += (x.astype(jnp.float32) * weight).sum()
         return total
 
