@@ -81,7 +81,7 @@ def test_arrays_of_other_shapes_are_refused_before_they_are_made(tmp_path):
     checkpoint.save(tmp_path / "y", large)
     shutil.rmtree(tmp_path / "x" / "arrays")
     shutil.copytree(tmp_path / "y" / "arrays", tmp_path / "x" / "arrays")
-    with pytest.raises(ValueError, match=r"shapes and dtypes are not those of jlora\.json"):
+    with pytest.raises(ValueError, match=r"shapes and dtypes differ from those in jlora\.json"):
         checkpoint.restore(tmp_path / "x", base())
 
 
