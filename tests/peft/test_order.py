@@ -50,7 +50,7 @@ def test_the_order_of_a_tree_says_nothing(tmp_path):
             peft.save(tmp_path, params, names=names)
         peft.save(tmp_path, params, names=names, declared=["e.b", "e.a"])
         assert outermost(tmp_path)
-        match = says("['a', 'b'], of equal shapes", "Give `declared=")
+        match = says("['a', 'b'], with equal shapes", "Give `declared=")
         with pytest.raises(ValueError, match=match):
             peft.load(tmp_path, experts(), names=names, layouts=LAYOUTS)
         read = dict(names=names, layouts=LAYOUTS, declared=["e.b", "e.a"])

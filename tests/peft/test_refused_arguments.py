@@ -105,7 +105,7 @@ SAVES = {
         {},
         says('"k" is adapted, but `names` gives it no PyTorch name', 'Closest: "q"'),
     ),
-    "not_for_the_caller": ({"q": node()}, {"q": "m.q.weight"}, {"r": 3}, says('"r" is not for')),
+    "not_for_the_caller": ({"q": node()}, {"q": "m.q.weight"}, {"r": 3}, says('"r" cannot be set')),
     "init": (
         {"q": node()},
         {"q": "m.q.weight"},
