@@ -240,7 +240,7 @@ class Walk:
             f'materialized for primitive "{primitive}" at {line} ({why}): building W + s·A·B there '
             f"takes {size:,} bytes and {cost:,} FLOPs per call. "
             "`jlora.explain` lists all such uses. "
-            f"Ways out: {_instead(eqn)}; set the parameter's rule to "
+            f"Ways out: {_instead(eqn)}; give the parameter the rule "
             'None (or "full"); or accept it with `jlora.lora(fn, fallback="materialize")`.'
         )
         if self.settings.fallback == "error":
