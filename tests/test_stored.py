@@ -200,7 +200,7 @@ REFUSED = {
     "residual": (
         lambda: trained(init=initializers.pissa),
         ValueError,
-        r"takes A B out of the weight, but the weight is stored as `Rows`",
+        r"subtracts A B from the weight, but the weight is stored as `Rows`",
     ),
 }
 
