@@ -12,10 +12,12 @@ from jlora._arrays import FullArray as FullArray
 from jlora._arrays import LoraArray as LoraArray
 from jlora._attach import attach as attach
 from jlora._moments import Moments as Moments
+from jlora._partition import apply_updates as apply_updates
 from jlora._partition import combine as combine
 from jlora._partition import freeze as freeze
 from jlora._partition import labels as labels
 from jlora._partition import partition as partition
+from jlora._partition import value_and_grad as value_and_grad
 from jlora._report import Explanation as Explanation
 from jlora._report import explain as explain
 from jlora._report import summary as summary

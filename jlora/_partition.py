@@ -1,14 +1,49 @@
 """Trainable and frozen leaves: labels for optax, and two trees for `jax.grad`."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._base import is_stored
+
+
+def _by_part(leaf: Any, trainable: Callable[[Any], Any], frozen: Callable[[Any], Any]) -> Any:
+    """Apply one function to the parts of a leaf that train and another to those that do not."""
+    if isinstance(leaf, LoraArray):
+        kinds = forms.parts(leaf)
+        parts = {k: (frozen if kinds[k].frozen else trainable)(x) for k, x in leaf.parts.items()}
+        base, scaling = frozen(leaf.base), frozen(leaf.scaling)
+        return dataclasses.replace(leaf, base=base, scaling=scaling).with_parts(parts)
+    if isinstance(leaf, FullArray):
+        return FullArray(frozen(leaf.base), trainable(leaf.value))
+    return frozen(leaf)
+
+
+def constant(leaf: Any) -> Any:
+    """Make what does not train of one leaf a constant of differentiation.
+
+    Only a traced array can be differentiated, so anything else is returned unchanged.
+    """
+
+    def stop(x: Any) -> Any:
+        traced = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
+        return lax.stop_gradient(x) if traced else x
+
+    return _by_part(leaf, lambda x: x, stop)
+
+
+def has_adapted(tree: PyTree) -> bool:
+    """Whether a tree has a `LoraArray` or a `FullArray`."""
+    return any(map(is_adapted, jax.tree.leaves(tree, is_leaf=is_adapted)))
 
 
 def labels(params: PyTree) -> PyTree:
@@ -29,19 +64,10 @@ def labels(params: PyTree) -> PyTree:
         ('adapter', 'frozen')
     """
 
-    def label(node: PyTree) -> PyTree:
-        def fill(part: PyTree, word: str) -> PyTree:
-            return jax.tree.map(lambda _: word, part)
+    def fill(word: str) -> Callable[[Any], Any]:
+        return lambda part: jax.tree.map(lambda _: word, part)
 
-        if isinstance(node, LoraArray):
-            words = {k: "frozen" if x.frozen else "adapter" for k, x in forms.parts(node).items()}
-            filled = {name: fill(x, words[name]) for name, x in node.parts.items()}
-            base, scaling = fill(node.base, "frozen"), fill(node.scaling, "frozen")
-            return dataclasses.replace(node, base=base, scaling=scaling).with_parts(filled)
-        if isinstance(node, FullArray):
-            return FullArray(fill(node.base, "frozen"), fill(node.value, "adapter"))
-        return "frozen"
-
+    label = functools.partial(_by_part, trainable=fill("adapter"), frozen=fill("frozen"))
     return jax.tree.map(label, params, is_leaf=is_adapted)
 
 
@@ -93,28 +119,185 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
     )
 
 
-def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Wrap an optimizer so that it updates the adapter only: frozen leaves get zero updates.
+def freeze(
+    tx: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
+    """Update the adapter with `tx` and leave everything else: no state for it, zero updates.
 
-    `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`. There is
-    no optimizer state for frozen leaves. Compute gradient and update in one `jax.jit`, so that XLA
-    drops the gradients of the frozen weights, and donate the parameters to it, or the step
-    allocates a second copy of them.
+    `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`, for trees
+    of any leaves; the state is that of `tx` itself, with a `MaskedNode` at every frozen leaf.
+    (`optax.transforms.freeze` is unrelated: it zeroes the updates under a mask.)
 
-    Not to be confused with `optax.transforms.freeze(mask)`, which wraps nothing and zeroes the
-    updates of the masked leaves.
+    Put everything inside, in optax's order, with `freeze` outermost:
+
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.01))
+        tx = optax.chain(tx, optax.ema(0.99))   # of the updates
+        tx = optax.MultiSteps(tx, every_k_schedule=4)   # accumulate: clip the mean of 4 gradients
+        tx = jlora.freeze(tx)
+
+    Through `jlora.lora` the gradients of what is frozen are zero, so gradient clipping gives the
+    same numbers outside of `freeze`. Do not put outside what keeps state for its parameters
+    (`MultiSteps`, `ema`, Adam): the numbers are right, but the state is of the size of the model.
+    After `freeze`, weight decay and noise would move the frozen weights.
+
+    Compute gradient and update in one `jax.jit` and donate the parameters, so that XLA reuses
+    their buffers.
 
     Args:
         tx: an optax gradient transformation.
 
     Returns:
-        A transformation of the tree of all parameters.
+        A transformation over the complete tree of parameters, or over a detached adapter. Its
+        `update` passes extra arguments on to `tx`: trees of parameters without what is frozen, and
+        functions of the parameters (`value_fn` of a line search, `grad_fn` of SAM) so that they get
+        complete parameters.
+
+    Raises:
+        ValueError: nothing in the tree trains (on `init`).
 
     Example:
-        >>> import jax.numpy as jnp
         >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, "io")
         >>> state = freeze(optax.adam(1e-3)).init({"w": node})
         >>> sum(x.size for x in jax.tree.leaves(state)) == 2 * (6 + 8) + 1
         True
     """
-    return optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, labels)
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> Any:
+        trainable = _masked(labels(params), params)
+        if not jax.tree.leaves(trainable):
+            raise ValueError(
+                "`jlora.freeze(tx).init(params)`: nothing in `params` trains, there is no "
+                "`LoraArray` or `FullArray` in it. Attach the adapter first: `params = "
+                "jlora.attach(params, rules, key=key)`."
+            )
+        return inner.init(trainable)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        like = updates if params is None else params
+        words, frozen = labels(like), partition(like)[1]
+        now = None if params is None else _masked(words, params)
+        if params is not None:
+            extra = {name: _seen(x, words, frozen) for name, x in extra.items()}
+        found, state = inner.update(_masked(words, updates), state, now, **extra)
+        return _unmasked(found, jax.tree.map(_zero, frozen)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _masked(words: PyTree, tree: PyTree) -> PyTree:
+    """Put a `MaskedNode` at every frozen leaf: not every optax transformation takes `None`."""
+    return jax.tree.map(lambda word, x: x if word == "adapter" else optax.MaskedNode(), words, tree)
+
+
+def _unmasked(tree: PyTree, frozen: PyTree) -> PyTree:
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    return jax.tree.map(lambda t, f: f if is_masked(t) else t, tree, frozen, is_leaf=is_masked)
+
+
+def _seen(x: Any, words: PyTree, frozen: PyTree) -> Any:
+    """Return an extra argument of `update` as a transformation of the trainable leaves takes it."""
+    if has_adapted(x):
+        return _masked(words, x)
+    if not callable(x):
+        return x
+
+    @functools.wraps(x)
+    def completed(trainable: PyTree, *args: Any, **kwargs: Any) -> Any:
+        out = x(_unmasked(trainable, frozen), *args, **kwargs)
+        return _masked(words, out) if has_adapted(out) else out
+
+    return completed
+
+
+def _zero(x: Any) -> Any:
+    """Return what leaves `x` as it is when added to it; None where nothing can be added."""
+    if isinstance(x, (bool, int, float, complex)):
+        return type(x)(0)
+    numeric = hasattr(x, "dtype") and (
+        jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.bool_)
+    )
+    return jnp.zeros_like(x) if numeric else None
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """Add the updates to what trains: `optax.apply_updates` for a tree of any leaves.
+
+    Everything else is returned as it was: PRNG keys, strings and functions, to which nothing can be
+    added, and frozen weights bit for bit (`-0.0 + 0.0` is `0.0`).
+
+    Args:
+        params: a tree with `LoraArray` and `FullArray` nodes.
+        updates: of the same structure, from `jlora.freeze(tx).update`; `None` where frozen.
+
+    Returns:
+        The new parameters, of the structure and dtypes of `params`.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, "io")
+        >>> params = {"w": node, "key": jax.random.key(0)}
+        >>> updates = {"w": jax.tree.map(jnp.ones_like, node), "key": None}
+        >>> new = apply_updates(params, updates)["w"]
+        >>> float(new.lora_a[0, 0]), float(new.base[0, 0])
+        (2.0, 1.0)
+    """
+    trainable, frozen = partition(params)
+    return combine(optax.apply_updates(trainable, partition(updates)[0]), frozen)
+
+
+def value_and_grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Differentiate a loss in what trains: `jax.value_and_grad` for a tree of any leaves.
+
+    `jax.value_and_grad` refuses integer, boolean and PRNG-key leaves, strings and functions. Here
+    only what trains is differentiated, so the rest of the tree may be anything.
+
+    Args:
+        fun: returns a scalar, or `(scalar, aux)` with `has_aux`.
+        argnums: the positions of the arguments to differentiate. Of one without adapted nodes
+            every leaf is differentiated, as in JAX.
+        has_aux: whether `fun` returns `(scalar, aux)`.
+
+    Returns:
+        A function of the arguments of `fun` that returns `(fun's result, gradients)`. Gradients are
+        a tree like the argument, or a tuple of them if `argnums` is a sequence. Numeric leaves that
+        do not train have zeros, which XLA drops inside `jax.jit`; keys, strings and functions have
+        `None`, which `jlora.freeze(tx).update` and `jlora.apply_updates` take.
+
+    Example:
+        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, "io")
+        >>> params = {"w": node, "step": jnp.array(7), "key": jax.random.key(0)}
+        >>> value, grads = value_and_grad(lambda p: p["w"].lora_a.sum() * p["step"])(params)
+        >>> float(value), float(grads["w"].lora_a[0, 0]), float(grads["w"].base[0, 0])
+        (42.0, 7.0, 0.0)
+    """
+
+    @functools.wraps(fun)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        pairs = [
+            partition(x) if has_adapted(x) else (x, jax.tree.map(lambda _: None, x))
+            for x in (args[k] for k in positions)
+        ]
+
+        def of_trainable(trainables: list[PyTree]) -> Any:
+            filled = list(args)
+            for k, trainable, (_, frozen) in zip(positions, trainables, pairs, strict=True):
+                filled[k] = combine(trainable, frozen)
+            return fun(*filled, **kwargs)
+
+        value, found = jax.value_and_grad(of_trainable, has_aux=has_aux)([t for t, _ in pairs])
+        grads = tuple(
+            combine(g, jax.tree.map(_zero, frozen))
+            for g, (_, frozen) in zip(found, pairs, strict=True)
+        )
+        return value, grads[0] if isinstance(argnums, int) else grads
+
+    return run

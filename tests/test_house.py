@@ -28,7 +28,7 @@ PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
     *("arithmetic", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
-    *("summary", "explain", "tie", "untie"),
+    *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

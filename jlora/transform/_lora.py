@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from jlora import _base, forms
-from jlora._arrays import FullArray, LoraArray, is_leaf
+from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
+from jlora._partition import constant
 from jlora._paths import path_strs
 from jlora.transform._probe import waiting
 from jlora.transform._view import View
@@ -27,6 +28,7 @@ def lora(
     key: PRNGKeyArray | None = None,
     fallback: Fallback = "warn",
     dtype: DTypeLike | None = None,
+    freeze: bool = True,
 ) -> Callable[..., Any]:
     """Let a function take adapted parameters: every `x W` becomes `x W + s · (x A) B`.
 
@@ -35,6 +37,12 @@ def lora(
     composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. Of DoRA's
     weights the gain `m / ‖W + s · A B‖`, a constant to the gradient but for m, scales what comes
     out of a product, or what goes in where the outputs are contracted, as a tied head does.
+
+    What does not train is a constant of differentiation: the base, the scaling, the frozen parts of
+    a form, and every plain leaf of an argument that has a `LoraArray` or a `FullArray` anywhere in
+    it. Gradients there are zeros, which XLA drops; those of the rest equal the merged model's.
+    Arguments without such a node, positional or keyword, are differentiated as usual: pass inputs
+    that need a gradient as arguments of their own.
 
     Args:
         fn: a function of pytrees, such as a Flax `module.apply`. Arrays among its arguments are
@@ -47,6 +55,8 @@ def lora(
             the warning says where and what it costs), "error", or "materialize" (silently).
         dtype: of the narrow products; `None` is the activation's own, as in Flax layers, with
             float32 accumulation. PEFT computes them in float32 over a bfloat16 base.
+        freeze: whether what does not train is a constant of differentiation. With `False` every
+            array is differentiated, for the gradient of the base itself.
 
     Returns:
         A function of the same arguments, any of whose array leaves may be a `LoraArray` or a
@@ -83,25 +93,33 @@ def lora(
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        return call(fn, settings, key if dropout else None, args, kwargs)
+        return call(fn, settings, key if dropout else None, args, kwargs, freeze)
 
     return adapted
 
 
-def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs: Any) -> Any:
+def call(
+    fn: Callable[..., Any],
+    settings: Settings,
+    key: Any,
+    args: Any,
+    kwargs: Any,
+    freeze: bool = True,
+) -> Any:
     """Call `fn` with adapted arguments."""
     pairs, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
     names = argument_paths(pairs, (args, kwargs))
     if not any(isinstance(x, LoraArray) or _base.is_stored(x) for x in leaves):
-        args, kwargs = tree.unflatten(leaves)
+        args, kwargs = tree.unflatten(_constants(pairs, leaves) if freeze else leaves)
         return fn(*args, **kwargs)
     for name, x in zip(names, leaves, strict=True):
         if isinstance(x, LoraArray):
             forms.check(name, x, "jlora.lora")
     traced = Traced(fn, tree, [x.base if isinstance(x, LoraArray) else x for x in leaves])
+    seen = _constants(pairs, leaves) if freeze else leaves
     values = [
-        View.of(leaves[k], names[k]) if isinstance(leaves[k], LoraArray) else waiting(leaves[k])
+        View.of(seen[k], names[k]) if isinstance(seen[k], LoraArray) else waiting(seen[k])
         for k in traced.dynamic
     ]
     untouched = {
@@ -114,6 +132,15 @@ def call(fn: Callable[..., Any], settings: Settings, key: Any, args: Any, kwargs
     return traced.result(
         [(untouched.get(id(x)) or x.dense()) if isinstance(x, Weight) else x for x in outs]
     )
+
+
+def _constants(pairs: Sequence[tuple[Any, Any]], leaves: list[Any]) -> list[Any]:
+    """Make constants of differentiation of what does not train in arguments with adapted nodes."""
+    adapted = {path[:2] for path, x in pairs if is_adapted(x)}
+    return [
+        constant(x) if path[:2] in adapted and not isinstance(given, FullArray) else x
+        for (path, given), x in zip(pairs, leaves, strict=True)
+    ]
 
 
 def argument_paths(pairs: Sequence[tuple[Any, Any]], arguments: tuple[Any, Any]) -> list[str]:
