@@ -19,6 +19,13 @@ FORMS = list({c.form: c for c in CASES if c.form not in (None, "lora")}.values()
 EACH = [*(BY_NAME[name] for name in SOME), *FORMS]
 
 
+@pytest.fixture
+def standard_promotion():
+    """Optax's Adam raises a float to the power of an integer step count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def zero(tree):
     """Whether every gradient is exactly zero; an integer has none."""
     leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
@@ -136,6 +143,7 @@ def test_clipping_inside_and_outside_of_freeze_is_one_program():
     assert flops(outside, loss, params, x) > 1.1 * costs[0], "the count shows nothing"
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("form", ["lora", "lora_fa"])
 def test_a_detached_adapter_keeps_its_alpha_and_what_its_form_freezes(form):
     """Bare, under an optimizer without decay; with decay, under `freeze`."""
@@ -157,7 +165,7 @@ def test_a_detached_adapter_keeps_its_alpha_and_what_its_form_freezes(form):
 
 
 def test_freeze_of_a_tree_in_which_nothing_trains_says_attach():
-    with pytest.raises(ValueError, match="nothing in `params` trains.*jlora.attach"):
+    with pytest.raises(ValueError, match=r"nothing in `params` trains.*jlora.attach"):
         jlora.freeze(optax.sgd(0.1)).init({"w": jnp.ones((2, 3))})
 
 
@@ -178,6 +186,7 @@ def any_tree():
     return tree, lambda p, x: (apply(p, x) ** 2).mean()
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("strange", [{}, {"name": "q", "activation": jnp.tanh}])
 def test_value_and_grad_trains_a_tree_of_any_leaves(strange):
     params, loss = any_tree()
@@ -192,7 +201,9 @@ def test_value_and_grad_trains_a_tree_of_any_leaves(strange):
     new = jlora.apply_updates(params, updates)
     assert bits(new["minus"]) == bits(params["minus"]) and new["key"] is params["key"]
     assert all(new[name] is params[name] for name in strange) and new["rank"] == 8
-    assert jnp.allclose(new["w"].lora_b, params["w"].lora_b - 0.1, atol=1e-5)
+    moved = grads["w"].lora_b != 0  # a masked output's gradient is zero
+    want = params["w"].lora_b - 0.1 * moved
+    assert jnp.any(moved) and jnp.allclose(new["w"].lora_b, want, atol=1e-5)
     if not strange:  # optax adds to numbers
         numbers, added = ({**tree, "key": None} for tree in (params, updates))
         other = optax.apply_updates(numbers, added)
@@ -208,5 +219,5 @@ def test_value_and_grad_is_jaxs_for_what_trains():
     )(params, x)
     assert aux == 4 and jnp.allclose(got, want)
     assert jax.tree.structure(mine) == jax.tree.structure(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), mine, grads)
-    np.testing.assert_allclose(dx, jax.grad(loss, 1)(params, x), rtol=1e-5, atol=1e-7)
+    close(mine, grads)
+    close(dx, jax.grad(loss, 1)(params, x))

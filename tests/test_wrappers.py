@@ -1,4 +1,4 @@
-"""Each wrapper of optax inside and outside of `freeze`: the trajectory of training the adapter alone."""
+"""Each wrapper of optax inside and outside of `freeze` trains the adapter as if it were alone."""
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,6 @@ def program():
     apply = jlora.lora(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"] + p["bias"])
     x = jax.random.normal(keys[3], (5, 6))
     return params, lambda p: jnp.square(apply(p, x)).mean()
-
-
-def sophia(**options):
-    return optax.contrib.sophia(0.01, update_interval=2, seed=0, **options)
 
 
 def extras(name, loss, params, grads):
@@ -73,7 +69,7 @@ INSIDE = {
     "muon": optax.contrib.muon(0.05),
     "lbfgs": optax.lbfgs(),
     "linesearch": chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
-    "sophia": sophia(),
+    "sophia": optax.contrib.sophia(0.01),
     "sam": optax.contrib.sam(
         optax.sgd(0.05), chain(optax.contrib.normalize(), optax.sgd(0.02)), opaque_mode=True
     ),
@@ -81,9 +77,6 @@ INSIDE = {
     "lamb": optax.lamb(0.05),
     "decay": chain(optax.add_decayed_weights(0.1), optax.sgd(0.05)),
 }
-if hasattr(optax.contrib, "galore"):
-    INSIDE["galore"] = optax.contrib.galore(0.05, rank=1)
-
 FROZEN = jlora.freeze(ADAM)
 # Each wrapper outside, and what it is the same as.
 OUTSIDE = {
@@ -122,7 +115,7 @@ def same(got, want, before):
     frozen = [jlora.partition(t)[1] for t in (got, before)]
     # An interpolation, (1 - c) z + c z, rounds; nothing else may touch what is frozen.
     for a, b in zip(*map(jax.tree.leaves, frozen), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-7)
+        np.testing.assert_allclose(a, b, rtol=1e-6)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (got, before)), strict=True))
 
 
@@ -158,6 +151,15 @@ def test_lookahead_synchronizes_the_trainable_tree():
         updates, state = frozen_tx.update(jax.grad(loss)(whole.fast), state, whole)
         whole = optax.apply_updates(whole, updates)
     same(whole.slow, jlora.combine(pair.slow, frozen), params)
+
+
+def test_galore_takes_no_tree_with_holes():
+    """Optax's own limit, for every subtree without a leaf: `None` has no dtype."""
+    params, _ = program()
+    galore = optax.contrib.galore(0.05, rank=1)
+    for tx, tree in ((jlora.freeze(galore), params), (galore, jlora.partition(params)[0])):
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'dtype'"):
+            tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
 
 
 def test_the_state_is_that_of_training_the_adapter_alone():
