@@ -26,6 +26,9 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
     For a `residual` node this returns the residual; the original weights are the ones passed to
     `attach`.
 
+    The adapter has leaves that do not train, such as `scaling`. Their gradients are zero, but weight
+    decay moves them: train it with `jlora.freeze(tx)`.
+
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
 
