@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jlora import forms
+from jlora import _compat, forms
 from jlora._arrays import Adapted, FullArray, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
 from jlora._paths import describe, leaves_with_paths, map_with_paths
@@ -26,8 +26,8 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
     For a `residual` node this returns the residual; the original weights are the ones passed to
     `attach`.
 
-    The adapter has leaves that do not train, such as `scaling`. Their gradients are zero, but weight
-    decay moves them: train it with `jlora.freeze(tx)`.
+    The adapter has frozen leaves, such as `scaling`. Their gradients are zero, but weight decay
+    would move them: train it with `jlora.freeze(tx)`.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes.
@@ -138,7 +138,7 @@ def merge(params: PyTree) -> PyTree:
             return built(node)
         summed = forms.weight(node)
         merged = _rounded(summed, node.dtype)
-        if jnp.finfo(node.dtype).bits < 32 and not isinstance(merged, jax.core.Tracer):
+        if jnp.finfo(node.dtype).bits < 32 and not _compat.is_traced(merged):
             lost[path] = _lost_share(built(node.base), summed, merged)
         return merged
 

@@ -65,6 +65,11 @@ def source_line(eqn: JaxprEqn) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
+def is_traced(x: object) -> bool:
+    """Whether a value is being traced, so that it cannot be read, but may be differentiated."""
+    return isinstance(x, jax.core.Tracer)
+
+
 def varying_axes(x: PyTree) -> list[str]:
     """Return the mesh axes along which an array is known to vary inside a shard_map."""
     if not isinstance(x, jax.Array):  # a stored weight, which is built before a shard_map

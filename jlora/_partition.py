@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import PyTree
 
-from jlora import forms
+from jlora import _compat, forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._base import is_stored
 
@@ -35,7 +35,7 @@ def constant(leaf: Any) -> Any:
     """
 
     def stop(x: Any) -> Any:
-        traced = isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
+        traced = _compat.is_traced(x) and jnp.issubdtype(x.dtype, jnp.inexact)
         return lax.stop_gradient(x) if traced else x
 
     return _by_part(leaf, lambda x: x, stop)
@@ -122,11 +122,12 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
 def freeze(
     tx: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    """Update the adapter with `tx` and leave everything else: no state for it, zero updates.
+    """Wrap an optimizer so that it updates the adapter only: frozen leaves get zero updates.
 
     `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`, for trees
     of any leaves; the state is that of `tx` itself, with a `MaskedNode` at every frozen leaf.
-    (`optax.transforms.freeze` is unrelated: it zeroes the updates under a mask.)
+    There is no state for frozen leaves. Not to be confused with `optax.transforms.freeze(mask)`,
+    which wraps nothing and zeroes the updates of the masked leaves.
 
     Put everything inside, in optax's order, with `freeze` outermost:
 
@@ -135,10 +136,10 @@ def freeze(
         tx = optax.MultiSteps(tx, every_k_schedule=4)   # accumulate: clip the mean of 4 gradients
         tx = jlora.freeze(tx)
 
-    Through `jlora.lora` the gradients of what is frozen are zero, so gradient clipping gives the
-    same numbers outside of `freeze`. Do not put outside what keeps state for its parameters
-    (`MultiSteps`, `ema`, Adam): the numbers are right, but the state is of the size of the model.
-    After `freeze`, weight decay and noise would move the frozen weights.
+    Through `jlora.lora` the gradients of frozen leaves are zero, so gradient clipping gives the
+    same numbers outside of `freeze`. Transformations that keep state for each parameter
+    (`MultiSteps`, `ema`, Adam) give the same numbers outside as well, but their state then has the
+    size of the model. Weight decay or noise applied after `freeze` would move the frozen weights.
 
     Compute gradient and update in one `jax.jit` and donate the parameters, so that XLA reuses
     their buffers.

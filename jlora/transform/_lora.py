@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora import _base, forms
 from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
@@ -34,33 +35,33 @@ def lora(
 
     `lora(fn)(params, x) == fn(jlora.merge(params), x)`, and `W + s · A B` is never built. The
     function, any JAX function of pytrees, is traced; outside a `jax.jit`, at every call. The result
-    composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. Of DoRA's
-    weights the gain `m / ‖W + s · A B‖`, a constant to the gradient but for m, scales what comes
-    out of a product, or what goes in where the outputs are contracted, as a tied head does.
+    composes with `jax.jit`, `jax.grad`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. For DoRA,
+    the gain `m / ‖W + s · A B‖`, differentiated in m only, scales the result of a product, or its
+    input if the outputs are contracted, as in a tied head.
 
-    What does not train is a constant of differentiation: the base, the scaling, the frozen parts of
-    a form, and every plain leaf of an argument that has a `LoraArray` or a `FullArray` anywhere in
-    it. Gradients there are zeros, which XLA drops; those of the rest equal the merged model's.
+    Frozen leaves are constants of differentiation: the base, the scaling, the frozen parts of a
+    form, and every other leaf of an argument that contains a `LoraArray` or a `FullArray`. Their
+    gradients are zeros, which XLA drops; trainable leaves have the merged model's gradients.
     Arguments without such a node, positional or keyword, are differentiated as usual: pass inputs
-    that need a gradient as arguments of their own.
+    that need a gradient as separate arguments.
 
     Args:
         fn: a function of pytrees, such as a Flax `module.apply`. Arrays among its arguments are
-            traced; other leaves (bools, ints, floats, strings, callables) stay what they are.
+            traced; other leaves (bools, ints, floats, strings, callables) are passed unchanged.
         dropout: the rate at which elements of the adapter's input are dropped while training. An
-            embedding lookup has no input to drop. What DoRA's gain changes of `x W` sees the
-            dropped input too, which costs one more product. PEFT's `lora_dropout`.
+            embedding lookup has no input to drop. For DoRA, the change that the gain makes to `x W`
+            uses the dropped input too, which costs one more product. PEFT's `lora_dropout`.
         key: a PRNG key for dropout; each use of a weight, at each step of a loop, draws its own.
-        fallback: what happens where an operation needs a weight whole: "warn" (it is built, and
-            the warning says where and what it costs), "error", or "materialize" (silently).
-        dtype: of the narrow products; `None` is the activation's own, as in Flax layers, with
+        fallback: what to do if an operation requires the materialized weight: "warn" (build it
+            and report where, and the cost), "error", or "materialize" (build it silently).
+        dtype: of the narrow products; `None` is the activation's dtype, as in Flax layers, with
             float32 accumulation. PEFT computes them in float32 over a bfloat16 base.
-        freeze: whether what does not train is a constant of differentiation. With `False` every
-            array is differentiated, for the gradient of the base itself.
+        freeze: whether frozen leaves are constants of differentiation. With `False` every array is
+            differentiated, for the gradient of the base itself.
 
     Returns:
-        A function of the same arguments, any of whose array leaves may be a `LoraArray` or a
-        `FullArray`. A node that `fn` hands back untouched comes back as that node.
+        A function of the same arguments, any of whose array leaves may be a `LoraArray`, a
+        `FullArray` or a stored weight. A node that `fn` returns unchanged is returned as that node.
 
     Raises:
         ValueError: a rate outside [0, 1), dropout without a key, an unknown fallback; when called,
@@ -134,12 +135,12 @@ def call(
     )
 
 
-def _constants(pairs: Sequence[tuple[Any, Any]], leaves: list[Any]) -> list[Any]:
-    """Make constants of differentiation of what does not train in arguments with adapted nodes."""
+def _constants(pairs: Sequence[tuple[KeyPath, PyTree]], leaves: list[PyTree]) -> list[PyTree]:
+    """Make frozen leaves of arguments with adapted nodes constants of differentiation."""
     adapted = {path[:2] for path, x in pairs if is_adapted(x)}
     return [
-        constant(x) if path[:2] in adapted and not isinstance(given, FullArray) else x
-        for (path, given), x in zip(pairs, leaves, strict=True)
+        constant(x) if path[:2] in adapted and not isinstance(node, FullArray) else x
+        for (path, node), x in zip(pairs, leaves, strict=True)
     ]
 
 
