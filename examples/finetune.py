@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,10 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
             raise ValueError(f"`--adapter {args.adapter}`: {error}") from error
     try:
         spec = jlora.LoraSpec(rank=args.rank, alpha=args.alpha)
-        return jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
+            return jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
+    except (ValueError, UserWarning) as error:
         raise ValueError(f"`--rank {args.rank} --alpha {args.alpha}`: {error}") from error
 
 

@@ -155,7 +155,7 @@ def test_a_convolution_with_groups(tmp_path, compare):
     """PEFT's update is none of the grouped kernel; test_peft_groups has it on the whole one."""
     twin = grouped(2)
     model = adapt(twin)
-    with pytest.raises(ValueError, match=r"has 2 groups.*sees the 4 channels.*has 2\. Write the"):
+    with pytest.raises(ValueError, match=r"has 2 groups.*reads the 4 channels.*has 2\. Write the"):
         through_files(twin, model, tmp_path)
     with pytest.raises(NotImplementedError):
         quiet(model.merge_and_unload)
