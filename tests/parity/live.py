@@ -73,8 +73,9 @@ def save(folder: Path, params: Any, twin: Twin, **config: Any) -> dict[str, torc
     return tensors(folder)
 
 
-def load(folder: Path, base: Any, twin: Twin) -> Any:
-    return jlora.peft.load(folder, base, names=twin.names, layouts=twin.layouts, kinds=twin.kinds)
+def load(folder: Path, base: Any, twin: Twin, **more: Any) -> Any:
+    known = {"names": twin.names, "layouts": twin.layouts, "kinds": twin.kinds}
+    return jlora.peft.load(folder, base, **known, **more)
 
 
 def hold(twin: Twin, model: Any, folder: Path, compare: Any, **config: Any) -> None:

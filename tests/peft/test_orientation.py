@@ -54,7 +54,7 @@ def test_a_kernel_says_its_side(tmp_path, path):
 
 def test_a_weight_of_other_sides_says_layouts(tmp_path):
     lora(tmp_path, drawn(2, 8), drawn(6, 2))
-    with pytest.raises(ValueError, match=says("another shape", "give `layouts=jlora.layouts(fn,")):
+    with pytest.raises(ValueError, match=says("another shape", "`layouts=jlora.layouts(fn,")):
         read(tmp_path, "q/weight", drawn(6, 8))
     assert read(tmp_path, "q/weight", drawn(8, 6)).shape == (8, 6)
 
@@ -149,7 +149,7 @@ def test_saving_a_whole_parameter_asks_too(tmp_path, name, kind):
 def test_attach_asks_for_a_weight(shape):
     """Equinox's and PyTorch's name: A would be on the side of the outputs."""
     params = {"q": {"weight": jnp.ones(shape)}}
-    match = says("which axes of", '"q/weight"', "Equinox and PyTorch store", "Give `layouts=")
+    match = says("which axes of", '"q/weight"', "Equinox and PyTorch store", "Pass `layouts=")
     with pytest.raises(ValueError, match=match):
         jlora.attach(params, {".*": LoraSpec(2)}, key=KEY)
     layout = "oi" + "i" * (len(shape) - 2)
