@@ -208,6 +208,9 @@ def test_no_dense_update_in_the_traced_program():
     for name in ("the derivative", "clipped"):
         fn = jlora.lora(straight_through(RULES[name]), fallback="error")
         made = [
-            v.aval.shape for e in equations(jax.make_jaxpr(fn)(tree(), X).jaxpr) for v in e.outvars
+            v.aval.shape
+            for e in equations(jax.make_jaxpr(fn)(tree(), X).jaxpr)
+            for v in e.outvars
+            if e.primitive.name != "stop_gradient"  # of W itself, which compiles to nothing
         ]
         assert (IN, OUT) not in made

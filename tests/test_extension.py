@@ -95,7 +95,7 @@ def test_the_law(matmul, fn):
             (e.primitive.name, v.aval.shape)
             for e in equations(jax.make_jaxpr(fn)(tree, X))
             for v in e.outvars
-            if v.aval.shape in ((5, 7), (3, 2))
+            if v.aval.shape in ((5, 7), (3, 2)) and e.primitive.name != "stop_gradient"
         )
 
     # A kernel reads the base, with a rule and without.

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora._base import Deferred
 from jlora.transform._probe import Probe
 from jlora.transform._view import View
 from jlora.transform._weight import AnyBase, Names, Operand, Weight, all_names
@@ -59,7 +58,7 @@ def of_one_rank(operands: Sequence[Any], among: Sequence[Any] = ()) -> list[View
         max((x.factors[k].dtype for x in views), key=lambda d: jnp.finfo(d).bits) for k in (0, 1)
     ]
 
-    def factor(x: Operand | Deferred, k: int) -> Array:
+    def factor(x: AnyBase | Weight, k: int) -> Array:
         if not isinstance(x, View):  # an array's update is zero
             return jnp.zeros((*(x.shape[n] for n in like.axes(k)), rank), wide[k])
         f = x.factors[k]

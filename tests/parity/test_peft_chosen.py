@@ -91,7 +91,7 @@ def test_all_linear_is_no_embedding_no_convolution_and_no_router():
         warnings.simplefilter("error")  # with `kinds` there is nothing to say
         found = jlora.peft.rules(entries, MIXED, names=names, kinds=KINDS)
     assert {path.partition("/")[0] for path in found} == theirs == {"q_proj", "gated"}
-    with pytest.warns(UserWarning, match="these paths do not tell") as said:
+    with pytest.warns(UserWarning, match="which paths do not tell") as said:
         assert jlora.peft.rules(entries, MIXED, names=names) == found
     for path, kind in KINDS.items():
         assert f'"{path}" is "{kind}"' in str(said[0].message)
