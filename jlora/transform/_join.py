@@ -4,9 +4,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora._base import Deferred
 from jlora.transform._probe import Probe
 from jlora.transform._view import View
 from jlora.transform._weight import AnyBase, Names, Operand, Weight, all_names
@@ -58,7 +60,7 @@ def of_one_rank(operands: Sequence[Any], among: Sequence[Any] = ()) -> list[View
         max((x.factors[k].dtype for x in views), key=lambda d: jnp.finfo(d).bits) for k in (0, 1)
     ]
 
-    def factor(x: AnyBase | Weight, k: int) -> Array:
+    def factor(x: Operand | Deferred | jax.ShapeDtypeStruct, k: int) -> Array:
         if not isinstance(x, View):  # an array's update is zero
             return jnp.zeros((*(x.shape[n] for n in like.axes(k)), rank), wide[k])
         f = x.factors[k]
