@@ -12,7 +12,7 @@ import pytest
 
 
 def apply_of(config: llama.Config) -> Any:
-    return lambda params, *args: llama.Llama(config).apply({"params": params}, *args)
+    return jax.jit(lambda params, *args: llama.Llama(config).apply({"params": params}, *args))
 
 
 def tokens_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -67,11 +67,12 @@ def test_a_cache_filled_in_pieces_equals_one_pass(tiny: Any) -> None:
 
 
 def greedy(apply: Any, params: Any, prompt: list[int], steps: int) -> list[int]:
-    """Generation without a cache: the whole text anew for each token."""
-    ids = [*prompt]
-    for _ in range(steps):
-        ids.append(int(apply(params, np.array([ids], np.int32))[0, -1].argmax()))
-    return ids[len(prompt) :]
+    """Generation without a cache: the whole text anew for each token, padded to one length."""
+    ids, start = np.zeros(16, np.int32), len(prompt)
+    ids[:start] = prompt
+    for end in range(start, start + steps):
+        ids[end] = apply(params, ids[None])[0, end - 1].argmax()
+    return ids[start : start + steps].tolist()
 
 
 @pytest.mark.parametrize("left", [True, False])
