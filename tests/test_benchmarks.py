@@ -1,5 +1,6 @@
 """The benchmarks: what they compute is right; each runs, at tiny sizes and without its peers."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -213,6 +214,7 @@ def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
 def test_tracing_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracing, "LAYERS", 1)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests keep theirs
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # a second each, of all that they have made
     monkeypatch.setattr(sys, "argv", ["tracing", "--rounds", "1", "--json", str(tmp_path / "t")])
     tracing.main()
     found = json.loads((tmp_path / "t").read_text())["programs"]

@@ -1,6 +1,7 @@
 """DESIGN's laws over the table of cases: `lora(f)(p, x) == f(merge(p), x)`, and what follows."""
 
 import dataclasses
+import functools
 import warnings
 
 import cases_weights
@@ -54,7 +55,18 @@ def plain(case):
 @models
 def test_identity_at_init(case):
     params = adapted(case, random=False)
-    close(transform(case)(params, *case.args), case.fn(plain(case), *case.args))
+    got, want = (
+        jax.jit(transform(case))(params, *case.args),
+        jax.jit(case.fn)(plain(case), *case.args),
+    )
+    close(got, want)
+
+
+@functools.cache
+def merged_and_base(case):
+    """Return the outputs of the merged model and of the base."""
+    fn = jax.jit(case.fn)
+    return fn(jlora.merge(adapted(case)), *case.args), fn(plain(case), *case.args)
 
 
 @every
@@ -62,8 +74,7 @@ def test_identity_at_init(case):
 def test_transform_is_merge(case, mode):
     params = adapted(case)
     fn = transform(case) if mode == "eager" else jax.jit(transform(case))
-    want = case.fn(jlora.merge(params), *case.args)
-    base = case.fn(plain(case), *case.args)
+    want, base = merged_and_base(case)
     differs = [
         bool(jnp.any(a != b))
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(base), strict=True)

@@ -122,14 +122,14 @@ def compare(layers: int | None, theta: float) -> None:
 
 
 def test_logits_as_tunix_is() -> None:
-    compare(layers=4, theta=TUNIX_THETA)
+    compare(layers=2, theta=TUNIX_THETA)
 
 
-@pytest.mark.slow
-def test_logits_of_smollm2_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer, and SmolLM2's own frequencies."""
+@pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.nightly)])
+def test_logits_of_smollm2_itself(layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With SmolLM2's own frequencies; every layer under the marker `nightly`."""
     own = weights.load(None, layers=1)[0].rope_theta
     assert own != TUNIX_THETA
     turn = functools.partial(llama3.apply_rope, rope_theta=own)
     monkeypatch.setattr(llama3, "apply_rope", turn)
-    compare(layers=None, theta=own)
+    compare(layers, theta=own)
