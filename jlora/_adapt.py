@@ -64,7 +64,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         The adapted parameters. No array is copied.
 
     Raises:
-        ValueError: the two trees have different paths.
+        ValueError: the two trees have different paths, or a weight in `base` is adapted already.
 
     Example:
         >>> import jax.numpy as jnp
@@ -73,7 +73,16 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         >>> bind(*detach(params))["w"].lora_a is params["w"].lora_a
         True
     """
-    _same_paths(base, adapter, "jlora.bind(base, adapter)")
+    call = "jlora.bind(base, adapter)"
+    _same_paths(base, adapter, call)
+    adapted = {path for path, x in leaves_with_paths(adapter, is_leaf) if is_adapted(x)}
+    for path, leaf in leaves_with_paths(base, is_leaf):
+        if path in adapted and is_adapted(leaf):
+            raise ValueError(
+                f"`{call}`: {describe(path, leaf)} is adapted already in `base`, and a weight has "
+                "one adapter. Take the plain weights first, `base, _ = jlora.detach(params)`, or "
+                "those with the first adapter added, `base = jlora.merge(params)`."
+            )
 
     def put(weight: PyTree, node: PyTree) -> PyTree:
         return dataclasses.replace(node, base=weight) if is_adapted(node) else weight

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jlora import _serialization
 from jlora._base import is_stored
 
 # What one axis has: its size, its letter in an einsum, its entry in a `PartitionSpec`.
@@ -83,6 +84,9 @@ class LoraArray:
 
     __jax_array__ = __array__ = _not_an_array
 
+    def __post_init__(self) -> None:
+        _serialization.register_with_flax()
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The base weight's shape."""
@@ -140,6 +144,9 @@ class FullArray:
 
     __jax_array__ = __array__ = _not_an_array
 
+    def __post_init__(self) -> None:
+        _serialization.register_with_flax()
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape."""
@@ -150,6 +157,10 @@ class FullArray:
         """The parameter's dtype."""
         return self.value.dtype
 
+
+_serialization.register(LoraArray, ("layout", "slices", "residual", "form"))
+_serialization.register(FullArray)
+_serialization.register(Tied, ("owner",))
 
 Adapted = LoraArray | FullArray
 

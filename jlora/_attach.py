@@ -133,7 +133,7 @@ def _node(path: str, key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: 
         residual=bool(rest),
         form=spec.form,
     )
-    return forms.begun(node, spec.dora, spec.dtype)
+    return forms.begun(node, spec.dora, jnp.dtype(spec.dtype))
 
 
 def _plan(
@@ -145,6 +145,12 @@ def _plan(
         raise ValueError(
             f"`{call}`: {describe(path, leaf)} is already adapted. Start from the plain weights, "
             "`base, adapter = jlora.detach(params)`, or map its path to None."
+        )
+    if hasattr(leaf, "__jax_array__") and not (isinstance(leaf, jax.Array) or is_stored(leaf)):
+        raise TypeError(
+            f"`{call}`: {describe(path, leaf)} is a variable of type `{type(leaf).__name__}`, not "
+            "an array. Pass the values of a Keras model, `[v.value for v in "
+            "model.trainable_variables]`, as `model.stateless_call` takes them."
         )
     if not isinstance(rule, LoraSpec):  # "full"
         if is_stored(leaf):
@@ -217,7 +223,7 @@ def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str
             f"of {describe(path, leaves[path])} with layout {layout!r}"
         )
         init = spec.init or forms.named(spec.form).init
-        init = functools.partial(init, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
+        init = functools.partial(init, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
         made = jax.eval_shape(init, key, jax.ShapeDtypeStruct(sides, leaves[path].dtype))
         if made[0].shape[-1:] != (spec.rank,) or made[1].shape[:1] != (spec.rank,):
             raise ValueError(
@@ -240,7 +246,7 @@ def _factors(
     """
     geometry = Geometry.of(weight.shape, layout)
     chosen = spec.init or forms.named(spec.form).init
-    init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=spec.dtype)
+    init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
     matrices, keys = geometry.to_matrix(built(weight)), key
     if geometry.stack:
         keys = jax.random.split(key, geometry.stack)

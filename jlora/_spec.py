@@ -29,7 +29,7 @@ class LoraSpec:
             or `(A, B, residual)` if A B is part of the weight. `None` is the form's default.
         layout: which axes are input (`i`) and which output (`o`), e.g. "io"; see `attach`.
         dtype: the dtype of A, B and m, a floating type; float32 by default, also for a bfloat16
-            base.
+            base. It is stored by name, so equal specs compare and hash equal.
         slices: `(start, stop)` ranges of the first output dimension, each with its own update;
             outputs outside the ranges have none. For the query and value of a fused kernel of width
             3 · 768: `slices=((0, 768), (1536, 2304))`. loralib's `MergedLinear(enable_lora=...)`.
@@ -47,6 +47,9 @@ class LoraSpec:
             "adalora": A, B and r singular values, initially zero, in `W + s · A Λ B` (`adalora`).
             `jlora.optim.adalora` prunes the singular values.
             "mica": A, with a frozen B (`mica`).
+
+    A spec is JSON, as long as `init` is `None` (a function has no JSON): write
+    `json.dumps(dataclasses.asdict(spec))`, and read it with `LoraSpec(**json.loads(text))`.
 
     Raises:
         ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout with letters
@@ -71,8 +74,8 @@ class LoraSpec:
     scaling: Literal["lora", "rslora"] = "lora"
     init: forms.Initializer | None = None
     layout: str | None = None
-    dtype: DTypeLike = jnp.float32
-    slices: Slices = None
+    dtype: DTypeLike = "float32"
+    slices: Any = None  # pairs; lists, as JSON has them, become tuples
     dora: bool = False
     form: str = "lora"
 
@@ -118,6 +121,7 @@ class LoraSpec:
                 f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "
                 "dtype must be floating; omit it for float32."
             )
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     @property
     def s(self) -> float:
@@ -215,7 +219,7 @@ def _first_match(compiled: Mapping[str, re.Pattern[str]]) -> Callable[[str], str
 
 def _compile(key: str, call: str) -> re.Pattern[str]:
     try:
-        return re.compile(key)
+        return re.compile(key, re.DOTALL)  # "." matches every character that a key may have
     except re.error as error:
         raise ValueError(
             f'`{call}`: the rule "{key}" is not a regular expression: {error}. '

@@ -62,7 +62,7 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
         forms.check(path, node, call)
     moved = dict(nodes)
     for pattern, parts in groups.items():
-        found = [path for path in nodes if re.fullmatch(pattern, path)]
+        found = [path for path in nodes if re.fullmatch(pattern, path, re.DOTALL)]
         if not found:
             raise ValueError(
                 f'`{call}`: "{pattern}" matches no adapted weight. Patterns are regular '

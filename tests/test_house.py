@@ -16,14 +16,16 @@ from jlora import arithmetic, checkpoint, forms, initializers, optim, peft, tran
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat", "_disk"},
-    {"_base", "_arrays", "_moments"},
+    {"_base", "_arrays", "_moments", "_serialization"},
     {"forms"},
     {"_spec", "_partition", "_tie", "initializers"},
     {"_adapt", "_attach", "_report", "arithmetic", "optim", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
 ]
-OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
+OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"} | {
+    "flax"  # known to `_serialization` and others by `sys.modules`
+}
 PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
     *("arithmetic", "optim", "forms", "Moments", "capture"),

@@ -17,6 +17,8 @@ import pytest
 from holds import holds
 from keras import layers
 
+import jlora
+
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
@@ -98,3 +100,22 @@ def test_transformer() -> None:
     """In float64: in float32 the gradients of query and key here are half rounding."""
     tokens = jnp.array([[1, 5, 22, 7, 7], [0, 3, 3, 9, 11]])
     model(transformer(), tokens, others={".*bias": "a bias of two dimensions, which is added"})
+
+
+def test_the_lists_of_a_stateless_call() -> None:
+    """Trainable values as a list, whose paths are numbers; what a step changes is returned."""
+    net = sequential((11,), layers.Dense(13), layers.BatchNormalization(), layers.Dense(5))
+    values = [v.value for v in net.trainable_variables]
+    state = [v.value for v in net.non_trainable_variables]
+    rules = {"0|4": jlora.LoraSpec(2)}
+    params = jlora.attach(values, rules, key=jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    run = jlora.lora(net.stateless_call, fallback="error")
+    got = run(params, state, x(4, 11), training=True)
+    want = net.stateless_call(jlora.merge(params), state, x(4, 11), training=True)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(got[1][0], state[0]), "no statistic moved"
+    for rule in ("full", jlora.LoraSpec(2)):
+        with pytest.raises(TypeError, match=r'"0" .* is a variable .*\[v.value for v in'):
+            jlora.attach(net.trainable_variables, {"0": rule}, key=jax.random.key(0))
