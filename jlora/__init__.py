@@ -21,6 +21,7 @@ from jlora._partition import value_and_grad as value_and_grad
 from jlora._report import Explanation as Explanation
 from jlora._report import explain as explain
 from jlora._report import summary as summary
+from jlora._sharding import specs as specs
 from jlora._spec import LoraSpec as LoraSpec
 from jlora._tie import tie as tie
 from jlora._tie import untie as untie

@@ -13,11 +13,13 @@ from jaxtyping import Array, PyTree
 from jlora import _compat, forms
 from jlora._arrays import Adapted, FullArray, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
-from jlora._paths import describe, leaves_with_paths, map_with_paths
+from jlora._boxes import inside, is_box, leaves_with_paths, map_with_paths, with_base
+from jlora._nnx import Opened
+from jlora._paths import describe
 
 
 def _map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: x is None or is_leaf(x))
+    return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: x is None or is_box(x) or is_leaf(x))
 
 
 def detach(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -44,9 +46,9 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
         >>> base["w"].shape, adapter["w"].base is None
         ((4, 6), True)
     """
+    params = inside(params)
     base = _map(lambda x: x.base if is_adapted(x) else x, params)
-    adapter = _map(_without_base, params)
-    return base, adapter
+    return base, _map(_without_base, params)
 
 
 def _without_base(node: object) -> Adapted | None:
@@ -85,9 +87,9 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
             )
 
     def put(weight: PyTree, node: PyTree) -> PyTree:
-        return dataclasses.replace(node, base=weight) if is_adapted(node) else weight
+        return with_base(node, weight) if is_adapted(node) else weight
 
-    return _map(put, base, adapter)
+    return _map(put, base, inside(adapter))
 
 
 def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
@@ -137,6 +139,8 @@ def merge(params: PyTree) -> PyTree:
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
     rounds the delta and the sum separately under `safe_merge`.
     """
+    opened = Opened(params)
+    params = opened.tree
     _check_nodes(params, "jlora.merge")
     lost: dict[str, Array] = {}
 
@@ -153,7 +157,7 @@ def merge(params: PyTree) -> PyTree:
 
     tree = map_with_paths(merged_leaf, params, is_leaf)
     _warn_of_loss(params, lost)
-    return tree
+    return opened.closed(tree)
 
 
 def _rounded(x: Array, dtype: DTypeLike) -> Array:
@@ -232,7 +236,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
                 f'`{call}`: `params` lacks the original of "{path}", which {why}. '
                 "Pass the adapted parameters, `jlora.bind(base, adapter)`."
             )
-    adapter = _map(_without_base, params)
+    adapter = detach(params)[1]
     _check_nodes(bind(merged, adapter), "jlora.unmerge")
 
     def base(weight: PyTree, node: PyTree) -> PyTree:
@@ -242,4 +246,5 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
             return weight
         return _rounded(forms.base_of(weight, node), weight.dtype)
 
-    return bind(_map(base, merged, params), adapter)
+    nodes = dict(leaves_with_paths(params, is_leaf))
+    return bind(map_with_paths(lambda path, x: base(x, nodes[path]), merged, is_leaf), adapter)

@@ -15,7 +15,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
-from jlora._paths import describe, is_doubtful, leaves_with_paths, map_with_paths, near_misses
+from jlora._boxes import leaves_with_paths, map_with_paths
+from jlora._nnx import Opened
+from jlora._paths import describe, is_doubtful, near_misses
 from jlora._spec import LoraSpec, check_layout, resolve
 
 _DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
@@ -68,8 +70,8 @@ def attach(
 
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4. PEFT's `get_peft_model`.
     """
-    layouts = layouts or {}
-    leaves = leaves_with_paths(params, is_leaf)
+    layouts, opened = layouts or {}, Opened(params)
+    leaves = leaves_with_paths(opened.tree, is_leaf)
     paths = [path for path, _ in leaves]
     twice = [path for path, count in collections.Counter(paths).items() if count > 1]
     if twice:
@@ -102,7 +104,7 @@ def attach(
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return _node(path, leaf_key, leaf, *planned)
 
-    return map_with_paths(replace, params, is_leaf)
+    return opened.closed(map_with_paths(replace, opened.tree, is_leaf))
 
 
 def _node(path: str, key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str) -> LoraArray:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from jlora import _compat, forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._base import is_stored
+from jlora._nnx import renewed
 
 
 def _by_part(leaf: Any, trainable: Callable[[Any], Any], frozen: Callable[[Any], Any]) -> Any:
@@ -184,7 +185,9 @@ def freeze(
         now = None if params is None else _masked(words, params)
         if params is not None:
             extra = {name: _seen(x, words, frozen) for name, x in extra.items()}
-        found, state = inner.update(_masked(words, updates), state, now, **extra)
+        masked = _masked(words, updates)
+        state = renewed(state, lambda: jax.eval_shape(inner.init, masked))
+        found, state = inner.update(masked, state, now, **extra)
         return _unmasked(found, jax.tree.map(_zero, frozen)), state
 
     return optax.GradientTransformationExtraArgs(init, update)

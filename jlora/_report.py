@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import LoraArray, is_leaf
 from jlora._base import is_stored
+from jlora._nnx import of_states
 from jlora._partition import partition
 from jlora.transform._lora import argument_paths, call
 from jlora.transform._walk import Settings, Use
@@ -127,7 +128,8 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyT
         sites.setdefault((id(eqn), use.name), use)
 
     settings = Settings(observe=observe)
-    leaves, tree = jax.tree.flatten(((params, *args), kwargs))
+    fn, arguments = of_states(fn, ((params, *args), kwargs))
+    leaves, tree = jax.tree.flatten(arguments)
     dynamic = [k for k, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
     def run(*arrays: ArrayLike) -> None:
@@ -137,7 +139,6 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyT
         call(fn, settings, None, *tree.unflatten(filled))
 
     jax.eval_shape(run, *(leaves[k] for k in dynamic))
-    arguments = ((params, *args), kwargs)
     pairs = jax.tree_util.tree_leaves_with_path(arguments, is_leaf=is_leaf)
     names = argument_paths(pairs, arguments)
     adapted = [p for p, (_, x) in zip(names, pairs, strict=True) if isinstance(x, LoraArray)]

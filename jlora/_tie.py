@@ -16,7 +16,8 @@ from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import Geometry, LoraArray, Tied, is_adapted
-from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._boxes import leaves_with_paths, map_with_paths
+from jlora._paths import describe, near_misses
 
 
 def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:

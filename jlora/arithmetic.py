@@ -8,7 +8,8 @@ from jaxtyping import Array, PyTree
 
 from jlora._adapt import bind, detach
 from jlora._arrays import LoraArray, Tied, is_adapted
-from jlora._paths import describe, leaves_with_paths, map_with_paths
+from jlora._boxes import leaves_with_paths, map_with_paths
+from jlora._paths import describe
 
 
 def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:

@@ -20,8 +20,9 @@ from jaxtyping import Array, PyTree
 from jlora import forms
 from jlora._adapt import bind, detach
 from jlora._arrays import Adapted, FullArray, Geometry, LoraArray, Tied, is_adapted, is_leaf
+from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._disk import digest, replacing, seal, unseal
-from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._paths import describe, near_misses
 from jlora._tie import untie
 
 _INDEX = "jlora.json"

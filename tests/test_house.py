@@ -16,10 +16,10 @@ from jlora import arithmetic, checkpoint, forms, initializers, optim, peft, tran
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat", "_disk"},
-    {"_base", "_arrays", "_moments", "_serialization"},
+    {"_base", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
-    {"_spec", "_partition", "_tie", "initializers"},
-    {"_adapt", "_attach", "_report", "arithmetic", "optim", "transform"},
+    {"_spec", "_partition", "_tie", "_boxes", "initializers"},
+    {"_adapt", "_attach", "_report", "_sharding", "arithmetic", "optim", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
 ]
@@ -30,7 +30,7 @@ PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
     *("arithmetic", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
-    *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates"),
+    *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates", "specs"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import Geometry, LoraArray, is_adapted
+from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._moments import Moments
-from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._paths import describe, near_misses
 
 
 def concrete(x: ArrayLike) -> bool:

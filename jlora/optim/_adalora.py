@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
-from jlora._paths import leaves_with_paths, map_with_paths
+from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora.forms.adalora import FORM, VALUES
 from jlora.optim._factors import gram, required, transposed
 

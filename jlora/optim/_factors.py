@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import LoraArray, Tied, accumulator, is_adapted
-from jlora._paths import leaves_with_paths
+from jlora._boxes import bare, leaves_with_paths, like
 
 Pair = tuple[Array, Array]
 
@@ -46,6 +46,7 @@ def preconditioned(gradient: Array, factor: Array, delta: float | int) -> Array:
 
 def pairs(node: LoraArray) -> list[Pair]:
     """Return A and Bᵀ as matrices, in float32 or wider: one pair, or one per slice."""
+    node = bare(node)
     wide, layout = accumulator(node.lora_a.dtype), node.layout
     # The base may be missing, so the stack axes are counted from A.
     axis = node.lora_a.ndim - layout.count("i") - 1
@@ -66,16 +67,17 @@ def pairs(node: LoraArray) -> list[Pair]:
 
 
 def unpaired(changed: list[Pair], node: LoraArray) -> LoraArray:
-    """Undo `pairs`: return `node` with the changed A and B, in its shapes and dtypes."""
+    """Undo `pairs`: return `node` with the changed A and B, in its shapes, dtypes and boxes."""
+    boxed, node = node, bare(node)
     axis = node.lora_a.ndim - node.layout.count("i") - 1
     before, after = node.lora_b.shape[: axis + 1], node.lora_b.shape[axis + 2 :]
     a = jnp.concatenate([a for a, _ in changed], -1)
     b = jnp.concatenate([transposed(b).reshape(*before, -1, *after) for _, b in changed], axis + 1)
-    return dataclasses.replace(
-        node,
-        lora_a=a.reshape(node.lora_a.shape).astype(node.lora_a.dtype),
-        lora_b=b.astype(node.lora_b.dtype),
-    )
+    changes = {
+        "lora_a": a.reshape(node.lora_a.shape).astype(node.lora_a.dtype),
+        "lora_b": b.astype(node.lora_b.dtype),
+    }
+    return like(dataclasses.replace(node, **changes), boxed)
 
 
 def label(call: str, *parts: str) -> Callable[[PyTree], PyTree]:

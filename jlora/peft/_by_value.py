@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jlora._adapt import detach
-from jlora._paths import describe, leaves_with_paths
+from jlora._boxes import leaves_with_paths
+from jlora._paths import describe
 from jlora.peft._fits import Mark, inputs_first, is_embedding, layouts_of, mark_of
 from jlora.peft._names import Name, check_keys
 from jlora.peft._weights import Weights, open_weights

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
-from jlora._paths import leaves_with_paths, map_with_paths
+from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import (
     CONFIG,

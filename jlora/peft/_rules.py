@@ -10,7 +10,8 @@ from jaxtyping import PyTree
 
 from jlora import initializers
 from jlora._arrays import is_adapted
-from jlora._paths import is_doubtful, leaves_with_paths, near_misses
+from jlora._boxes import leaves_with_paths
+from jlora._paths import is_doubtful, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._forms import equal_ranges

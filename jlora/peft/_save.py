@@ -15,7 +15,8 @@ from jaxtyping import PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
-from jlora._paths import leaves_with_paths, near_misses
+from jlora._boxes import leaves_with_paths
+from jlora._paths import near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
 from jlora.peft._forms import Shaped, equal_ranges, shape_of, unrolled

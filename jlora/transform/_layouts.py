@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import is_adapted, is_leaf
 from jlora._base import is_stored, standin
+from jlora._nnx import of_states
 from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._probe import Probe
 from jlora.transform._walk import Settings, Use, Walk
@@ -43,12 +44,13 @@ def layouts(
     """
     found: dict[str, list[Use]] = {}
     settings = Settings(observe=lambda eqn, use: found.setdefault(use.name, []).append(use))
+    fn, ((params, *rest), kwargs) = of_states(fn, ((params, *args), kwargs))
     params = jax.tree.map(
         lambda x: getattr(x, "base", getattr(x, "value", x)) if is_adapted(x) else x,
         params,
         is_leaf=is_leaf,
     )
-    arguments = jax.tree.map(standin, ((params, *args), kwargs), is_leaf=is_stored)
+    arguments = jax.tree.map(standin, ((params, *rest), kwargs), is_leaf=is_stored)
     pairs, tree = jax.tree_util.tree_flatten_with_path(arguments)
     names = argument_paths(pairs, arguments)
     own = [

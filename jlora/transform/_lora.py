@@ -12,9 +12,11 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora import _base, forms
 from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
+from jlora._boxes import inside
 from jlora._partition import constant
 from jlora._paths import path_strs
 from jlora.transform._probe import waiting
+from jlora.transform._state import Arguments
 from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
 from jlora.transform._weight import Weight
@@ -108,16 +110,22 @@ def call(
     freeze: bool = True,
 ) -> Any:
     """Call `fn` with adapted arguments."""
-    pairs, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
+    arguments = Arguments(fn, args, kwargs)
+    pairs, tree = jax.tree_util.tree_flatten_with_path(arguments.opened, is_leaf=is_leaf)
+    if not any(is_leaf(x) for _, x in pairs):
+        return fn(*args, **kwargs)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
-    names = argument_paths(pairs, (args, kwargs))
-    if not any(isinstance(x, LoraArray) or _base.is_stored(x) for x in leaves):
+    names = argument_paths(pairs, arguments.opened)
+    if not (arguments.has_state or any(map(is_leaf, leaves))):
         args, kwargs = tree.unflatten(_constants(pairs, leaves) if freeze else leaves)
         return fn(*args, **kwargs)
     for name, x in zip(names, leaves, strict=True):
         if isinstance(x, LoraArray):
             forms.check(name, x, "jlora.lora")
-    traced = Traced(fn, tree, [x.base if isinstance(x, LoraArray) else x for x in leaves])
+    bases = [x.base if isinstance(x, LoraArray) else x for x in leaves]
+    traced = Traced(arguments.run, tree, bases)
+    if settings.observe is None:
+        arguments.check(traced.jaxpr)
     seen = _constants(pairs, leaves) if freeze else leaves
     values = [
         View.of(seen[k], names[k]) if isinstance(seen[k], LoraArray) else waiting(seen[k])
@@ -130,9 +138,12 @@ def call(
     }
     walk = Walk(settings, key)
     outs = walk.evaluate(traced.jaxpr, values)
-    return traced.result(
+    result, new, _ = traced.result(
         [(untouched.get(id(x)) or x.dense()) if isinstance(x, Weight) else x for x in outs]
     )
+    if settings.observe is None:
+        arguments.write(new)
+    return inside(result)
 
 
 def _constants(pairs: Sequence[tuple[KeyPath, PyTree]], leaves: list[PyTree]) -> list[PyTree]:
