@@ -32,6 +32,11 @@ def _not_an_array(self: object, *_: object, **__: object) -> Any:
     )
 
 
+def _content(part: Any) -> Any:
+    """Return what a box of Flax holds, and any other part as it is."""
+    return part if hasattr(part, "shape") else getattr(part, "value", part)
+
+
 # The axes of A and B, for `along`.
 AXES = {"lora_a": "si r", "lora_b": "s r o"}
 
@@ -90,12 +95,12 @@ class LoraArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """The base weight's shape."""
-        return self.base.shape
+        return _content(self.base).shape
 
     @property
     def dtype(self) -> Any:
         """The base weight's dtype."""
-        return self.base.dtype
+        return _content(self.base).dtype
 
     @property
     def ndim(self) -> int:
@@ -105,7 +110,7 @@ class LoraArray:
     @property
     def rank(self) -> int:
         """The rank r of the update; with slices, the rank of each slice's update."""
-        return self.lora_a.shape[-1] // (1 if self.slices is None else len(self.slices))
+        return _content(self.lora_a).shape[-1] // (1 if self.slices is None else len(self.slices))
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -150,12 +155,12 @@ class FullArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape."""
-        return self.value.shape
+        return _content(self.value).shape
 
     @property
     def dtype(self) -> Any:
         """The parameter's dtype."""
-        return self.value.dtype
+        return _content(self.value).dtype
 
 
 _serialization.register(LoraArray, ("layout", "slices", "residual", "form"))

@@ -39,8 +39,12 @@ def attach(
     of another leaf. Where A B starts as part of W (`pissa`, `olora`, `milora`), the node's `base`
     is a new array, the residual `W - s · A B` in W's dtype; `detach` returns the residual.
 
+    Flax's boxes (`nn.Partitioned`): each part of a node gets its own, with the names of the axes
+    that it has, so `nn.get_partition_spec` and the like are right. In NNX, see `jlora.specs`.
+
     Args:
-        params: any pytree of arrays; it is not modified.
+        params: any pytree of arrays, or an NNX module, in which a layer that is used twice gets one
+            adapter; it is not modified.
         rules: ordered mapping from a regular expression, which must match the full "/"-joined path
             of a leaf, to a `LoraSpec`, `"full"` (train the parameter in full) or `None` (leave it
             unchanged). The first match wins.

@@ -19,7 +19,7 @@ import jax
 from jaxtyping import PyTree
 
 from jlora import _paths, forms
-from jlora._arrays import Adapted, LoraArray, Tied, along, is_adapted, is_leaf
+from jlora._arrays import AXES, Adapted, LoraArray, Tied, along, is_adapted, is_leaf
 from jlora._base import is_stored
 
 
@@ -99,7 +99,8 @@ def boxed(box: Any, node: Adapted) -> Adapted:
         return dataclasses.replace(
             node, base=put(node.base, box.names), value=put(node.value, box.names)
         )
-    names = of_parts(node, box.names)
+    missing = len(getattr(node.base, "shape", ())) - len(box.names)
+    names = of_parts(node, (*box.names, *(None,) * missing))
     parts = {name: put(part, names[name]) for name, part in node.parts.items()}
     return dataclasses.replace(node, base=put(node.base, box.names)).with_parts(parts)
 
@@ -159,14 +160,20 @@ def _box(node: Any) -> Any:
     """Return the box of a node that has boxes in it, empty; None for anything else."""
     if not is_adapted(node):
         return None
-    found = {k: x for k, x in vars(node).items() if is_box(x)}
+    found: dict[str, Any] = {k: x for k, x in vars(node).items() if is_box(x)}
     if not found:
         return None
     own: Any = found.get("base", found.get("value"))
     if own is None:  # an adapter: A and B together have the names of the base
-        own = found["lora_a"]
-        split = len(own.names) - 1 - node.layout.count("i")
-        rest = {"i": iter(own.names[split:-1]), "o": iter(found["lora_b"].names[split + 1 :])}
-        names = (*own.names[:split], *(next(rest[role]) for role in node.layout))
+        sides: list[Any] = [found.get(name) for name in AXES]
+        a, b = sides  # one of them may be tied
+        own = b if a is None else a
+        stack = len(own.names) - 1 - node.layout.count("o" if a is None else "i")
+        rest = {
+            "i": () if a is None else a.names[stack:-1],
+            "o": () if b is None else b.names[stack + 1 :],
+        }
+        of_role = {role: iter(names) for role, names in rest.items()}
+        names = (*own.names[:stack], *(next(of_role[role], None) for role in node.layout))
         own = dataclasses.replace(own, names=names)
     return dataclasses.replace(own, value=None)

@@ -145,6 +145,8 @@ def freeze(
     Compute gradient and update in one `jax.jit` and donate the parameters, so that XLA reuses
     their buffers.
 
+    `nnx.Optimizer(model, jlora.freeze(tx), wrt=nnx.Param)` trains an adapted NNX module.
+
     Args:
         tx: an optax gradient transformation.
 

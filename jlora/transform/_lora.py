@@ -47,6 +47,10 @@ def lora(
     Arguments without such a node, positional or keyword, are differentiated as usual: pass inputs
     that need a gradient as separate arguments.
 
+    NNX: what `fn` changes in place in a module among its arguments (the count of dropout's keys,
+    running statistics) is written back to that module, as by `fn` itself. An `nnx.State` is a
+    value: there `fn` must return what it changes, or `lora` raises.
+
     Args:
         fn: a function of pytrees, such as a Flax `module.apply`. Arrays among its arguments are
             traced; other leaves (bools, ints, floats, strings, callables) are passed unchanged.
@@ -67,7 +71,8 @@ def lora(
 
     Raises:
         ValueError: a rate outside [0, 1), dropout without a key, an unknown fallback; when called,
-            a node whose parts do not fit or, under `fallback="error"`, a weight needed whole.
+            a node whose parts do not fit, a change to an `nnx.State` that is not returned or, under
+            `fallback="error"`, a weight needed whole.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,5 +1,6 @@
 """What NNX modules change in place, and layers that they share, through jlora's functions."""
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,14 @@ def test_a_module_is_changed_as_by_a_plain_call(jit):
         np.testing.assert_allclose(outs[-1], plain(merged, X), rtol=1e-4, atol=1e-5)
         same_state(model, merged)
     assert model.drop.rngs.count[...] == 2 and not np.array_equal(*outs), "the mask is the same"
+
+
+def test_a_module_of_another_trace_is_not_written_to():
+    """As by a plain call: a tracer that escapes would break a later one."""
+    model, _ = adapted()
+    with pytest.raises(flax.errors.TraceContextError, match="from a different trace level"):
+        jax.jit(lambda x: jlora.lora(Net.__call__)(model, x))(X)
+    assert model.drop.rngs.count[...] == 0
 
 
 @pytest.mark.parametrize("rules", [{}, {".*/bias": "full"}])
