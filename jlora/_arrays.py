@@ -16,19 +16,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jlora._base import is_stored
+from jlora._node import Node
 
 # What one axis has: its size, its letter in an einsum, its entry in a `PartitionSpec`.
 Label = Hashable
 Axes = TypeVar("Axes", str, PartitionSpec, tuple[Any, ...])
-
-
-def _not_an_array(self: object, *_: object, **__: object) -> Any:
-    """Raise when JAX or NumPy asks a node to convert itself to an array."""
-    raise TypeError(
-        f"expected an array, got a `{type(self).__name__}`: the function does not support adapted "
-        "parameters. Wrap it, `jlora.lora(fn)(params, ...)`, with the parameters as an argument, "
-        "not closed over; or pass plain parameters, `jlora.merge(params)`."
-    )
 
 
 # The axes of A and B, for `along`.
@@ -40,8 +32,8 @@ AXES = {"lora_a": "si r", "lora_b": "s r o"}
     data_fields=("base", "lora_a", "lora_b", "scaling", "extra"),
     meta_fields=("layout", "slices", "residual", "form"),
 )
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoraArray:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoraArray(Node):
     """Hold a frozen weight and its low-rank update, `W + s · A B`, without adding them.
 
     Attributes:
@@ -81,8 +73,6 @@ class LoraArray:
     extra: Any = dataclasses.field(default_factory=dict)
     form: str = "lora"
 
-    __jax_array__ = __array__ = _not_an_array
-
     @property
     def shape(self) -> tuple[int, ...]:
         """The base weight's shape."""
@@ -92,11 +82,6 @@ class LoraArray:
     def dtype(self) -> Any:
         """The base weight's dtype."""
         return self.base.dtype
-
-    @property
-    def ndim(self) -> int:
-        """The base weight's number of dimensions."""
-        return len(self.shape)
 
     @property
     def rank(self) -> int:
@@ -124,8 +109,8 @@ class Tied:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
-@dataclasses.dataclass(frozen=True, eq=False)
-class FullArray:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FullArray(Node):
     """Hold a parameter that is trained in full, and its original.
 
     Attributes:
@@ -137,8 +122,6 @@ class FullArray:
 
     base: Any
     value: Any
-
-    __jax_array__ = __array__ = _not_an_array
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,14 +1,17 @@
-"""Paths of leaves as strings, "layers_0/attn/q_proj/kernel", and near misses for errors.
+"""Paths of leaves as strings, "layers_0/attn/q_proj/kernel", and short texts for errors.
 
 This file does not know about adapters.
 """
 
+import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 from jaxtyping import PyTree
 
@@ -73,6 +76,46 @@ def near_misses(word: str, known: Iterable[str]) -> str:
 
 def describe(path: str, leaf: PyTree) -> str:
     """Name a leaf by path, dtype and shape: `"dense/kernel" float32[3,4]`."""
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", type(leaf).__name__)
-    dims = "" if shape is None else f"[{','.join(map(str, shape))}]"
-    return f'"{path}" {dtype}{dims}'
+    return f'"{path}" {_typed(leaf) or type(leaf).__name__}'
+
+
+def _typed(x: Any) -> str | None:
+    """Return dtype and shape, `float32[3,4]`; None for what has none."""
+    try:
+        shape, dtype = x.shape, x.dtype
+        return f"{dtype}[{','.join(map(str, shape))}]"
+    except Exception:  # whatever a half-built node raises, it has neither
+        return None
+
+
+class _Brief(reprlib.Repr):
+    """Print arrays as dtype and shape, and cut everything else."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict = 3, 4
+        self.maxstring = self.maxother = most
+
+    def repr1(self, x: Any, level: int) -> str:
+        typed = None if isinstance(x, (type, np.generic)) else _typed(x)
+        if typed is None:
+            return " ".join(super().repr1(x, level).split())
+        arrays = isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+        return typed if arrays else f"{type(x).__name__}({typed})"
+
+
+def brief(x: object, most: int = 80) -> str:
+    """Print a value of any type and size in about `most` characters."""
+    text = _Brief(most).repr(x)
+    return text if len(text) <= 2 * most else f"{text[:most]}..."
+
+
+def short_repr(x: Any) -> str:
+    """Print a dataclass in a line or two, without the fields that have their default."""
+    shown = []
+    for field in dataclasses.fields(x):
+        value = getattr(x, field.name)
+        default = {} if field.default_factory is dict else field.default
+        if not (isinstance(value, (str, bool, dict, type(None))) and value == default):
+            shown.append(f"{field.name}={brief(value)}")
+    return f"{type(x).__name__}({', '.join(shown)})"

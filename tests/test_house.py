@@ -16,7 +16,7 @@ from jlora import arithmetic, checkpoint, forms, initializers, optim, peft, tran
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat", "_disk"},
-    {"_base", "_arrays", "_moments"},
+    {"_base", "_node", "_arrays", "_moments"},
     {"forms"},
     {"_spec", "_partition", "_tie", "initializers"},
     {"_adapt", "_attach", "_report", "arithmetic", "optim", "transform"},
