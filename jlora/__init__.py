@@ -1,9 +1,13 @@
 """LoRA for JAX: a function transform that accepts low-rank-adapted weights."""
 
+from typing import TYPE_CHECKING
+
+from jlora import _foreign
 from jlora import arithmetic as arithmetic
 from jlora import forms as forms
 from jlora import initializers as initializers
 from jlora import optim as optim
+from jlora import transform as transform
 from jlora._adapt import bind as bind
 from jlora._adapt import detach as detach
 from jlora._adapt import merge as merge
@@ -29,3 +33,13 @@ from jlora.transform import layouts as layouts
 from jlora.transform import lora as lora
 
 __version__ = "0.1.0"
+
+__all__ = [
+    *("apply_updates", "arithmetic", "attach", "bind", "capture", "combine", "detach", "explain"),
+    *("Explanation", "forms", "freeze", "FullArray", "initializers", "labels", "layouts", "lora"),
+    *("LoraArray", "LoraSpec", "merge", "Moments", "optim", "partition", "summary", "tie"),
+    *("transform", "unmerge", "untie", "value_and_grad"),
+]
+
+if not TYPE_CHECKING:  # a type checker would then accept any name
+    __getattr__ = _foreign.missing(__name__)

@@ -24,8 +24,14 @@ from jlora._disk import digest, replacing, seal, unseal
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._tie import untie
 
+__all__ = ["restore", "save"]
+
 _INDEX = "jlora.json"
 _ARRAYS = "arrays"
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def save(directory: str | os.PathLike[str], params: PyTree) -> None:

@@ -15,7 +15,7 @@ from jlora import arithmetic, checkpoint, forms, initializers, optim, peft, tran
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
-    {"_paths", "_compat", "_disk"},
+    {"_paths", "_compat", "_disk", "_foreign"},
     {"_base", "_node", "_arrays", "_moments"},
     {"forms"},
     {"_spec", "_partition", "_tie", "initializers"},

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -19,18 +19,20 @@ from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
 from jlora.transform._weight import Weight
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _FALLBACKS = ("warn", "error", "materialize")
 
 
 def lora(
-    fn: Callable[..., Any],
+    fn: Callable[P, T],
     *,
     dropout: float = 0.0,
     key: PRNGKeyArray | None = None,
     fallback: Fallback = "warn",
     dtype: DTypeLike | None = None,
     freeze: bool = True,
-) -> Callable[..., Any]:
+) -> Callable[P, T]:
     """Let a function take adapted parameters: every `x W` becomes `x W + s · (x A) B`.
 
     `lora(fn)(params, x) == fn(jlora.merge(params), x)`, and `W + s · A B` is never built. The
@@ -93,7 +95,7 @@ def lora(
     settings = Settings(fallback, dropout, dtype)
 
     @functools.wraps(fn)
-    def adapted(*args: Any, **kwargs: Any) -> Any:
+    def adapted(*args: P.args, **kwargs: P.kwargs) -> T:
         return call(fn, settings, key if dropout else None, args, kwargs, freeze)
 
     return adapted
