@@ -1,7 +1,5 @@
 """LoRA for JAX: a function transform that accepts low-rank-adapted weights."""
 
-from typing import TYPE_CHECKING
-
 from jlora import _foreign
 from jlora import arithmetic as arithmetic
 from jlora import forms as forms
@@ -15,10 +13,10 @@ from jlora._adapt import unmerge as unmerge
 from jlora._arrays import FullArray as FullArray
 from jlora._arrays import LoraArray as LoraArray
 from jlora._attach import attach as attach
+from jlora._freeze import freeze as freeze
 from jlora._moments import Moments as Moments
 from jlora._partition import apply_updates as apply_updates
 from jlora._partition import combine as combine
-from jlora._partition import freeze as freeze
 from jlora._partition import labels as labels
 from jlora._partition import partition as partition
 from jlora._partition import value_and_grad as value_and_grad
@@ -41,5 +39,4 @@ __all__ = [
     *("transform", "unmerge", "untie", "value_and_grad"),
 ]
 
-if not TYPE_CHECKING:  # a type checker would then accept any name
-    __getattr__ = _foreign.missing(__name__)
+_foreign.hint_in(__name__)

@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from jlora import _compat, forms
 from jlora._arrays import Adapted, FullArray, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
+from jlora._check import check_tree
 from jlora._paths import describe, leaves_with_paths, map_with_paths
 
 
@@ -44,6 +45,7 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
         >>> base["w"].shape, adapter["w"].base is None
         ((4, 6), True)
     """
+    check_tree(params, "jlora.detach(params)")
     base = _map(lambda x: x.base if is_adapted(x) else x, params)
     adapter = _map(_without_base, params)
     return base, adapter
@@ -73,8 +75,19 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         >>> bind(*detach(params))["w"].lora_a is params["w"].lora_a
         True
     """
-    _same_paths(base, adapter, "jlora.bind(base, adapter)")
+    call = "jlora.bind(base, adapter)"
+    check_tree(base, call, "base")
+    _same_paths(base, adapter, call)
+    for path, x in leaves_with_paths(adapter, is_leaf):
+        if not is_adapted(x):
+            raise ValueError(
+                f"`{call}`: {describe(path, x)} in `adapter` is not adapted. Pass the adapter of "
+                "`base, adapter = jlora.detach(params)` second, after the base weights."
+            )
+    return _bind(base, adapter)
 
+
+def _bind(base: PyTree, adapter: PyTree) -> PyTree:
     def put(weight: PyTree, node: PyTree) -> PyTree:
         return dataclasses.replace(node, base=weight) if is_adapted(node) else weight
 
@@ -128,6 +141,7 @@ def merge(params: PyTree) -> PyTree:
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
     rounds the delta and the sum separately under `safe_merge`.
     """
+    check_tree(params, "jlora.merge(params)")
     _check_nodes(params, "jlora.merge")
     lost: dict[str, Array] = {}
 
@@ -206,7 +220,14 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     Reference: PEFT's `unmerge_adapter`.
     """
     call = "jlora.unmerge(merged, params)"
+    check_tree(merged, call, "merged")
     _same_paths(merged, params, call)
+    for path, node in leaves_with_paths(merged, is_adapted):
+        if is_adapted(node):
+            raise ValueError(
+                f"`{call}`: {describe(path, node)} in `merged` is adapted. Pass the plain weights "
+                "of `jlora.merge` first, and the adapted ones second."
+            )
     for path, node in leaves_with_paths(params, is_leaf):
         if isinstance(node, LoraArray) and is_stored(node.base):
             raise ValueError(
@@ -224,7 +245,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
                 "Pass the adapted parameters, `jlora.bind(base, adapter)`."
             )
     adapter = _map(_without_base, params)
-    _check_nodes(bind(merged, adapter), "jlora.unmerge")
+    _check_nodes(_bind(merged, adapter), "jlora.unmerge")
 
     def base(weight: PyTree, node: PyTree) -> PyTree:
         if isinstance(node, FullArray):
@@ -233,4 +254,4 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
             return weight
         return _rounded(forms.base_of(weight, node), weight.dtype)
 
-    return bind(_map(base, merged, params), adapter)
+    return _bind(_map(base, merged, params), adapter)

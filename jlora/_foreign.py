@@ -1,8 +1,7 @@
 """What users of PEFT, loralib and lorax look for in jlora, and what to write instead."""
 
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 # Modules that `import jlora` does not import, and the library that each needs.
 _APART = {"checkpoint": "Orbax", "peft": "safetensors"}
@@ -54,8 +53,12 @@ _INSTEAD = {
 _HINTS = {name: hint for hint, names in _INSTEAD.items() for name in names}
 
 
-def missing(module: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module, which hints at what replaces a name."""
+def hint_in(module: str) -> None:
+    """Give a module a `__getattr__` that hints at what replaces a name of another library.
+
+    It is set here, where type checkers do not see it: a module that defines it has, for them, every
+    attribute.
+    """
 
     def __getattr__(name: str) -> NoReturn:
         """Raise, with what to write instead of a name of another library."""
@@ -71,4 +74,4 @@ def missing(module: str) -> Callable[[str], Any]:
             text = f"module '{module}' has no attribute '{name}'"
         raise AttributeError(text, name=name, obj=sys.modules[module])
 
-    return __getattr__
+    vars(sys.modules[module])["__getattr__"] = __getattr__

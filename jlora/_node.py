@@ -58,8 +58,8 @@ class Node:
             kind = type(self).__name__
             if hasattr(type(self), name):  # a property that failed
                 raise AttributeError(
-                    f"`{kind}.{name}`: the node's base is missing, as in a detached adapter or half"
-                    " of `jlora.partition`. Take it of `jlora.bind(base, adapter)` or "
+                    f"`{kind}.{name}`: a part of the node is missing, as in a detached adapter or "
+                    "half of `jlora.partition`. Take it of `jlora.bind(base, adapter)` or "
                     "`jlora.combine(trainable, frozen)`.",
                     name=name,
                     obj=self,

@@ -3,8 +3,6 @@
 Intended differences from PEFT: `tests/parity/test_peft_differences.py`.
 """
 
-from typing import TYPE_CHECKING
-
 from jlora import _foreign
 from jlora.peft._by_value import match as match
 from jlora.peft._load import load as load
@@ -16,5 +14,4 @@ from jlora.peft._save import save as save
 
 __all__ = ["llama_names", "load", "match", "rules", "save", "tunix_gemma3_names", "tunix_names"]
 
-if not TYPE_CHECKING:  # a type checker would then accept any name
-    __getattr__ = _foreign.missing(__name__)
+_foreign.hint_in(__name__)
