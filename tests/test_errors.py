@@ -342,10 +342,10 @@ def deep():
 @pytest.mark.parametrize(
     ("rule", "match"),
     [
-        (r".*/kernal", says('Closest: "kernel", as in "layers_0/attn/q_proj/kernel".')),
+        (r".*/kernal", says('Closest: "kernel", as in "layers_0/attn/out/kernel".')),
         (r".*/q_porj/kernel", says('"q_proj", as in "layers_0/attn/q_proj/kernel"')),
         (r".*/(q|v)_porj/.*", says('"q_proj", as in')),
-        (r"layer_\d+/.*/kernel", says('"layers_0", as in')),
+        (r"layer_\d+/.*/kernel", says('Closest: "layers_', ', as in "layers_')),
         (r"layers_1/attn/q_proj/kernels", says('Closest: "layers_1/attn/q_proj/kernel"')),
         (r".*(query|value)", says("Closest: ")),
         (r"kern[al", says("is not a regular expression")),
