@@ -25,12 +25,13 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import data
 import jax
 import llama
 import numpy as np
+import optax
 import training
 import weights
 from evaluation import SHOWN, Job, compile_all, evaluate, make_apply, show
@@ -147,23 +148,37 @@ def load_model(args: argparse.Namespace) -> weights.Model:
 # ---------------------------------------------------------------------------------------- the run
 
 
-def run(args: argparse.Namespace, job: Job) -> int:
+class Start(NamedTuple):
+    """The optimizer, and the state to start from."""
+
+    tx: optax.GradientTransformation
+    state: training.State
+    notes: dict[str, Any]
+
+
+def start(args: argparse.Namespace, job: Job) -> Start:
+    """A new state or, with --resume, the last intact one."""
+    trainable, _ = jlora.partition(job.params)
+    tx = training.make_optimizer(args.lr, args.steps)
+    state = training.State(trainable, tx.init(trainable), [], [])
+    found = training.load_state(args.out / "state", state) if args.resume else None
+    return Start(tx, *(found or (state, {})))
+
+
+def run(args: argparse.Namespace, job: Job, begun: Start) -> int:
     """Evaluate, train, evaluate, save, check, report. Returns the exit status."""
     print(jlora.summary(job.params))
-    trainable, frozen = jlora.partition(job.params)
-    tx = training.make_optimizer(args.lr, args.steps)
-    state, notes = training.State(trainable, tx.init(trainable), [], []), {}
-    if args.resume:
-        notes = training.load_notes(args.out / "state") or {}
-        state = training.load_state(args.out / "state", state)
+    _, frozen = jlora.partition(job.params)
+    tx, state, notes = begun
     programs = compile_all(job, tx, state, frozen)
     before = notes.get("before") or evaluate(job, programs, job.params)
     show(job, before, "before")
     if not args.resume:
         shutil.rmtree(args.out / "state", ignore_errors=True)
     state = training.fit(programs.step, state, frozen, job.batches)
-    notes = {"before": before, "settings": settings(args)}
-    training.save_state(args.out / "state", state, notes)
+    if not args.resume or state.step > begun.state.step:
+        notes = {"before": before, "settings": settings(args)}
+        training.save_state(args.out / "state", state, notes)
     if state.step < args.steps:
         print(f"stopped after step {state.step} of {args.steps}; continue with --resume")
         return 130
@@ -245,11 +260,11 @@ def check_resume(args: argparse.Namespace) -> None:
         )
     # States written before --adapter existed do not have the key: those runs used none.
     begun, now = {"adapter": None, **notes["settings"]}, settings(args)
-    other = [name for name in SETTINGS if begun[name] != now[name]]
+    other = [name for name in SETTINGS if begun.get(name) != now[name]]
     if other:
         raise ValueError(
             "`--resume`: the run was started with "
-            + ", ".join(f"{name}={begun[name]} (now {now[name]})" for name in other)
+            + ", ".join(f"{name}={begun.get(name)} (now {now[name]})" for name in other)
             + ". Give the same flags, or start again without --resume."
         )
 
@@ -296,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.resume:
             check_resume(args)
         job = prepare(args)
+        begun = start(args, job)
     except (ValueError, OSError) as error:
         text = f"finetune.py: error: {error}"
         print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
@@ -304,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     try:
-        return run(args, job)
+        return run(args, job, begun)
     except KeyboardInterrupt:
         print("stopped outside training: only saved states are kept", file=sys.stderr)
         return 130

@@ -29,14 +29,14 @@ def read_gguf(path: Path, layers: int | None = None) -> Model:
         raise ValueError(f"`--model {path}`: its metadata lacks the key {error}.") from error
 
     def read(name: str) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"`--model {path}`: the tensor {name} is missing from the file.")
         value = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)  # (out, in)
         if ".attn_q." in name:
             return unpermute(value, config.heads)
         return unpermute(value, config.kv_heads) if ".attn_k." in name else value
 
-    return config, build(config, read, 0, path), tokenizer, stop
+    # GGUF lists the dimensions from the innermost to the outermost.
+    shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
+    return config, build(config, shapes, read, 0, path), tokenizer, stop
 
 
 def gguf_config(path: Path, fields: dict, tensors: dict, layers: int | None) -> Config:

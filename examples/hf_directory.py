@@ -1,6 +1,7 @@
 """Hugging Face directories: config.json, *.safetensors (one file or shards) and tokenizer.json."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ ONLY = {
     "mlp_bias": (False, None),
     "quantization_config": (None,),
 }
+DTYPES = ("F32", "F16", "BF16")  # of weights; any other tensor is not read
 # Llama 3's rope scaling, in the order of `Config.rope_llama3`.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -25,21 +27,40 @@ def read_directory(path: Path, layers: int | None = None) -> Model:
     """Read a model of the Llama family; bfloat16 and float16 weights become float32."""
     entries = read_json(path / "config.json")
     config, stop = hf_config(path, entries, layers)
-    places = {}
-    for file in sorted(path.glob("*.safetensors")):
+    places, shapes = {}, {}
+    for file in shards(path):
         with open_shard(file) as shard:
-            places |= dict.fromkeys(shard.keys(), file)
-    if not places:
-        raise FileNotFoundError(f"`--model {path}`: there are no *.safetensors files in it.")
+            for name in shard.keys():
+                tensor = shard.get_slice(name)
+                if tensor.get_dtype() in DTYPES:
+                    places[name], shapes[name] = file, tuple(tensor.get_shape())
     tokenizer = read_tokenizer(path / "tokenizer.json")
 
     def read(name: str) -> np.ndarray:
-        if name not in places:
-            raise ValueError(f"`--model {path}`: {name} is in none of its *.safetensors files.")
         with open_shard(places[name]) as shard:
             return np.asarray(shard.get_tensor(name)).astype(np.float32)
 
-    return config, build(config, read, 1, path), tokenizer, stop
+    return config, build(config, shapes, read, 1, path), tokenizer, stop
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of the weights: one, those of the index, or without either all there are."""
+    index, alone = path / "model.safetensors.index.json", path / "model.safetensors"
+    if alone.is_file() or not index.is_file():
+        files = [alone] if alone.is_file() else sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"`--model {path}`: there are no *.safetensors files in it.")
+        return files
+    listed = read_json(index).get("weight_map")
+    names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"`--model {path}`: {index.name} does not map weights to files in it.")
+    for name in names:
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"`--model {path}`: there is no {reprlib.repr(name)}, which {index.name} lists."
+            )
+    return [path / name for name in names]
 
 
 def open_shard(file: Path) -> Any:
@@ -48,8 +69,8 @@ def open_shard(file: Path) -> Any:
         return safe_open(file, framework="flax")
     except SafetensorError as error:
         raise ValueError(
-            f"`--model {file.parent}`: {file.name} is not a complete safetensors file ({error}); "
-            "it may be truncated. Download it again."
+            f"`--model {file.parent}`: {file.name} is not a complete safetensors file "
+            f"({str(error)[:200]}); it may be truncated. Download it again."
         ) from error
 
 
@@ -59,7 +80,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"`--model {file.parent}`: there is no {file.name} in it.")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--model {file.parent}`: {file.name} is not JSON ({error}).") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`--model {file.parent}`: {file.name} is not a JSON object.")
@@ -82,17 +103,22 @@ def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[
     """The sizes and the end token. Raises if the model needs what this decoder lacks."""
     kind, classes = entries.get("model_type"), entries.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or "LlamaForCausalLM" not in classes:
+        classes, kind = reprlib.repr(classes), reprlib.repr(kind)
         raise ValueError(
-            f"`--model {path}`: architecture {classes} of model_type {kind!r} is unknown here; "
+            f"`--model {path}`: architecture {classes} of model_type {kind} is unknown here; "
             "this example's decoder is of the Llama family (LlamaForCausalLM, 'llama')."
         )
     for key, harmless in ONLY.items():
         if entries.get(key, harmless[0]) not in harmless:
-            raise ValueError(f"`--model {path}`: {key}={entries[key]!r} is not implemented here.")
+            raise ValueError(
+                f"`--model {path}`: {key}={reprlib.repr(entries[key])} is not implemented here."
+            )
     rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"`--model {path}`: rope scaling {kind!r} is not implemented here.")
+        raise ValueError(
+            f"`--model {path}`: rope scaling {reprlib.repr(kind)} is not implemented here."
+        )
     stop = entries.get("eos_token_id")
     try:
         heads, width = entries["num_attention_heads"], entries["hidden_size"]

@@ -1,6 +1,6 @@
 """The parameters of `llama.Llama`, and the names of its leaves in other formats."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,48 @@ def names(config: Config) -> Iterator[tuple[str, str, str]]:
             yield f"layers_{i}/{path}", f"blk.{i}.{cpp}.weight", f"model.layers.{i}.{hf}.weight"
 
 
-def build(config: Config, read: Callable[[str], np.ndarray], which: int, source: Path) -> Params:
-    """Build the tree from `read(name)`; `which` selects the name: 0 for llama.cpp, 1 for HF."""
-    c, params = config, Params()
+def build(
+    config: Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    which: int,
+    source: Path,
+) -> Params:
+    """Build the tree from `read(name)`; `which` selects the name: 0 for llama.cpp, 1 for HF.
+
+    `shapes` are those of the file, (out, in). They are compared with the configuration first:
+    a damaged one may ask for a billion layers.
+    """
+    params, count = Params(), 0
+    for path, shape, *aliases in expected(config):
+        name, count = aliases[which], count + 1
+        if name not in shapes:
+            raise ValueError(f"`--model {source}`: the weight {name} is in none of its files.")
+        found = shapes[name][::-1] if path.endswith("/kernel") else shapes[name]
+        if found != shape:
+            raise ValueError(
+                f"`--model {source}`: {name} gives {path} the shape {found}, but its own "
+                f"configuration asks for {shape}."
+            )
+    weights = tqdm(expected(config), desc="load weights", unit="array", leave=False, total=count)
+    for path, _, *aliases in weights:
+        *parents, module, leaf = path.split("/")
+        value = read(aliases[which])
+        node = params
+        for part in [*parents, module]:
+            node = node.setdefault(part, {})
+        value = np.ascontiguousarray(value.T if leaf == "kernel" else value, dtype=np.float32)
+        node[leaf] = jnp.asarray(value)
+    return params
+
+
+def expected(config: Config) -> Iterator[tuple[str, tuple[int, ...], str, str]]:
+    """`names`, with the shape of each weight in params, one by one."""
+    c = config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     sizes = {"q_proj": (c.width, q), "k_proj": (c.width, kv), "v_proj": (c.width, kv)}
     sizes |= {"o_proj": (q, c.width), "gate_proj": (c.width, c.hidden)}
     sizes |= {"up_proj": (c.width, c.hidden), "down_proj": (c.hidden, c.width)}
     sizes |= {"embed": (c.vocab, c.width), "lm_head": (c.width, c.vocab)}
-    for path, *aliases in tqdm(list(names(c)), desc="load weights", unit="array", leave=False):
-        *parents, module, leaf = path.split("/")
-        value = read(aliases[which])
-        value = np.ascontiguousarray(value.T if leaf == "kernel" else value, dtype=np.float32)
-        if value.shape != sizes.get(module, (c.width,)):
-            raise ValueError(
-                f"{source}: {aliases[which]} gives {path} the shape {value.shape}, but its own "
-                f"configuration asks for {sizes.get(module, (c.width,))}."
-            )
-        node = params
-        for part in [*parents, module]:
-            node = node.setdefault(part, {})
-        node[leaf] = jnp.asarray(value)
-    return params
+    for path, *aliases in names(c):
+        yield path, sizes.get(path.split("/")[-2], (c.width,)), *aliases

@@ -1,6 +1,9 @@
 """Training: the loss, a jitted step over the adapter, an interruptible loop, a resumable state."""
 
 import contextlib
+import hashlib
+import json
+import re
 import signal
 import threading
 import time
@@ -145,35 +148,96 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def save_state(folder: Path, state: State, notes: dict[str, Any]) -> None:
-    """Save under `folder`: Orbax writes a temporary directory, renames it and drops the old one."""
+    """Save under `folder` with Orbax, which renames it into place; the state before it is kept."""
     leaves = jax.tree.leaves((state.trainable, state.opt_state))
     arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
     notes = {**notes, "losses": state.losses, "seconds": state.seconds}
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    notes["sha256"] = checksum(notes, arrays)  # Orbax has none
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
-        if state.step not in manager.all_steps():
-            arguments = {"arrays": ocp.args.StandardSave(arrays), "notes": ocp.args.JsonSave(notes)}
-            manager.save(state.step, args=ocp.args.Composite(**arguments))
+        for step in manager.all_steps():
+            if step >= state.step:  # damaged: training has begun from one before it
+                manager.delete(step)
+        arguments = {"arrays": ocp.args.StandardSave(arrays), "notes": ocp.args.JsonSave(notes)}
+        manager.save(state.step, args=ocp.args.Composite(**arguments))
+
+
+def checksum(notes: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    """The SHA-256 of the notes and the arrays of a state."""
+    content = {name: value for name, value in notes.items() if name != "sha256"}
+    code = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        code.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return code.hexdigest()
 
 
 def load_notes(folder: Path) -> dict[str, Any] | None:
-    """The notes of `save_state`, or None if nothing was saved."""
-    if not folder.is_dir():
-        return None
-    with ocp.CheckpointManager(folder.resolve()) as manager:
-        if manager.latest_step() is None:
-            return None
-        arguments = ocp.args.Composite(notes=ocp.args.JsonRestore())
-        return manager.restore(manager.latest_step(), args=arguments)["notes"]
+    """The notes of the last state that has readable ones, or None if nothing was saved.
+
+    Raises ValueError if none of the states has.
+    """
+    steps = saved_steps(folder)
+    for step in steps:
+        with contextlib.suppress(Exception):
+            return read_notes(folder / str(step))
+    if steps:
+        raise ValueError(
+            f"`--resume`: no state in {folder} can be read: their notes are damaged. Start again "
+            "without --resume."
+        )
+    return None
 
 
-def load_state(folder: Path, like: State) -> State:
-    """Read what `save_state` wrote, into the structure of `like`."""
+def read_notes(folder: Path) -> dict[str, Any]:
+    """The notes of one state; raises if they are not notes."""
+    notes = json.loads((folder / "notes" / "metadata").read_text(encoding="utf-8"))
+    if not isinstance(notes, dict) or not isinstance(notes.get("settings"), dict):
+        raise ValueError("its notes are not those of a state")
+    return notes
+
+
+def load_state(folder: Path, like: State) -> tuple[State, dict[str, Any]] | None:
+    """The last intact state that `save_state` wrote, in the structure of `like`, and its notes.
+
+    None if nothing was saved. Says so if it passes over a damaged state; raises ValueError if all
+    of them are.
+    """
     leaves, treedef = jax.tree.flatten((like.trainable, like.opt_state))
     shapes = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in enumerate(leaves)}
-    with ocp.CheckpointManager(folder.resolve()) as manager:
-        arguments = {"arrays": ocp.args.StandardRestore(shapes), "notes": ocp.args.JsonRestore()}
-        saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**arguments))
-    arrays = [jnp.asarray(saved["arrays"][str(i)]) for i in range(len(leaves))]
-    trainable, opt_state = jax.tree.unflatten(treedef, arrays)
-    return State(trainable, opt_state, saved["notes"]["losses"], saved["notes"]["seconds"])
+    damaged = {}
+    for step in saved_steps(folder):
+        try:
+            arrays, notes = read_state(folder / str(step), shapes)
+        except Exception as error:  # Orbax and tensorstore raise many types for damaged files
+            damaged[step] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            continue
+        for other, why in damaged.items():
+            print(f"the state of step {other} is damaged ({why}); using that of step {step}")
+        trainable, opt_state = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in arrays])
+        return State(trainable, opt_state, notes["losses"], notes["seconds"]), notes
+    if damaged:
+        step, why = next(iter(damaged.items()))
+        raise ValueError(
+            f"`--resume`: no state in {folder} can be read; that of step {step} is damaged: {why}. "
+            "Start again without --resume."
+        )
+    return None
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a folder, the last one first; folders with other names are not states."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)), reverse=True)
+
+
+def read_state(folder: Path, shapes: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """The arrays and notes of one state, verified."""
+    notes = read_notes(folder)
+    with ocp.StandardCheckpointer() as checkpointer:
+        target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        arrays = checkpointer.restore(folder.resolve() / "arrays", target)
+    code = checksum(notes, arrays)
+    # States written before there were checksums have none.
+    if notes.get("sha256", code) != code or len(notes["losses"]) != int(folder.name):
+        raise ValueError("its checksum differs")
+    return [arrays[name] for name in shapes], notes

@@ -6,7 +6,9 @@ Every error about a file is a ValueError or an OSError of one paragraph.
 
 import hashlib
 import importlib.util
+import math
 import os
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ def load(model: str | None, layers: int | None = None) -> Model:
     read = read_directory if path.is_dir() else read_gguf
     try:
         model = read(path, layers)
+        check_sizes(path, model)
     except Exception as error:  # an entry of the wrong type may fail anywhere, with any exception
         if isinstance(error, OSError) or (
             isinstance(error, ValueError) and str(path) in str(error)
@@ -46,9 +49,8 @@ def load(model: str | None, layers: int | None = None) -> Model:
             raise
         raise ValueError(
             f"`--model {path}`: an entry of its configuration or its tokenizer has the wrong type, "
-            f"or does not fit the others ({type(error).__name__}: {error})."
+            f"or does not fit the others ({type(error).__name__}: {str(error)[:200]})."
         ) from error
-    check_sizes(path, model)
     return model
 
 
@@ -57,12 +59,35 @@ def check_sizes(path: Path, model: Model) -> None:
     config, _, tokenizer, stop = model
     for name in ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"):
         size = getattr(config, name)
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"`--model {path}`: its {name} is {size!r}, not an integer above 0.")
-    if tokenizer.get_vocab_size() > config.vocab or not 0 <= stop < config.vocab:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(
+                f"`--model {path}`: its {name} is {reprlib.repr(size)}, not an integer above 0."
+            )
+    if not isinstance(config.tied, bool):
+        tied = reprlib.repr(config.tied)
+        raise ValueError(f"`--model {path}`: its tie_word_embeddings is {tied}, not true or false.")
+    if config.heads % config.kv_heads or config.head_dim % 2:
         raise ValueError(
-            f"`--model {path}`: its tokenizer has {tokenizer.get_vocab_size()} tokens and the end "
-            f"token is {stop}, but its embedding has {config.vocab} rows."
+            f"`--model {path}`: {config.heads} query heads of {config.head_dim} do not divide into "
+            f"{config.kv_heads} groups of even width."
+        )
+    for name in ("rope_theta", "norm_eps"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(
+                f"`--model {path}`: its {name} is {reprlib.repr(value)}, not a number above 0."
+            )
+    factor, low, high, old = config.rope_llama3 or (1.0, 1.0, 2.0, 1.0)
+    if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < old < math.inf):
+        raise ValueError(
+            f"`--model {path}`: its rope scaling {config.rope_llama3} is out of range: factor, "
+            "low, high and context are above 0, and low is below high."
+        )
+    last = max([*tokenizer.get_vocab().values(), -1])
+    if last >= config.vocab or not 0 <= stop < config.vocab:
+        raise ValueError(
+            f"`--model {path}`: its tokenizer has tokens up to {last} and the end token is {stop}, "
+            f"but its embedding has {config.vocab} rows."
         )
 
 

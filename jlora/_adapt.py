@@ -14,6 +14,7 @@ from jlora import _compat, forms
 from jlora._arrays import Adapted, FullArray, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
 from jlora._boxes import inside, is_box, leaves_with_paths, map_with_paths, with_base
+from jlora._check import check_tree
 from jlora._nnx import Opened
 from jlora._paths import describe
 
@@ -46,6 +47,7 @@ def detach(params: PyTree) -> tuple[PyTree, PyTree]:
         >>> base["w"].shape, adapter["w"].base is None
         ((4, 6), True)
     """
+    check_tree(params, "jlora.detach(params)")
     params = inside(params)
     base = _map(lambda x: x.base if is_adapted(x) else x, params)
     return base, _map(_without_base, params)
@@ -76,16 +78,26 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         True
     """
     call = "jlora.bind(base, adapter)"
+    check_tree(base, call, "base")
     _same_paths(base, adapter, call)
-    adapted = {path for path, x in leaves_with_paths(adapter, is_leaf) if is_adapted(x)}
-    for path, leaf in leaves_with_paths(base, is_leaf):
-        if path in adapted and is_adapted(leaf):
+    before = dict(leaves_with_paths(base, is_leaf))
+    for path, x in leaves_with_paths(adapter, is_leaf):
+        if not is_adapted(x):
             raise ValueError(
-                f"`{call}`: {describe(path, leaf)} is adapted already in `base`, and a weight has "
-                "one adapter. Take the plain weights first, `base, _ = jlora.detach(params)`, or "
-                "those with the first adapter added, `base = jlora.merge(params)`."
+                f"`{call}`: {describe(path, x)} in `adapter` is not adapted. Pass the adapter of "
+                "`base, adapter = jlora.detach(params)` second, after the base weights."
             )
+        if is_adapted(before[path]):
+            raise ValueError(
+                f"`{call}`: {describe(path, before[path])} is adapted already in `base`, and a "
+                "weight has one adapter. Take the plain weights first, `base, _ = "
+                "jlora.detach(params)`, or those with the first adapter added, `base = "
+                "jlora.merge(params)`."
+            )
+    return _bind(base, adapter)
 
+
+def _bind(base: PyTree, adapter: PyTree) -> PyTree:
     def put(weight: PyTree, node: PyTree) -> PyTree:
         return with_base(node, weight) if is_adapted(node) else weight
 
@@ -139,6 +151,7 @@ def merge(params: PyTree) -> PyTree:
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
     rounds the delta and the sum separately under `safe_merge`.
     """
+    check_tree(params, "jlora.merge(params)")
     opened = Opened(params)
     params = opened.tree
     _check_nodes(params, "jlora.merge")
@@ -219,7 +232,14 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     Reference: PEFT's `unmerge_adapter`.
     """
     call = "jlora.unmerge(merged, params)"
+    check_tree(merged, call, "merged")
     _same_paths(merged, params, call)
+    for path, node in leaves_with_paths(merged, is_adapted):
+        if is_adapted(node):
+            raise ValueError(
+                f"`{call}`: {describe(path, node)} in `merged` is adapted. Pass the plain weights "
+                "of `jlora.merge` first, and the adapted ones second."
+            )
     for path, node in leaves_with_paths(params, is_leaf):
         if isinstance(node, LoraArray) and is_stored(node.base):
             raise ValueError(
@@ -237,7 +257,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
                 "Pass the adapted parameters, `jlora.bind(base, adapter)`."
             )
     adapter = detach(params)[1]
-    _check_nodes(bind(merged, adapter), "jlora.unmerge")
+    _check_nodes(_bind(merged, adapter), "jlora.unmerge")
 
     def base(weight: PyTree, node: PyTree) -> PyTree:
         if isinstance(node, FullArray):
@@ -247,4 +267,4 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
         return _rounded(forms.base_of(weight, node), weight.dtype)
 
     nodes = dict(leaves_with_paths(params, is_leaf))
-    return bind(map_with_paths(lambda path, x: base(x, nodes[path]), merged, is_leaf), adapter)
+    return _bind(map_with_paths(lambda path, x: base(x, nodes[path]), merged, is_leaf), adapter)

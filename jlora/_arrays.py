@@ -17,19 +17,11 @@ from jaxtyping import Array
 
 from jlora import _serialization
 from jlora._base import is_stored
+from jlora._node import Node
 
 # What one axis has: its size, its letter in an einsum, its entry in a `PartitionSpec`.
 Label = Hashable
 Axes = TypeVar("Axes", str, PartitionSpec, tuple[Any, ...])
-
-
-def _not_an_array(self: object, *_: object, **__: object) -> Any:
-    """Raise when JAX or NumPy asks a node to convert itself to an array."""
-    raise TypeError(
-        f"expected an array, got a `{type(self).__name__}`: the function does not support adapted "
-        "parameters. Wrap it, `jlora.lora(fn)(params, ...)`, with the parameters as an argument, "
-        "not closed over; or pass plain parameters, `jlora.merge(params)`."
-    )
 
 
 def _content(part: Any) -> Any:
@@ -46,8 +38,8 @@ AXES = {"lora_a": "si r", "lora_b": "s r o"}
     data_fields=("base", "lora_a", "lora_b", "scaling", "extra"),
     meta_fields=("layout", "slices", "residual", "form"),
 )
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoraArray:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LoraArray(Node):
     """Hold a frozen weight and its low-rank update, `W + s · A B`, without adding them.
 
     Attributes:
@@ -87,8 +79,6 @@ class LoraArray:
     extra: Any = dataclasses.field(default_factory=dict)
     form: str = "lora"
 
-    __jax_array__ = __array__ = _not_an_array
-
     def __post_init__(self) -> None:
         _serialization.register_with_flax()
 
@@ -101,11 +91,6 @@ class LoraArray:
     def dtype(self) -> Any:
         """The base weight's dtype."""
         return _content(self.base).dtype
-
-    @property
-    def ndim(self) -> int:
-        """The base weight's number of dimensions."""
-        return len(self.shape)
 
     @property
     def rank(self) -> int:
@@ -133,8 +118,8 @@ class Tied:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "value"), meta_fields=())
-@dataclasses.dataclass(frozen=True, eq=False)
-class FullArray:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FullArray(Node):
     """Hold a parameter that is trained in full, and its original.
 
     Attributes:
@@ -146,8 +131,6 @@ class FullArray:
 
     base: Any
     value: Any
-
-    __jax_array__ = __array__ = _not_an_array
 
     def __post_init__(self) -> None:
         _serialization.register_with_flax()

@@ -16,8 +16,9 @@ from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored
 from jlora._boxes import leaves_with_paths, map_with_paths
+from jlora._check import check_key, check_mapping, check_tree
 from jlora._nnx import Opened
-from jlora._paths import describe, is_doubtful, near_misses
+from jlora._paths import describe, is_bias, is_doubtful, near_misses
 from jlora._spec import LoraSpec, check_layout, resolve
 
 _DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
@@ -74,6 +75,9 @@ def attach(
 
     Reference: Hu et al. 2021, arXiv:2106.09685, section 4. PEFT's `get_peft_model`.
     """
+    check_tree(params, "jlora.attach(params, rules)")
+    if layouts is not None:
+        check_mapping(layouts, "jlora.attach(layouts=...)", "jlora.layouts(fn, params, x)")
     layouts, opened = layouts or {}, Opened(params)
     leaves = leaves_with_paths(opened.tree, is_leaf)
     paths = [path for path, _ in leaves]
@@ -96,6 +100,8 @@ def attach(
         if chosen.get(path) is not None
     }
 
+    if any(planned is not None for planned in plan.values()):
+        check_key(key, "jlora.attach(key=...)")
     _check_ranks(key, dict(leaves), plan)
 
     def replace(path: str, leaf: PyTree) -> PyTree:
@@ -180,6 +186,12 @@ def _plan(
         raise ValueError(
             f"`{call}`: {describe(path, leaf)} has no input and output side, so it has no low-rank "
             'update. Train it in full with the rule "full", or narrow the rule: r".*/kernel".'
+        )
+    if is_bias(path) and not (rule.layout or known):
+        raise ValueError(
+            f"`{call}`: {describe(path, leaf)} is a bias by its name, and what is added has no "
+            'low-rank update. Train it in full with the rule "full", or narrow the rule: '
+            'r".*/kernel". If it is multiplied, give its layout: `LoraSpec(layout="io")`.'
         )
     default = None if is_doubtful(path) else _DEFAULT_LAYOUTS.get(ndim)
     layout = rule.layout or known or default

@@ -22,6 +22,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, PyTree
 
 from jlora import _compat
+from jlora._paths import short_repr
 
 
 class StoredWeight(Protocol):
@@ -89,7 +90,7 @@ class Step(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("operands",), meta_fields=("step",)
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Deferred:
     """A weight that is not built yet: a stored weight, or an operation on one.
 
@@ -100,6 +101,9 @@ class Deferred:
 
     operands: tuple[Any, ...]
     step: Step | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def shape(self) -> tuple[int, ...]:

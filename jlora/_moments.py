@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from jlora._paths import short_repr
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("second", "total", "count"), meta_fields=()
@@ -33,3 +35,6 @@ class Moments:
     second: Any
     total: Any
     count: Any
+
+    def __repr__(self) -> str:
+        return short_repr(self)

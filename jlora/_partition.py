@@ -14,7 +14,8 @@ from jaxtyping import PyTree
 from jlora import _compat, forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._base import is_stored
-from jlora._nnx import renewed
+from jlora._check import check_function, check_same, check_tree
+from jlora._paths import brief
 
 
 def _by_part(leaf: Any, trainable: Callable[[Any], Any], frozen: Callable[[Any], Any]) -> Any:
@@ -88,6 +89,7 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
         >>> trainable["w"].base is None, frozen["w"].lora_a is None
         (True, True)
     """
+    check_tree(params, "jlora.partition(params)")
     words = labels(params)
     trainable = jax.tree.map(
         lambda x, word: x if word == "adapter" else None, params, words, is_leaf=is_stored
@@ -115,114 +117,18 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
         >>> combine({"a": 1, "b": None}, {"a": None, "b": 2})
         {'a': 1, 'b': 2}
     """
+    check_same(
+        (trainable, frozen),
+        ("trainable", "frozen"),
+        "jlora.combine(trainable, frozen)",
+        "Pass the two trees of one `jlora.partition(params)`.",
+    )
     return jax.tree.map(
         lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
     )
 
 
-def freeze(
-    tx: optax.GradientTransformation | optax.MultiSteps,
-) -> optax.GradientTransformationExtraArgs:
-    """Wrap an optimizer so that it updates the adapter only: frozen leaves get zero updates.
-
-    `optax.multi_transform({"adapter": tx, "frozen": optax.set_to_zero()}, jlora.labels)`, for trees
-    of any leaves; the state is that of `tx` itself, with a `MaskedNode` at every frozen leaf.
-    There is no state for frozen leaves. Not to be confused with `optax.transforms.freeze(mask)`,
-    which wraps nothing and zeroes the updates of the masked leaves.
-
-    Put everything inside, in optax's order, with `freeze` outermost:
-
-        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.01))
-        tx = optax.chain(tx, optax.ema(0.99))   # of the updates
-        tx = optax.MultiSteps(tx, every_k_schedule=4)   # accumulate: clip the mean of 4 gradients
-        tx = jlora.freeze(tx)
-
-    Through `jlora.lora` the gradients of frozen leaves are zero, so gradient clipping gives the
-    same numbers outside of `freeze`. Transformations that keep state for each parameter
-    (`MultiSteps`, `ema`, Adam) give the same numbers outside as well, but their state then has the
-    size of the model. Weight decay or noise applied after `freeze` would move the frozen weights.
-
-    Compute gradient and update in one `jax.jit` and donate the parameters, so that XLA reuses
-    their buffers.
-
-    `nnx.Optimizer(model, jlora.freeze(tx), wrt=nnx.Param)` trains an adapted NNX module.
-
-    Args:
-        tx: an optax gradient transformation.
-
-    Returns:
-        A transformation over the complete tree of parameters, or over a detached adapter. Its
-        `update` passes extra arguments on to `tx`: trees of parameters without what is frozen, and
-        functions of the parameters (`value_fn` of a line search, `grad_fn` of SAM) so that they get
-        complete parameters.
-
-    Raises:
-        ValueError: nothing in the tree trains (on `init`).
-
-    Example:
-        >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, "io")
-        >>> state = freeze(optax.adam(1e-3)).init({"w": node})
-        >>> sum(x.size for x in jax.tree.leaves(state)) == 2 * (6 + 8) + 1
-        True
-    """
-    if isinstance(tx, optax.MultiSteps):
-        tx = tx.gradient_transformation()
-    inner = optax.with_extra_args_support(tx)
-
-    def init(params: PyTree) -> Any:
-        trainable = _masked(labels(params), params)
-        if not jax.tree.leaves(trainable):
-            raise ValueError(
-                "`jlora.freeze(tx).init(params)`: nothing in `params` trains, there is no "
-                "`LoraArray` or `FullArray` in it. Attach the adapter first: `params = "
-                "jlora.attach(params, rules, key=key)`."
-            )
-        return inner.init(trainable)
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
-    ) -> tuple[PyTree, Any]:
-        like = updates if params is None else params
-        words, frozen = labels(like), partition(like)[1]
-        now = None if params is None else _masked(words, params)
-        if params is not None:
-            extra = {name: _seen(x, words, frozen) for name, x in extra.items()}
-        masked = _masked(words, updates)
-        state = renewed(state, lambda: jax.eval_shape(inner.init, masked))
-        found, state = inner.update(masked, state, now, **extra)
-        return _unmasked(found, jax.tree.map(_zero, frozen)), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _masked(words: PyTree, tree: PyTree) -> PyTree:
-    """Put a `MaskedNode` at every frozen leaf: not every optax transformation takes `None`."""
-    return jax.tree.map(lambda word, x: x if word == "adapter" else optax.MaskedNode(), words, tree)
-
-
-def _unmasked(tree: PyTree, frozen: PyTree) -> PyTree:
-    def is_masked(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
-    return jax.tree.map(lambda t, f: f if is_masked(t) else t, tree, frozen, is_leaf=is_masked)
-
-
-def _seen(x: Any, words: PyTree, frozen: PyTree) -> Any:
-    """Return an extra argument of `update` as a transformation of the trainable leaves takes it."""
-    if has_adapted(x):
-        return _masked(words, x)
-    if not callable(x):
-        return x
-
-    @functools.wraps(x)
-    def completed(trainable: PyTree, *args: Any, **kwargs: Any) -> Any:
-        out = x(_unmasked(trainable, frozen), *args, **kwargs)
-        return _masked(words, out) if has_adapted(out) else out
-
-    return completed
-
-
-def _zero(x: Any) -> Any:
+def zero(x: Any) -> Any:
     """Return what leaves `x` as it is when added to it; None where nothing can be added."""
     if isinstance(x, (bool, int, float, complex)):
         return type(x)(0)
@@ -253,6 +159,12 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         >>> float(new.lora_a[0, 0]), float(new.base[0, 0])
         (2.0, 1.0)
     """
+    check_same(
+        (params, updates),
+        ("params", "updates"),
+        "jlora.apply_updates(params, updates)",
+        "Pass what `jlora.freeze(tx).update(grads, state, params)` returned.",
+    )
     trainable, frozen = partition(params)
     return combine(optax.apply_updates(trainable, partition(updates)[0]), frozen)
 
@@ -285,8 +197,22 @@ def value_and_grad(
         (42.0, 7.0, 0.0)
     """
 
+    call = "jlora.value_and_grad(fn)"
+    check_function(fun, call)
+    indices = [argnums] if isinstance(argnums, int) else argnums
+    if not (isinstance(indices, Sequence) and indices and all(isinstance(k, int) for k in indices)):
+        raise TypeError(
+            f"`{call}`: `argnums` is {brief(argnums)}. Pass the position of the parameters, "
+            "`argnums=0`, or a tuple of positions."
+        )
+
     @functools.wraps(fun)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if not all(-len(args) <= k < len(args) for k in indices):
+            raise ValueError(
+                f"`{call}`: `argnums` is {argnums}, and there are {len(args)} positional "
+                "arguments. Pass what is differentiated by position."
+            )
         positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         pairs = [
             partition(x) if has_adapted(x) else (x, jax.tree.map(lambda _: None, x))
@@ -301,7 +227,7 @@ def value_and_grad(
 
         value, found = jax.value_and_grad(of_trainable, has_aux=has_aux)([t for t, _ in pairs])
         grads = tuple(
-            combine(g, jax.tree.map(_zero, frozen))
+            combine(g, jax.tree.map(zero, frozen))
             for g, (_, frozen) in zip(found, pairs, strict=True)
         )
         return value, grads[0] if isinstance(argnums, int) else grads

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import LoraArray, is_leaf
 from jlora._base import is_stored
+from jlora._check import check_function, check_tree
 from jlora._nnx import of_states
 from jlora._partition import partition
 from jlora.transform._lora import argument_paths, call
@@ -34,6 +35,8 @@ def summary(params: PyTree) -> str:
         >>> print(summary({"w": node}))
         trainable params: 14 || all params: 26 || trainable%: 53.8462
     """
+
+    check_tree(params, "jlora.summary(params)")
 
     def unscaled(x: PyTree) -> PyTree:
         return dataclasses.replace(x, scaling=None) if isinstance(x, LoraArray) else x
@@ -120,6 +123,7 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyT
         >>> report.materialized, report.uses[0].primitive, report.uses[0].flops
         (0, 'dot_general', 140)
     """
+    check_function(fn, "jlora.explain(fn, params, ...)")
     sites: dict[tuple[int, str], Use] = collections.OrderedDict()
     alive = []  # equations are identified by address, so none may be freed until the end
 

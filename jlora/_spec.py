@@ -1,22 +1,63 @@
 """Which weights to adapt and how: `LoraSpec`, and rules from regular expressions to specs."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora import forms
-from jlora._paths import near_misses
+from jlora._paths import brief, near_misses, quoted
 
 Slices = tuple[tuple[int, int], ...] | None
+Class = TypeVar("Class", bound=type)
+
+# The entries of PEFT's `LoraConfig` that have another name or another place here.
+_PEFT = {
+    "r": "`rank=`",
+    "lora_alpha": "`alpha=`",
+    "use_rslora": '`scaling="rslora"`',
+    "use_dora": "`dora=True`",
+    "init_lora_weights": "`init=`, a function of `jlora.initializers`",
+    "peft_type": "`form=`",
+    "fan_in_fan_out": '`layout="io"`',
+    "lora_dropout": "`jlora.lora(fn, dropout=..., key=...)`",
+    "dropout": "`jlora.lora(fn, dropout=..., key=...)`",
+    "key": "`jlora.attach(params, rules, key=...)`",
+    "modules_to_save": 'a rule with the value "full"',
+    "bias": 'a rule with the value "full"',
+    "task_type": "`jlora.peft.save(..., task_type=...)`",
+}
+_PEFT |= dict.fromkeys(
+    ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "targets"),
+    'the keys of the rules, `{r".*/(q|v)_proj/kernel": spec}`',
+)
+_PEFT |= dict.fromkeys(("rank_pattern", "alpha_pattern"), "a spec for each rule")
 
 
+def _named_as_in_peft(cls: Class) -> Class:
+    """Let an unknown keyword of a dataclass end in an error that says what PEFT's is here."""
+    init, fields = cls.__init__, [field.name for field in dataclasses.fields(cls)]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in fields:
+                here = f"It is {_PEFT[name]} here." if name in _PEFT else near_misses(name, fields)
+                raise TypeError(f"`{cls.__name__}({name}=...)`: there is no `{name}`. {here}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_named_as_in_peft
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
     """Specify how a group of weights is adapted: `W + s · A B`, `s = α/r` (or `α/√r`).
@@ -81,9 +122,9 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if not hasattr(self.rank, "__index__") or isinstance(self.rank, bool):
-            raise TypeError(f"`LoraSpec(rank={self.rank!r})`: the rank must be an integer.")
+            raise TypeError(f"`LoraSpec(rank={brief(self.rank)})`: the rank must be an integer.")
         if not hasattr(self.alpha, "__float__"):
-            raise TypeError(f"`LoraSpec(alpha={self.alpha!r})`: alpha must be a number.")
+            raise TypeError(f"`LoraSpec(alpha={brief(self.alpha)})`: alpha must be a number.")
         # Make these hashable: they may be numbers of NumPy or JAX, or lists from JSON.
         object.__setattr__(self, "rank", operator.index(self.rank))
         if not isinstance(self.alpha, int | float):
@@ -98,24 +139,24 @@ class LoraSpec:
             raise ValueError(f"`LoraSpec(alpha={self.alpha})`: alpha must be finite.")
         if self.scaling not in ("lora", "rslora"):
             raise ValueError(
-                f'`LoraSpec(scaling={self.scaling!r})`: give "lora" (alpha/rank) '
+                f'`LoraSpec(scaling={brief(self.scaling)})`: give "lora" (alpha/rank) '
                 'or "rslora" (alpha/sqrt(rank)).'
             )
-        why = forms.named(self.form, f"LoraSpec(form={self.form!r})").refusal("slices")
+        why = forms.named(self.form, f"LoraSpec(form={brief(self.form)})").refusal("slices")
         if self.slices is not None and why is not None:
             raise ValueError(
-                f"`LoraSpec(form={self.form!r}, slices=...)`: {why}. "
+                f"`LoraSpec(form={brief(self.form)}, slices=...)`: {why}. "
                 'Use the form "lora" for slices, or omit them.'
             )
         if not (self.init is None or callable(self.init)):
             raise TypeError(
-                f"`LoraSpec(init={self.init!r})`: pass a function, e.g. "
+                f"`LoraSpec(init={brief(self.init)})`: pass a function, e.g. "
                 "`init=jlora.initializers.kaiming`."
             )
         if not isinstance(self.dora, bool):
-            raise TypeError(f"`LoraSpec(dora={self.dora!r})`: give True or False.")
+            raise TypeError(f"`LoraSpec(dora={brief(self.dora)})`: give True or False.")
         if self.layout is not None:
-            check_layout(self.layout, f"LoraSpec(layout={self.layout!r})")
+            check_layout(self.layout, f"LoraSpec(layout={brief(self.layout)})")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(
                 f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "
@@ -141,7 +182,7 @@ def _ranges(slices: Any) -> Slices:
     rising = all(start < stop for start, stop in pairs)
     if not bounds or bounds[0] < 0 or not rising or bounds != sorted(bounds):
         raise ValueError(
-            f"`LoraSpec(slices={slices!r})`: give (start, stop) ranges in increasing "
+            f"`LoraSpec(slices={brief(slices)})`: give (start, stop) ranges in increasing "
             "order that do not overlap, e.g. `slices=((0, 768), (1536, 2304))`, or None."
         )
     return pairs
@@ -162,14 +203,14 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
     if not isinstance(rules, Mapping):
         raise TypeError(
             f"`{call}`: pass a mapping from regular expressions to specs, e.g. "
-            f'`{{r".*/kernel": jlora.LoraSpec(rank=8)}}`; got {rules!r}.'
+            f'`{{r".*/kernel": jlora.LoraSpec(rank=8)}}`; got {brief(rules)}.'
         )
     compiled = {key: _compile(key, call) for key in rules}
     for key, value in rules.items():
         if not (value is None or value == "full" or isinstance(value, LoraSpec)):
             raise TypeError(
-                f'`{call}`: the rule "{key}" has the value {value!r}; give a `jlora.LoraSpec`, '
-                '"full" (train the parameter in full) or None (leave it unchanged).'
+                f"`{call}`: the rule {quoted(key)} has the value {brief(value)}; "
+                'give a `LoraSpec`, "full" (train it in full) or None (leave it unchanged).'
             )
     chosen: dict[str, Any] = {}
     decided: set[str] = set()
@@ -184,12 +225,12 @@ def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[s
             continue
         if any(pattern.fullmatch(path) for path in paths):
             raise ValueError(
-                f'`{call}`: the rule "{key}" never applies: an earlier rule matches each of its '
-                "parameters, and the first match wins. Move it up, or remove it."
+                f"`{call}`: the rule {quoted(key)} never applies: an earlier rule matches each of "
+                "its parameters, and the first match wins. Move it up, or remove it."
             )
         raise ValueError(
-            f'`{call}`: the rule "{key}" matches no parameter. Rules are regular expressions that '
-            f'must match the full path, e.g. r".*/kernel". {near_misses(key, paths)}'
+            f"`{call}`: the rule {quoted(key)} matches no parameter. Rules are regular expressions "
+            f'that must match the full path, e.g. r".*/kernel". {near_misses(key, paths)}'
         )
     return chosen
 
@@ -222,6 +263,6 @@ def _compile(key: str, call: str) -> re.Pattern[str]:
         return re.compile(key, re.DOTALL)  # "." matches every character that a key may have
     except re.error as error:
         raise ValueError(
-            f'`{call}`: the rule "{key}" is not a regular expression: {error}. '
+            f"`{call}`: the rule {quoted(key)} is not a regular expression: {error}. "
             'To match such characters themselves use `re.escape`; for a glob\'s "*" write ".*".'
         ) from None

@@ -17,7 +17,8 @@ from jaxtyping import Array, PyTree
 from jlora import forms
 from jlora._arrays import Geometry, LoraArray, Tied, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
-from jlora._paths import describe, near_misses
+from jlora._check import check_mapping, check_tree
+from jlora._paths import brief, describe, near_misses
 
 
 def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
@@ -58,11 +59,18 @@ def tie(params: PyTree, groups: Mapping[str, Sequence[str]]) -> PyTree:
     `vera_A` and `vera_B`.
     """
     call = "jlora.tie(params, groups)"
+    check_tree(params, call)
+    check_mapping(groups, call, '{".*": ("lora_a",)}')
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if isinstance(x, LoraArray)}
     for path, node in nodes.items():
         forms.check(path, node, call)
     moved = dict(nodes)
     for pattern, parts in groups.items():
+        if isinstance(parts, str) or not isinstance(parts, Sequence):
+            raise TypeError(
+                f'`{call}`: "{pattern}" has {brief(parts)}. Give the names of parts in a tuple, '
+                'such as `("lora_a",)`.'
+            )
         found = [path for path in nodes if re.fullmatch(pattern, path, re.DOTALL)]
         if not found:
             raise ValueError(
@@ -106,6 +114,7 @@ def untie(params: PyTree) -> PyTree:
         [(3, 6), (3, 2)]
     """
     call = "jlora.untie(params)"
+    check_tree(params, call)
     nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if isinstance(x, LoraArray)}
 
     def resolved(path: str, node: LoraArray, part: str) -> Any:
@@ -137,7 +146,7 @@ def _refuse(part: str, found: Mapping[str, tuple[int, LoraArray]], call: str) ->
     """Refuse a part that these weights, given with their ranks, cannot share."""
     if part not in forms.shareable():
         raise ValueError(
-            f"`{call}`: {part!r} cannot be shared; give names among "
+            f"`{call}`: {brief(part)} cannot be shared; give names among "
             + ", ".join(f'"{p}"' for p in forms.shareable())
             + "."
         )

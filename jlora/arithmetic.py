@@ -11,6 +11,12 @@ from jlora._arrays import LoraArray, Tied, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._paths import describe
 
+__all__ = ["residual_to_lora"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:
     """Convert an adapter trained over a residual to LoRA of rank 2r on the original weights.

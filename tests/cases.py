@@ -31,6 +31,8 @@ class Case:
         return f"stored_{self.name}" if self.stored else self.name
 
 
+# Each file of cases has its own list, which begins with that of the file before it, so what a test
+# runs over does not depend on which files were imported.
 CASES: list[Case] = []
 
 
@@ -48,12 +50,17 @@ def numbers(shapes: Any) -> Any:
 
 
 def plain(
-    name: str, params: Any, *args: Any, rules: str = Case.rules, materialized: int = 0
+    name: str,
+    params: Any,
+    *args: Any,
+    rules: str = Case.rules,
+    materialized: int = 0,
+    into: list[Case] = CASES,
 ) -> Callable[[Any], Any]:
     """Make a case of the decorated function."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        CASES.append(Case(name, fn, params, args, rules, materialized))
+        into.append(Case(name, fn, params, args, rules, materialized))
         return fn
 
     return register

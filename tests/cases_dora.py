@@ -1,14 +1,16 @@
 """Programs over DoRA's weights, m · V / ‖V‖: its gain at one end of each product, or a fallback."""
 
+import cases_weights
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from cases import CASES, Case, numbers, w
+from cases import Case, numbers, w
 from cases_weights import sharded
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 X = w(4, 11)
+CASES = [*cases_weights.CASES]
 
 
 def dora(name, params, *args, materialized=0):

@@ -2,14 +2,17 @@
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
-from cases import CASES, Case, plain, w
+from cases import Case, w
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 X = w(4, 11)
+CASES = [*cases.CASES]
+plain = functools.partial(cases.plain, into=CASES)
 
 
 @plain("joined_outputs", {"w": w(11, 7), "v": {"w": w(11, 5)}}, X)

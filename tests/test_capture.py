@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, w
+from cases import w
+from cases_weights import CASES
 from flax import nnx
 from helpers import equations, moments_are, rank_one, same
 from jax import lax

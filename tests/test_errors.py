@@ -331,3 +331,78 @@ def test_fallback_materialize_is_silent():
         warnings.simplefilter("error")
         y = jlora.lora(sorted_weight, fallback="materialize")(params, x)
     np.testing.assert_allclose(y, sorted_weight(jlora.merge(params), x), rtol=1e-6)
+
+
+def deep():
+    """A larger tree, whose first leaves are unlike most."""
+    layer = {"attn": {"q_proj": {"kernel": jnp.ones((4, 4))}, "out": {"kernel": jnp.ones((4, 4))}}}
+    return {"embed": {"embedding": jnp.ones((9, 4))}, **{f"layers_{k}": layer for k in range(20)}}
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        (r".*/kernal", says('Closest: "kernel", as in "layers_0/attn/out/kernel".')),
+        (r".*/q_porj/kernel", says('"q_proj", as in "layers_0/attn/q_proj/kernel"')),
+        (r".*/(q|v)_porj/.*", says('"q_proj", as in')),
+        (r"layer_\d+/.*/kernel", says('Closest: "layers_', ', as in "layers_')),
+        (r"layers_1/attn/q_proj/kernels", says('Closest: "layers_1/attn/q_proj/kernel"')),
+        (r".*(query|value)", says("Closest: ")),
+        (r"kern[al", says("is not a regular expression")),
+    ],
+)
+def test_near_misses_of_a_pattern(rule, match):
+    with pytest.raises(ValueError, match=match):
+        jlora.attach(deep(), {rule: SPEC}, key=KEY)
+
+
+@pytest.mark.parametrize("name", ["bias", "rel_bias"])
+@pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6)])
+def test_a_bias_of_several_dimensions(name, shape):
+    params = {"query": {name: jnp.ones(shape), "kernel": jnp.ones((4, 6))}}
+    match = says(f'"query/{name}" float32[', "is a bias by its name", 'the rule "full"', "layout=")
+    with pytest.raises(ValueError, match=match):
+        jlora.attach(params, {".*": SPEC}, key=KEY)
+    rules = {r".*bias": LoraSpec(2, layout="io"), ".*": "full"}
+    assert isinstance(jlora.attach(params, rules, key=KEY)["query"][name], LoraArray)
+    found = jlora.attach(params, {".*": SPEC}, key=KEY, layouts={f"query/{name}": "io"})
+    assert isinstance(found["query"][name], LoraArray)
+
+
+def test_a_traced_argument_is_named_as_the_function_names_it():
+    def choose(params, batch, *, train):
+        return batch["x"] @ params["block"]["w"] if batch["on"] else train
+
+    params, x = used_whole()
+    batch = {"x": x, "on": jnp.array(True)}
+    for call in (
+        lambda: jlora.lora(choose)(params, batch, train=x),
+        lambda: jlora.layouts(choose, jlora.merge(params), batch, train=x),
+        lambda: jlora.explain(choose, params, batch, train=x),
+    ):
+        with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+            call()
+        text = str(caught.value)
+        assert "batch['on']" in text and "the function choose at" in text and "values" not in text
+
+
+LONG = "x" * 30_000
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: jlora.attach(model(), {LONG: SPEC}, key=KEY),
+        lambda: jlora.attach(model(), {".*kernel": LONG}, key=KEY),
+        lambda: jlora.attach(model(), {".*kernel": [SPEC] * 3000}, key=KEY),
+        lambda: jlora.attach({LONG: jnp.ones(3)}, {"w": SPEC}, key=KEY),
+        lambda: LoraSpec(2, form=LONG),
+        lambda: LoraSpec(2, layout=LONG),
+        lambda: LoraSpec(2, slices=((3, 2),) * 9000),
+        lambda: jlora.tie({"w": node()}, {"w": (LONG,)}),
+    ],
+)
+def test_long_values_are_cut(call):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    assert len(str(caught.value)) < 1000

@@ -1,25 +1,29 @@
 """The house of the design: what may import what, what is exported, what is documented."""
 
 import ast
+import functools
 import importlib.util
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import jlora
-from jlora import arithmetic, checkpoint, forms, initializers, optim, peft, transform
+from jlora import _foreign, arithmetic, checkpoint, forms, initializers, optim, peft, transform
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
-    {"_paths", "_compat", "_disk"},
-    {"_base", "_arrays", "_moments", "_serialization", "_nnx"},
+    {"_paths", "_compat", "_disk", "_foreign"},
+    {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
-    {"_spec", "_partition", "_tie", "_boxes", "initializers"},
-    {"_adapt", "_attach", "_report", "_sharding", "arithmetic", "optim", "transform"},
+    {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers"},
+    {"_adapt", "_attach", "_placed", "_report", "_sharding", "arithmetic", "optim", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
 ]
@@ -32,6 +36,7 @@ PUBLIC = {
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates", "specs"),
 }
+SPACES = [jlora, arithmetic, forms, initializers, optim, checkpoint, peft, transform]
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -128,27 +133,87 @@ def test_the_walker_knows_the_registry_not_the_rules():
         assert not seen & rules, f"{name} imports {seen & rules}"
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """What a Python without the tests' hooks has after `import jlora`, and in each package."""
+    code = """
+        import importlib, sys, jlora
+        print(sorted(sys.modules))
+        for name in %r:
+            module = importlib.import_module(name)
+            print(sorted(n for n in dir(module) if n[0] != "_"))
+            print(sorted(module.__all__))
+    """
+    code = textwrap.dedent(code % [space.__name__ for space in SPACES])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules, *lines = map(ast.literal_eval, done.stdout.splitlines())
+    listed = dict(zip(SPACES, zip(lines[::2], lines[1::2], strict=True), strict=True))
+    return {name.split(".")[0] for name in modules}, listed
+
+
 def test_the_export_list():
     exported = {n for n in vars(jlora) if not n.startswith("_")} - {
         *("transform", "checkpoint", "peft"),
         "jaxtyping",  # the import hook of the tests puts it there
     }
-    assert exported == PUBLIC
+    assert exported == PUBLIC and set(jlora.__all__) == PUBLIC | {"transform"}
+
+
+def test_completion_shows_the_public_names(imported):
+    """Those of submodules too, which have a name of their own where they were imported."""
+    for space, (shown, listed) in imported[1].items():
+        submodules = {n for n in shown if inspect.ismodule(getattr(space, n))} - set(listed)
+        assert set(shown) - submodules == set(listed) == set(space.__all__), space
+        assert {f"{space.__name__}.{n}" for n in submodules} <= {"jlora.checkpoint", "jlora.peft"}
+        assert all(getattr(space, name) is not None for name in listed)
+
+
+def test_help_shows_the_public_names():
+    text = pydoc.plain(pydoc.render_doc(jlora))
+    for name in PUBLIC:
+        value = getattr(jlora, name)
+        shown = f"class {name}(" if inspect.isclass(value) else f"{name}("
+        assert inspect.ismodule(value) or shown in text
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("peft", "needs safetensors, .* Write `from jlora import peft`"),
+        ("checkpoint", "needs Orbax, .* Write `from jlora import checkpoint`"),
+        ("get_peft_model", r"has no `get_peft_model`: attach an adapter with `jlora\.attach\("),
+        ("LoraConfig", r"describe it with `jlora\.LoraSpec\(rank=8"),
+        ("inject_adapter", r"`jlora\.attach\(params, rules"),
+        ("mark_only_lora_as_trainable", r"`jlora\.freeze\(tx\)`"),
+        ("merge_and_unload", r"`jlora\.merge\(params\)`"),
+        ("print_trainable_parameters", r"`print\(jlora\.summary\(params\)\)`"),
+        ("MergedLinear", r"no layer is replaced, `jlora\.lora\(model\.apply\)`"),
+        ("atach", "module 'jlora' has no attribute 'atach'"),
+    ],
+)
+def test_names_of_other_libraries(name, hint):
+    with pytest.raises(AttributeError, match=hint):
+        jlora.__getattr__(name)  # what a missing name calls; `peft` is imported here
+    assert not hasattr(jlora, "get_peft_model") and not hasattr(jlora.peft, "LoraConfig")
+
+
+def test_every_hint_runs():
+    """What stands between backticks in a hint is public."""
+    for hint in _foreign._INSTEAD:
+        for dotted in re.findall(r"jlora((?:\.\w+)+)", hint):
+            functools.reduce(getattr, dotted.split(".")[1:], jlora)
 
 
 def test_the_version_is_that_of_the_distribution():
     assert jlora.__version__ == metadata.version("jlora")
 
 
-def test_importing_jlora_imports_no_optional_library():
-    code = f"import sys, jlora; print(sorted({OPTIONAL!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_importing_jlora_imports_no_optional_library(imported):
+    assert not (OPTIONAL | {"flax"}) & imported[0] and {"jax", "optax"} <= imported[0]
 
 
 def documented():
-    spaces = [jlora, arithmetic, forms, initializers, optim, checkpoint, peft, transform]
-    for space in spaces:
+    for space in SPACES:
         for name, x in vars(space).items():
             if name.startswith("_") or not (inspect.isfunction(x) or inspect.isclass(x)):
                 continue

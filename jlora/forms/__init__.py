@@ -42,5 +42,15 @@ from jlora.forms._node import parts as parts
 from jlora.forms._node import weight as weight
 from jlora.forms._version1 import from_version_1 as from_version_1
 
+__all__ = [
+    *("as_lora", "base_of", "begun", "changed_b", "check", "delta", "factor_shapes", "Factors"),
+    *("factors", "Form", "from_version_1", "gain", "has_gain", "Initializer", "named", "of"),
+    *("Part", "parts", "register", "shapes", "shareable", "Split", "weight", "zeros"),
+]
+
 for _form in (lora, lora_fa, lora_xs, vera, adalora, mica):
     register(_form.FORM)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jlora._arrays import AXES, Geometry, LoraArray
+from jlora._paths import brief
 
 Factors = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
 # A, B and the residual, which becomes `base`.
@@ -65,8 +66,8 @@ class Part:
     def __post_init__(self) -> None:
         if not self.axes.startswith("s") or set(self.axes) - set("sior "):
             raise ValueError(
-                f'`jlora.forms.Part({self.axes!r})`: the axes begin with the stack, "s"; the rest '
-                'are "i" (inputs), "o" (outputs) and, as its own group, "r" (the rank): "si r".'
+                f'`jlora.forms.Part({brief(self.axes)})`: the axes begin with the stack, "s"; the '
+                'rest are "i" (inputs), "o" (outputs) and, in a group, "r" (the rank): "si r".'
             )
 
 
@@ -155,7 +156,7 @@ def register(form: Form) -> None:
             )
     if not set(form.frozen) <= set(AXES):
         raise ValueError(
-            f'`{call}`: frozen={form.frozen!r}; it takes "lora_a" and "lora_b". For a part of '
+            f'`{call}`: frozen={brief(form.frozen)}; it takes "lora_a" and "lora_b". For a part of '
             "`extra` use `Part(..., frozen=True)`."
         )
     _FORMS[form.name] = form
@@ -180,8 +181,8 @@ def named(name: str, call: str = "jlora.forms.named(name)") -> Form:
     """
     if name not in _FORMS:
         raise ValueError(
-            f"`{call}`: give one of {', '.join(map(repr, _FORMS))}; there is no form {name!r}. "
-            "Register a form of your own first: `jlora.forms.register(form)`."
+            f"`{call}`: give one of {', '.join(map(repr, _FORMS))}; there is no form "
+            f"{brief(name)}. Register a form of your own first: `jlora.forms.register(form)`."
         )
     return _FORMS[name]
 

@@ -32,3 +32,9 @@ from jlora.initializers._random import gaussian as gaussian
 from jlora.initializers._random import kaiming_rank as kaiming_rank
 from jlora.initializers._random import orthogonal as orthogonal
 from jlora.initializers._random import uniform as uniform
+
+__all__ = [
+    *("a_zero", "adalora", "corda", "eva", "Factors", "gaussian", "Initializer", "kaiming"),
+    *("kaiming_rank", "lora_ga", "lora_xs", "mica", "milora", "olora", "orthogonal", "pissa"),
+    *("Split", "uniform", "vera"),
+]

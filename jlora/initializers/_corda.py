@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import accumulator
-from jlora._paths import describe
+from jlora._paths import brief, describe
 from jlora.forms import Split
 from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced, split
 from jlora.initializers._decomposed import share
@@ -53,7 +53,9 @@ def corda(params: PyTree, moments: PyTree, *, method: str = "ipm") -> PyTree:
     """
     call = "jlora.initializers.corda(params, moments)"
     if method not in ("ipm", "kpm"):
-        raise ValueError(f'`jlora.initializers.corda(method={method!r})`: give "ipm" or "kpm".')
+        raise ValueError(
+            f'`jlora.initializers.corda(method={brief(method)})`: give "ipm" or "kpm".'
+        )
     nodes = lora_nodes(params, call)
     seen = moments_of(nodes, moments, call, least=0)
     new = {}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import Geometry, accumulator
-from jlora._paths import describe
+from jlora._paths import brief, describe
 from jlora.forms import Split
 from jlora.initializers._data import lora_nodes, replaced, split, values_of
 from jlora.initializers._decomposed import residual_of
@@ -66,7 +66,7 @@ def lora_ga(
     for name, value, allowed in options:
         if value not in allowed:
             raise ValueError(
-                f"`jlora.initializers.lora_ga({name}={value!r})`: give one of {allowed}."
+                f"`jlora.initializers.lora_ga({name}={brief(value)})`: give one of {allowed}."
             )
     nodes = lora_nodes(params, call)
     new = {}

@@ -11,3 +11,5 @@ from jlora.optim._fa import lora_fa as lora_fa
 from jlora.optim._plus import lora_plus as lora_plus
 from jlora.optim._riemannian import riemannian as riemannian
 from jlora.optim._rite import lora_rite as lora_rite
+
+__all__ = ["adalora", "lora_fa", "lora_plus", "lora_rite", "orthogonality", "riemannian"]

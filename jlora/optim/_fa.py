@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
+from jlora._paths import brief
 from jlora.optim._factors import (
     Pair,
     factor_nodes,
@@ -58,7 +59,7 @@ def lora_fa(
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
-            f"`jlora.optim.lora_fa({tx!r})`: pass the optimizer to wrap: "
+            f"`jlora.optim.lora_fa({brief(tx)})`: pass the optimizer to wrap: "
             "`jlora.optim.lora_fa(optax.adamw(1e-4))`."
         )
     return optax.chain(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jlora._paths import near_misses
+from jlora._paths import brief, near_misses
 from jlora.peft._match import Patterns
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -167,19 +167,19 @@ def parse(entries: Mapping[Any, Any], call: str) -> Config:
         raise ValueError(f'`{call}`: the configuration has no "peft_type".{foreign(entries)}')
     if not isinstance(kind, str) or kind not in FORMS:
         raise ValueError(
-            f'`{call}`: peft_type {kind!r} is another method than LoRA ("LORA"), and jlora does '
-            "not support it. Merge the adapter in PEFT, or train it there."
+            f'`{call}`: peft_type {brief(kind)} is another method than LoRA ("LORA"), and jlora '
+            "does not support it. Merge the adapter in PEFT, or train it there."
         )
     entries = _as_lora(entries, kind)
     for key, value in entries.items():
         if key in _VARIANTS and value:
             raise ValueError(
-                f"`{call}`: the adapter uses {_VARIANTS[key]} ({key}={value!r}), which jlora does "
-                "not support; read as LoRA it would compute something else."
+                f"`{call}`: the adapter uses {_VARIANTS[key]} ({key}={brief(value)}), which jlora "
+                "does not support; read as LoRA it would compute something else."
             )
         if key not in _VARIANTS and key not in _HARMLESS | _READ and value:
             raise ValueError(
-                f'`{call}`: the configuration sets "{key}" to {value!r}, which jlora does not '
+                f'`{call}`: the configuration sets "{key}" to {brief(value)}, which jlora does not '
                 "know, and which may change the result. Remove it if it does not. "
                 + near_misses(str(key), sorted(_READ | set(_VARIANTS)))
             )
@@ -239,7 +239,9 @@ def _typed(key: str, value: Any, call: str) -> Any:
         "task_type": (lambda v: isinstance(v, str), "a string"),
     }.get(key, (lambda v: _is_list(v, str), "a list of strings"))
     if not good(value):
-        raise ValueError(f"`{call}`: the configuration's {key} is {value!r}; it must be {wanted}.")
+        raise ValueError(
+            f"`{call}`: the configuration's {key} is {brief(value)}; it must be {wanted}."
+        )
     if key in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         return Patterns(value if isinstance(value, Mapping) else dict.fromkeys(value))
     if key in ("target_modules", "target_parameters", "exclude_modules"):
@@ -280,13 +282,13 @@ def check_init(config: Config, call: str) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_MOVES_BASE):
         raise ValueError(
-            f"`{call}`: the adapter began with init_lora_weights={init!r}, which moves the base "
-            "weights, so over the original ones it computes something else. Save it from PEFT with "
-            "`path_initial_model_for_weight_conversion=...`, which converts it to LoRA."
+            f"`{call}`: the adapter began with init_lora_weights={brief(init)}, which moves the "
+            "base weights, so over the original ones it computes something else. Save it from PEFT "
+            "with `path_initial_model_for_weight_conversion=...`, which converts it to LoRA."
         )
     unchanged = ("gaussian", "eva", "orthogonal", "mica")
     if isinstance(init, str) and init.lower() not in (*unchanged, "pissa", "olora"):
         raise ValueError(
-            f"`{call}`: the adapter began with init_lora_weights={init!r}, which jlora does not "
-            "support; it may change more than the initial values of A and B."
+            f"`{call}`: the adapter began with init_lora_weights={brief(init)}, which jlora does "
+            "not support; it may change more than the initial values of A and B."
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora._paths import near_misses
+from jlora._paths import brief, near_misses
 from jlora.peft._linear import HEADS
 from jlora.peft._match import Patterns, ends_with, parents
 from jlora.peft._names import Place
@@ -60,12 +60,12 @@ def describe_adapter(
     init = given.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError(
-            f"`{call}`: init_lora_weights={init!r} makes PEFT move the base weights when it "
+            f"`{call}`: init_lora_weights={brief(init)} makes PEFT move the base weights when it "
             "loads the adapter. Leave it out."
         )
     if given.get("lora_bias") and init not in (True, False):
         raise ValueError(
-            f"`{call}`: PEFT has no lora_bias=True together with init_lora_weights={init!r}."
+            f"`{call}`: PEFT has no lora_bias=True together with init_lora_weights={brief(init)}."
         )
     try:
         json.dumps(dict(given), allow_nan=False)
@@ -204,8 +204,8 @@ def _full_modules(
         if head:
             lacking = sorted(p.name for p in inside[head] if p not in fulls)
             raise ValueError(
-                f'`{call}`: under task_type={task!r} PEFT saves all of "{head}", and fails on a '
-                f'file of "{module}" alone. Give {lacking[:3]} the rule "full" too, or leave '
+                f'`{call}`: under task_type={brief(task)} PEFT saves all of "{head}", and fails on '
+                f'a file of "{module}" alone. Give {lacking[:3]} the rule "full" too, or leave '
                 "task_type out."
             )
     covered = {p.name for module in modules for p in inside[module]}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora import initializers
 from jlora._arrays import Geometry, LoraArray
+from jlora._paths import brief
 
 _KNOWN: dict[bool | str, initializers.Initializer] = {
     True: initializers.kaiming,
@@ -45,7 +46,7 @@ def initializer(chosen: bool | str, embedding: bool, call: str) -> initializers.
         why = _LACKED.get(str(name), "is not a name that jlora knows")
         like = "jlora.initializers.mica" if name == "mica" else "a function of your own"
         raise ValueError(
-            f"`{call}`: init_lora_weights={chosen!r} {why}. Give `init=`, {like}: "
+            f"`{call}`: init_lora_weights={brief(chosen)} {why}. Give `init=`, {like}: "
             "`(key, weight, rank, scaling, dtype) -> (A, B)` or `(A, B, residual)`."
         )
     return _KNOWN[name]

@@ -14,6 +14,9 @@ from jaxtyping import PyTree
 from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
+from jlora._check import check_directory, check_tree
+from jlora._paths import brief
+from jlora._placed import placed
 from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import (
     CONFIG,
@@ -86,7 +89,7 @@ def load(
 
     Returns:
         The adapted parameters. The base weights are the same arrays as in `params`, except
-        residuals.
+        residuals. Each A and B is on the devices of its base, sharded along the same axes.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -100,7 +103,9 @@ def load(
 
     Reference: PEFT's `PeftModel.from_pretrained`; loralib's `lora_state_dict`.
     """
+    check_directory(directory, "jlora.peft.load(directory, params)")
     call = f"jlora.peft.load({str(directory)!r}, params)"
+    check_tree(params, call)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"`{call}`: dtype={jnp.dtype(dtype).name} is not a floating type, and A and B train. "
@@ -137,6 +142,7 @@ def load(
     nodes |= {path: _full(parts, by_path[path]) for path, parts in plan.full.items()}
     nodes |= with_tokens(plan.tokens, by_path)
     nodes |= _biases(plan, by_path, nodes)
+    nodes = {path: placed(node, by_path[path]) for path, node in nodes.items()}
     adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base)
     return bind(base, adapter_tree)
 
@@ -196,8 +202,8 @@ def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
     is_name = adapter not in ("", ".", "..") and not set(adapter) & set("/\\\0")
     if not is_name or not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(
-            f"`{call}`: adapter={adapter!r} leads out of the directory. Give the name of a folder "
-            "in it."
+            f"`{call}`: adapter={brief(adapter)} leads out of the directory. Give the name of a "
+            "folder in it."
         )
     if (folder / TENSORS).is_file():
         return folder

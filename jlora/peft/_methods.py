@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jlora import forms
 from jlora._arrays import LoraArray
+from jlora._paths import brief
 from jlora.peft._config import EPSILON, Alpha, Config
 from jlora.peft._describe import Adapted
 from jlora.peft._keys import Found, Tensors
@@ -151,8 +152,8 @@ def bare(path: str, node: Any, method: str, call: str) -> Any:
         return node
     if method not in METHODS or node.form != METHODS[method][0] or forms.has_gain(node):
         raise ValueError(
-            f"`{call}`: peft_type={method!r} is none of {['LORA', *METHODS]}, or not every node is "
-            f'of its form: "{path}" is of the form {node.form!r}. Leave `peft_type` out: '
+            f"`{call}`: peft_type={brief(method)} is none of {['LORA', *METHODS]}, or not every "
+            f'node is of its form: "{path}" is of the form {node.form!r}. Leave `peft_type` out: '
             "LoRA with the same update is written."
         )
     return dataclasses.replace(node, form="lora", extra={})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jlora._arrays import Geometry
-from jlora._paths import describe, near_misses, tells
+from jlora._paths import brief, describe, near_misses, tells
 
 # A PyTorch parameter name; a name with a "{}" per unrolled leading dimension; or one name per index
 # of the leading dimension, if they do not share a pattern.
@@ -41,13 +41,14 @@ class Place:
 def places(leaves: Sequence[tuple[str, Any]], names: Names, call: str) -> dict[str, Place]:
     """Return every PyTorch parameter in `names`, by name, in tree order."""
     found: dict[str, Place] = {}
+    _check_type(names, "names", call)
     for path, leaf in leaves:
         name = names.get(path) if isinstance(names, Mapping) else names(path)
         if name is None:
             continue
         if not hasattr(leaf, "shape"):
             raise TypeError(
-                f"`{call}`: `names` gives {name!r} to {describe(path, leaf)}, which is not an "
+                f"`{call}`: `names` gives {brief(name)} to {describe(path, leaf)}, which is not an "
                 "array. Give its path None."
             )
         for index, full in _unroll(name, path, leaf, tuple(leaf.shape), call):
@@ -72,8 +73,18 @@ def name_of(names: Names, path: str) -> Name | None:
     return names.get(path) if isinstance(names, Mapping) else names(path)
 
 
+def _check_type(by_path: object, argument: str, call: str) -> None:
+    """Raise for anything but a mapping; `names` may be a function."""
+    function = argument == "names" and callable(by_path)
+    if not (function or isinstance(by_path, Mapping)):
+        what = "a mapping from path to name, or a function" if argument == "names" else "a mapping"
+        raise TypeError(f"`{call}`: `{argument}` is {brief(by_path)}. Give {what}.")
+
+
 def check_keys(by_path: object, paths: Sequence[str], argument: str, call: str) -> None:
     """Raise if a mapping has a path that is not in the tree."""
+    if by_path is not None:
+        _check_type(by_path, argument, call)
     if isinstance(by_path, Mapping):
         known = set(paths)
         for path in by_path:
@@ -88,7 +99,9 @@ def check_kinds(kinds: Mapping[str, str], call: str) -> None:
     """Raise for an unknown kind."""
     for path, kind in kinds.items():
         if kind not in KINDS:
-            raise ValueError(f'`{call}`: the kind of "{path}" is {kind!r}; give one of {KINDS}.')
+            raise ValueError(
+                f'`{call}`: the kind of "{path}" is {brief(kind)}; give one of {KINDS}.'
+            )
 
 
 def _unroll(
@@ -116,8 +129,8 @@ def _unroll(
                 yield (k, *index), full
     else:
         raise TypeError(
-            f'`{call}`: `names` gives {name!r} for "{path}"; give the PyTorch parameter\'s name, '
-            'such as "model.layers.3.self_attn.q_proj.weight", or None.'
+            f'`{call}`: `names` gives {brief(name)} for "{path}"; give the PyTorch parameter\'s '
+            'name, such as "model.layers.3.self_attn.q_proj.weight", or None.'
         )
 
 
@@ -154,13 +167,13 @@ def geometry_of(place: Place, layout: str | None, kind: str, call: str) -> Geome
     if kind in ("conv", "grouped") and layout not in (window + "o", "o" + window):
         raise ValueError(
             f'`{call}`: "{place.path}" is a convolution\'s kernel {list(place.shape)} with the '
-            f'layout {layout!r}; give "iiio" for HWIO or "oiii" for OIHW. Each stack dimension '
-            'needs its {} in the name. If it is no convolution, give its `kinds` as "linear".'
+            f'layout {brief(layout)}; give "iiio" for HWIO or "oiii" for OIHW. Each stack '
+            'dimension needs its {} in the name. If it is no convolution, its `kinds` is "linear".'
         )
     if not 0 <= dims - len(layout) <= 1:
         raise ValueError(
             f'`{call}`: the name "{place.name}" leaves the shape {list(place.shape)} of '
-            f'"{place.path}", and the layout {layout!r} has {len(layout)} letters. Each stack '
+            f'"{place.path}", and the layout {brief(layout)} has {len(layout)} letters. Each stack '
             "dimension needs its {} in the name, but for one of experts in one parameter."
         )
     return Geometry.of(place.shape, layout)

@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 from jlora import initializers
 from jlora._arrays import is_adapted
 from jlora._boxes import leaves_with_paths
-from jlora._paths import is_doubtful, near_misses
+from jlora._check import check_tree, has_arrays
+from jlora._paths import brief, is_doubtful, near_misses
 from jlora._spec import LoraSpec
 from jlora.peft._config import Config, read_config
 from jlora.peft._forms import equal_ranges
@@ -105,6 +106,11 @@ def rules(
     Reference: PEFT's `LoraConfig` and `get_peft_model`.
     """
     call = "jlora.peft.rules(config, params)"
+    check_tree(params, call)
+    if has_arrays(config):
+        raise TypeError(
+            f"`{call}`: `config` has arrays. The configuration comes first, then the parameters."
+        )
     parsed = _with_heads(read_config(config, call))
     leaves = leaves_with_paths(params, is_adapted)
     arguments = {"names": names, "groups": groups, "layouts": layouts, "kinds": kinds}
@@ -221,8 +227,8 @@ def _check_idle(
         if not entries:
             continue
         said = (
-            f"`{call}`: {entries} of the configuration choose nothing among the parameters that "
-            f"`names` names, in {key}"
+            f"`{call}`: {brief(entries)} of the configuration choose nothing among the parameters "
+            f"that `names` names, in {key}"
         )
         hint = near_misses(entries[0], known)
         if len(entries) == asked[key]:
@@ -275,7 +281,7 @@ def _grouped(spec: LoraSpec, place: Place, n: int, own_init: bool, call: str) ->
     outs, is_conv = place.shape[-1], kind_of(place, None, {}) == "conv" or len(place.shape) == 3
     if not isinstance(n, int) or n < 1 or outs % n or spec.rank % n or not is_conv:
         raise ValueError(
-            f'`{call}`: `groups` has {n!r} for "{place.path}" {list(place.shape)}, of rank '
+            f'`{call}`: `groups` has {brief(n)} for "{place.path}" {list(place.shape)}, of rank '
             f"{spec.rank}. Give what PyTorch's convolution has, whose kernel here ends with the "
             "outputs: PEFT wants it to divide the rank, which is that of all groups together."
         )

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths
+from jlora._check import check_directory, check_tree
 from jlora._paths import near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
@@ -104,18 +105,17 @@ def save(
 
     Reference: PEFT's `save_pretrained`. `alpha` is the shortest decimal whose α/r is the scaling.
     """
+    check_directory(directory, "jlora.peft.save(directory, params)")
     call = f"jlora.peft.save({str(directory)!r}, params)"
+    check_tree(params, call)
     leaves = leaves_with_paths(params, is_adapted)
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     if not adapted:
-        raise ValueError(
-            f"`{call}`: nothing in `params` is adapted. Give what `jlora.attach` returned, not the "
-            "merged or the base weights."
-        )
-    check_kinds(kinds or {}, call)
+        raise ValueError(f"`{call}`: nothing in `params` is adapted. Call `jlora.attach` first.")
     holes = leaves_with_paths(params, lambda x: x is None or is_adapted(x))
     for argument, value in (("layouts", layouts), ("kinds", kinds)):
         check_keys(value, [path for path, _ in holes], argument, call)
+    check_kinds(kinds or {}, call)
     for path, node in adapted.items():
         _check(path, node, call)
     attached = adapted

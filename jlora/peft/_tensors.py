@@ -19,6 +19,7 @@ import safetensors.numpy
 from jax.typing import DTypeLike
 
 from jlora._arrays import Geometry
+from jlora._paths import quoted
 
 # The parts of a LoraArray, and the endings of their keys.
 PARTS: dict[str, dict[str, str]] = {
@@ -44,16 +45,16 @@ def read(file: Path, call: str) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"`{call}`: {file.name} is not a complete safetensors file ({error}); it may be "
-            "cut off. Copy it again."
+            f"`{call}`: {file.name} is not a complete safetensors file ({str(error)[:200]}); "
+            "it may be cut off. Copy it again."
         ) from None
     tensors = {}
     # The reader's order varies between calls; sort, so that errors list keys in a stable order.
     for key, entry in sorted(entries, key=lambda pair: pair[0]):
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
-                f'`{call}`: "{key}" in {file.name} is of dtype {entry["dtype"]}; an adapter is '
-                "float32, float16 or bfloat16. Cast it in PyTorch."
+                f"`{call}`: {quoted(key)} in {file.name} is of dtype {entry['dtype']}; an adapter "
+                "is float32, float16 or bfloat16. Cast it in PyTorch."
             )
         # Not `safetensors.numpy.load`, which knows no bfloat16.
         flat = np.frombuffer(entry["data"], np.dtype(_DTYPES[entry["dtype"]]))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._arrays import FullArray, Geometry
+from jlora._paths import brief
 from jlora.peft._config import Config
 from jlora.peft._keys import TOKENS, Found, Groups, Tensors
 from jlora.peft._match import ends_with
@@ -113,7 +114,7 @@ def take_tokens(
         rows[f"{place.module}.{TOKENS}"] = fulls.pop(place)[list(indices)]
     if len(rows) != (len(given) if isinstance(given, Mapping) else 1):
         raise ValueError(
-            f"`{call}`: trainable_token_indices={given!r} names other embeddings than those "
+            f"`{call}`: trainable_token_indices={brief(given)} names other embeddings than those "
             "that are fully trained: "
             f'{[p.module for p in fulls if len(p.shape) == 2][:3]}. Give them the rule "full".'
         )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._paths import brief, quoted
+
 _FLOATS = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16},
     **{"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2},
@@ -76,7 +78,7 @@ def _files(place: Path, call: str) -> list[Path]:
         for shard in shards:
             if not shard.is_file():
                 raise FileNotFoundError(
-                    f"`{call}`: {_INDEX} names {shard.name}, which does not exist. "
+                    f"`{call}`: {_INDEX} names {quoted(shard.name)}, which does not exist. "
                     "Copy the folder again."
                 )
         return shards
@@ -96,7 +98,7 @@ def _shards(index: Path, call: str) -> list[Path]:
         if any(Path(name).name != name for name in names):
             raise ValueError("a file outside the folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"`{call}`: {_INDEX} cannot be read: {error}.") from None
+        raise ValueError(f"`{call}`: {_INDEX} cannot be read: {str(error)[:200]}.") from None
     return [index.parent / name for name in names]
 
 
@@ -117,16 +119,23 @@ def _header(file: Path, call: str) -> dict[str, Tensor]:
             count = math.prod(shape)
             is_float = entry["dtype"] in _FLOATS
             if min(shape, default=0) < 0 or not 0 <= start <= stop <= size - 8 - length:
-                raise ValueError(f'"{name}" reaches beyond the file')
+                raise ValueError(f"{quoted(name)} reaches beyond the file")
             if is_float and stop - start != count * dtype.itemsize:
-                raise ValueError(f'"{name}" has {stop - start} bytes for {list(shape)}')
+                raise ValueError(f"{quoted(name)} has {stop - start} bytes for {brief(shape)}")
             if is_float:
                 where = (8 + length + start, stop - start)
                 found[name] = Tensor(shape, functools.partial(_read, file, *where, dtype, shape))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(
-            f"`{call}`: {file.name} is not a complete safetensors file: {error}. It may be "
-            "cut off; copy it again."
+            f"`{call}`: {file.name} is not a complete safetensors file: {str(error)[:200]}. It may "
+            "be cut off; copy it again."
         ) from None
     return found
 

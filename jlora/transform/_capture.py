@@ -11,6 +11,7 @@ from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, is_adapted, is_leaf
 from jlora._base import deferred
 from jlora._boxes import outside
+from jlora._check import check_function
 from jlora._moments import Moments
 from jlora._paths import describe
 from jlora.transform._inputs import Sums
@@ -60,6 +61,7 @@ def capture(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyT
     Reference: the input statistics of Paischer et al. 2024, arXiv:2410.07170, and Yang et al. 2024,
     arXiv:2406.05223. PEFT's `get_eva_state_dict` and `preprocess_corda`, which use module hooks.
     """
+    check_function(fn, _CALL)
     params = outside(params)
     arguments = ((params, *args), kwargs)
     pairs, tree = jax.tree_util.tree_flatten_with_path(arguments, is_leaf)

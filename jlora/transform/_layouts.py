@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from jlora._arrays import is_adapted, is_leaf
 from jlora._base import is_stored, standin
+from jlora._check import check_function
 from jlora._nnx import of_states
 from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._probe import Probe
@@ -42,6 +43,7 @@ def layouts(
         >>> layouts(attend, params, jnp.ones((3, 8)))
         {'out': 'iio', 'q': 'ioo'}
     """
+    check_function(fn, "jlora.layouts(fn, params, ...)")
     found: dict[str, list[Use]] = {}
     settings = Settings(observe=lambda eqn, use: found.setdefault(use.name, []).append(use))
     fn, ((params, *rest), kwargs) = of_states(fn, ((params, *args), kwargs))

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
@@ -13,26 +14,29 @@ from jaxtyping import PRNGKeyArray, PyTree
 from jlora import _base, forms
 from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
 from jlora._boxes import inside
+from jlora._check import check_function
 from jlora._partition import constant
-from jlora._paths import path_strs
+from jlora._paths import brief, path_strs
 from jlora.transform._probe import waiting
 from jlora.transform._state import Arguments
 from jlora.transform._view import View
 from jlora.transform._walk import Fallback, Settings, Walk
 from jlora.transform._weight import Weight
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _FALLBACKS = ("warn", "error", "materialize")
 
 
 def lora(
-    fn: Callable[..., Any],
+    fn: Callable[P, T],
     *,
     dropout: float = 0.0,
     key: PRNGKeyArray | None = None,
     fallback: Fallback = "warn",
     dtype: DTypeLike | None = None,
     freeze: bool = True,
-) -> Callable[..., Any]:
+) -> Callable[P, T]:
     """Let a function take adapted parameters: every `x W` becomes `x W + s · (x A) B`.
 
     `lora(fn)(params, x) == fn(jlora.merge(params), x)`, and `W + s · A B` is never built. The
@@ -84,6 +88,7 @@ def lora(
     References: Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, arXiv:2402.09353, eq. 5
     and section 4.3. PEFT's `LoraLayer` and `DoraLinearLayer`.
     """
+    check_function(fn, "jlora.lora(fn)")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"`jlora.lora(dropout={dropout})`: the rate must be in [0, 1).")
     if dropout and key is None:
@@ -93,14 +98,16 @@ def lora(
         )
     if fallback not in _FALLBACKS:
         raise ValueError(
-            f"`jlora.lora(fallback={fallback!r})`: give one of "
+            f"`jlora.lora(fallback={brief(fallback)})`: give one of "
             + ", ".join(f'"{f}"' for f in _FALLBACKS)
             + "."
         )
-    settings = Settings(fallback, dropout, dtype)
+    if not isinstance(freeze, bool):
+        raise TypeError(f"`jlora.lora(freeze={brief(freeze)})`: give True or False.")
+    settings = Settings(fallback, dropout, None if dtype is None else jnp.dtype(dtype))
 
     @functools.wraps(fn)
-    def adapted(*args: Any, **kwargs: Any) -> Any:
+    def adapted(*args: P.args, **kwargs: P.kwargs) -> T:
         return call(fn, settings, key if dropout else None, args, kwargs, freeze)
 
     return adapted
@@ -174,8 +181,11 @@ class Traced:
         self.dynamic = [k for k, x in enumerate(leaves) if isinstance(x, arrays)]
         self._out: tuple[Any, list[Any]] = (None, [])
 
-        def flat(*values: Any) -> list[Any]:
+        # With the arguments and the name of `fn`, so that JAX's errors name what the user wrote.
+        @functools.wraps(fn)
+        def traced(*args: Any, **kwargs: Any) -> list[Any]:
             filled = list(leaves)
+            values = jax.tree.leaves((args, kwargs))
             for k, value in zip(self.dynamic, values, strict=True):
                 filled[k] = value
             args, kwargs = tree.unflatten(filled)
@@ -185,7 +195,11 @@ class Traced:
             self._out = (out_tree, list(zip(is_array, static, strict=True)))
             return [x for x, a in zip(outs, is_array, strict=True) if a]
 
-        self.jaxpr = jax.make_jaxpr(flat)(*(leaves[k] for k in self.dynamic))
+        shown: list[Any] = [None] * len(leaves)
+        for k in self.dynamic:
+            shown[k] = leaves[k]
+        args, kwargs = tree.unflatten(shown)
+        self.jaxpr = jax.make_jaxpr(traced)(*args, **kwargs)
 
     def result(self, outs: list[Any]) -> Any:
         """Put traced outputs and Python ones together as `fn` returned them."""

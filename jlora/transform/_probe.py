@@ -26,7 +26,7 @@ Origins = frozenset[tuple[str, int]]
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("base",), meta_fields=("roles", "names")
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Probe(Weight):
     """A weight without factors: operations on it are recorded in the roles of its axes."""
 

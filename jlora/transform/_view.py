@@ -40,7 +40,7 @@ GAIN = 2
     data_fields=("base", "parts", "gain"),
     meta_fields=("roles", "names", "own"),
 )
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class View(Weight):
     """A rearranged `LoraArray`."""
 

@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from jlora._arrays import Axes
 from jlora._base import Deferred, built
+from jlora._paths import short_repr
 from jlora.transform._labeled import AnyArray, Label
 
 W = TypeVar("W", bound="Weight")
@@ -74,6 +75,9 @@ class Weight:
     def ndim(self) -> int:
         """The base's number of dimensions."""
         return len(self.roles)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def over(self: W, base: AnyBase) -> W:
         """Return the same weight with another base of the same shape."""

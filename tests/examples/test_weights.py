@@ -63,7 +63,7 @@ def test_tied_head_has_no_kernel(tmp_path: Path) -> None:
         ({"eos_token_id": None}, "config.json lacks"),
         ({"hidden_size": None}, "config.json lacks"),
         ({"intermediate_size": 40}, r"mlp/gate_proj/kernel the shape \(32, 48\).*\(32, 40\)"),
-        ({"num_hidden_layers": 3}, "model.layers.2.*in none of its"),
+        ({"num_hidden_layers": 3}, "model.layers.2.*is in none of its"),
         ({"num_hidden_layers": "2"}, "wrong type.*TypeError"),
         ({"num_attention_heads": 0}, "wrong type.*ZeroDivisionError"),
         ({"num_attention_heads": -4}, r"its own configuration asks for \(32, -16\)"),

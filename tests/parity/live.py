@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,33 +84,14 @@ def hold(twin: Twin, model: Any, folder: Path, compare: Any, **config: Any) -> N
     base = twin.params(plain(twin))
     params = load(folder, base, twin)
     computed = twin.as_peft(params)
-    x = twin.x(np.random.default_rng(0))
-    floating = x.dtype == np.float32
-    tx = torch.tensor(x, requires_grad=True) if floating else torch.tensor(x)
-    out = model(tx)
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-
     apply = jlora.lora(twin.fn, fallback="error")
-    trainable, frozen = jlora.partition(computed)
-
-    def loss(trainable: Any, x: Any) -> Any:
-        y = apply(jlora.combine(trainable, frozen), x)
-        return (y * weight.numpy()).sum(), y
-
-    argnums = (0, 1) if floating else (0,)
-    grads, y = jax.grad(loss, argnums, has_aux=True)(trainable, x)
-    compare(y, out.detach().numpy(), "forward")
-    if floating:
-        compare(grads[1], tx.grad.numpy(), "gradient of the input")
-    gradients = jlora.combine(grads[0], jlora.partition(params)[1])
+    tx, out, slopes = slopes_of(twin, model, computed, apply, compare)
+    gradients = jlora.combine(slopes, jlora.partition(params)[1])
     gradients = save(folder / "gradients", gradients, twin, **config)
     theirs = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     theirs = quiet(peft.get_peft_model_state_dict, model, state_dict=theirs)
     assert set(gradients) == set(theirs)
-    for key, grad in theirs.items():
-        slope = next((s for part, s in twin.slopes.items() if part in key), 1.0)
-        compare(slope * gradients[key].numpy(), grad.numpy(), f"gradient of {key}")
+    compare_slopes(twin, gradients, theirs, compare)
 
     again = save(folder / "again", params, twin, **config)
     first = tensors(folder)
@@ -128,6 +109,42 @@ def hold(twin: Twin, model: Any, folder: Path, compare: Any, **config: Any) -> N
     ours = dict(jax.tree.leaves_with_path(jlora.merge(computed)))
     for path, want in jax.tree.leaves_with_path(merged):
         compare(ours[path], want, f"merged {path}")
+
+
+def slopes_of(
+    twin: Twin, run: Callable[..., Any], params: Any, fn: Callable[..., Any], compare: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Compare `fn(params, x)` and the gradient of x with PEFT's, `run(x)`.
+
+    Returns PEFT's input and output, and the gradients of what trains in `params`.
+    """
+    x = twin.x(np.random.default_rng(0))
+    floating = x.dtype == np.float32
+    tx = torch.tensor(x, requires_grad=True) if floating else torch.tensor(x)
+    out = run(tx)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    trainable, frozen = jlora.partition(params)
+
+    def loss(trainable: Any, x: Any) -> Any:
+        y = fn(jlora.combine(trainable, frozen), x)
+        return (y * weight.numpy()).sum(), y
+
+    argnums = (0, 1) if floating else (0,)
+    grads, y = jax.grad(loss, argnums, has_aux=True)(trainable, x)
+    compare(y, out.detach().numpy(), "forward")
+    if floating:
+        compare(grads[1], tx.grad.numpy(), "gradient of the input")
+    return tx, out, grads[0]
+
+
+def compare_slopes(
+    twin: Twin, ours: Mapping[str, Any], theirs: Mapping[str, Any], compare: Any, of: str = ""
+) -> None:
+    """Compare gradients under the names of PEFT's file."""
+    for key, grad in theirs.items():
+        slope = next((s for part, s in twin.slopes.items() if part in key), 1.0)
+        compare(slope * ours[key].numpy(), grad.numpy(), f"{of}gradient of {key}")
 
 
 def plain(twin: Twin) -> torch.nn.Module:

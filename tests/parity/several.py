@@ -1,16 +1,16 @@
 """Several active adapters of PEFT's on a twin, and the same here."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import peft
 import torch
-from live import adapt, load, plain, quiet, randomize, save
+from live import adapt, compare_slopes, load, plain, quiet, randomize, save, slopes_of
 from twins import Params, Twin
 
 import jlora.peft
@@ -54,25 +54,10 @@ def slopes_of_several(
 
     The second adapter is of rsLoRA.
     """
-    x = twin.x(np.random.default_rng(0))
-    floating = x.dtype == np.float32
-    tx = torch.tensor(x, requires_grad=True) if floating else torch.tensor(x)
-    out = quiet(model, tx)
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    trainable, frozen = jlora.partition(adapters)
-
-    def loss(trainable: Any, x: Any) -> Any:
-        y = fn(jlora.combine(trainable, frozen), x)
-        return (y * weight.numpy()).sum(), y
-
-    argnums = (0, 1) if floating else (0,)
-    grads, y = jax.grad(loss, argnums, has_aux=True)(trainable, x)
-    compare(y, out.detach().numpy(), "several adapters")
-    if floating:
-        compare(grads[1], tx.grad.numpy(), "gradient of the input")
+    _, _, slopes = slopes_of(twin, functools.partial(quiet, model), adapters, fn, compare)
+    frozen = jlora.partition(adapters)[1]
     theirs = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    for name, tree in zip(("default", "other"), jlora.combine(grads[0], frozen), strict=True):
+    for name, tree in zip(("default", "other"), jlora.combine(slopes, frozen), strict=True):
         rslora = {"use_rslora": name == "other"}
         ours = save(folder / f"gradients of {name}", tree, twin, **rslora)
         find = peft.get_peft_model_state_dict
@@ -81,9 +66,8 @@ def slopes_of_several(
         # PEFT gives none to the first of a MultiheadAttention's (test_peft_differences_of_layers).
         lost = {key for key, grad in want.items() if grad is None}
         assert lost == (set(want) if twin.slopes and name == "default" else set())
-        for key, grad in ((k, g) for k, g in want.items() if k not in lost):
-            slope = next((s for part, s in twin.slopes.items() if part in key), 1.0)
-            compare(slope * ours[key].numpy(), grad.numpy(), f"{name}: gradient of {key}")
+        found = {key: grad for key, grad in want.items() if key not in lost}
+        compare_slopes(twin, ours, found, compare, f"{name}: ")
 
 
 NAMES = ("default", "other")

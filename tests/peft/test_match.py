@@ -350,7 +350,7 @@ def damaged(folder: Path) -> dict[str, tuple[Path, Any, str]]:
         ),
         "list": (write("list", b"\2" + bytes(7) + b"[]"), ValueError, "not a complete safetensors"),
         "index": (index, ValueError, "index.json cannot be read: a file outside"),
-        "gone": (gone, FileNotFoundError, "names x.safetensors, which does not exist"),
+        "gone": (gone, FileNotFoundError, 'names "x.safetensors", which does not exist'),
         "none": (folder / "nowhere", FileNotFoundError, "there is no model.safetensors"),
         "pickle": (pickle, FileNotFoundError, "pytorch_model.bin is a pickle"),
     }

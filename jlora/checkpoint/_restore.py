@@ -1,10 +1,4 @@
-"""Save and restore adapters with Orbax: the arrays of one task, without the base weights.
-
-A checkpoint is self-describing: an index stores the path, kind and layout of each leaf, so that the
-adapter can be restored onto plain base weights. It is written to a temporary sibling directory,
-then renamed into place. Orbax stores arrays without checksums; the index has one for each array and
-one for itself.
-"""
+"""Restore an adapter: verify everything that was saved, and put it on the base's devices."""
 
 import dataclasses
 import os
@@ -15,118 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from jlora import forms
 from jlora._adapt import bind, detach
 from jlora._arrays import Adapted, FullArray, Geometry, LoraArray, Tied, is_adapted, is_leaf
 from jlora._boxes import leaves_with_paths, map_with_paths
-from jlora._disk import digest, replacing, seal, unseal
+from jlora._check import check_directory, check_tree
+from jlora._disk import digest, unseal
 from jlora._paths import describe, near_misses
+from jlora._placed import placed
 from jlora._tie import untie
-
-_INDEX = "jlora.json"
-_ARRAYS = "arrays"
-
-
-def save(directory: str | os.PathLike[str], params: PyTree) -> None:
-    """Save the adapter of `params`, without the base weights.
-
-    Args:
-        directory: the target; an existing checkpoint is replaced by a rename once the new one is
-            written. Hidden directories left next to it by killed processes are removed.
-        params: adapted parameters, or an adapter from `jlora.detach`.
-
-    Raises:
-        ValueError: nothing is adapted; a part of a node is missing (`jlora.partition`);
-            `directory` contains something other than a checkpoint, is a file or is the current
-            directory.
-
-    Example:
-        >>> import jax.numpy as jnp, tempfile
-        >>> from jlora import LoraSpec, attach
-        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(folder + "/adapter", params)
-        ...     restored = restore(folder + "/adapter", {"w": jnp.ones((4, 6))})
-        >>> bool((restored["w"].lora_a == params["w"].lora_a).all())
-        True
-
-    Reference: PEFT's `save_pretrained`; for its file format see `jlora.peft`.
-    """
-    call = f"jlora.checkpoint.save({str(directory)!r}, params)"
-    target = Path(directory).resolve()  # replaces the target of a link, not the link
-    nodes = {p: x for p, x in leaves_with_paths(params, is_adapted) if is_adapted(x)}
-    if not nodes:
-        raise ValueError(
-            f"`{call}`: nothing in `params` is adapted. "
-            "Pass what `jlora.attach` returned, not the merged or the base weights."
-        )
-    _refuse_target(target, call)
-    for path, node in nodes.items():
-        _refuse_part(path, node, call)
-    arrays, index = {}, {}
-    for n, (path, node) in enumerate(sorted(nodes.items())):
-        if isinstance(node, LoraArray):
-            index[path] = {
-                "kind": "lora",
-                "form": node.form,
-                "layout": node.layout,
-                "slices": node.slices,
-                "residual": node.residual,
-                "tied": {p: x.owner for p, x in _parts(node).items() if isinstance(x, Tied)},
-                "leaf": str(n),
-            }
-            arrays[str(n)] = {p: x for p, x in _parts(node).items() if not isinstance(x, Tied)}
-        else:
-            index[path] = {"kind": "full", "leaf": str(n)}
-            arrays[str(n)] = {"value": node.value}
-    checked = {leaf: {p: _entry(x) for p, x in parts.items()} for leaf, parts in arrays.items()}
-    with replacing(target) as new:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(new / _ARRAYS, arrays)
-        (new / _INDEX).write_text(seal({"version": 2, "leaves": index, "arrays": checked}))
-
-
-def _entry(x: Array | np.ndarray) -> dict[str, Any]:
-    """Return shape, dtype and checksum of an array, to verify what is read."""
-    return {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name, "sha256": digest(x)}
-
-
-def _refuse_target(target: Path, call: str) -> None:
-    """Refuse to replace anything but a checkpoint, and the current directory."""
-    why = None
-    if target.exists() and not target.is_dir():
-        why = "this is a file"
-    elif target == Path.cwd():
-        why = "this is the current directory"
-    elif target.exists() and not (target / _INDEX).is_file() and any(target.iterdir()):
-        why = "the directory contains other files"
-    if why is not None:
-        raise ValueError(
-            f"`{call}`: {why}, which saving would replace. Pass a new or empty directory."
-        )
-
-
-def _refuse_part(path: str, node: Adapted, call: str) -> None:
-    """Refuse the output of `jlora.partition`: half of an adapter could not be restored."""
-    needed = (
-        {**node.parts, "scaling": node.scaling}
-        if isinstance(node, LoraArray)
-        else {"value": node.value}
-    )
-    for name, value in needed.items():
-        if value is None:
-            raise ValueError(
-                f'`{call}`: the {name} of "{path}" is missing, and without it the adapter could '
-                "not be restored. Pass `jlora.combine(trainable, frozen)`."
-            )
-
-
-def _parts(node: LoraArray) -> dict[str, Any]:
-    """Return all parts of a node except its base."""
-    parts = {**node.parts, "scaling": node.scaling}
-    return {p: x if isinstance(x, Tied) else jax.numpy.asarray(x) for p, x in parts.items()}
+from jlora.checkpoint._save import ARRAYS, INDEX
 
 
 def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
@@ -138,7 +32,9 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
             residual requires that residual: recreate the initial parameters of the training run.
 
     Returns:
-        The adapted parameters. Base weights are not copied.
+        The adapted parameters. Base weights are not copied. Each A and B is on the devices of its
+        base and, on a mesh, sharded as the base: input axes in A, output axes in B, stack axes in
+        both.
 
     Raises:
         FileNotFoundError: `directory` is not a checkpoint.
@@ -148,7 +44,9 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     Example:
         See `save`.
     """
+    check_directory(directory, "jlora.checkpoint.restore(directory, params)")
     call = f"jlora.checkpoint.restore({str(directory)!r}, params)"
+    check_tree(params, call)
     source = Path(directory).absolute()
     index, checked = _read_index(source, call)
     base = detach(params)[0]
@@ -163,17 +61,20 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     _same_bases(index, dict(leaves_with_paths(params, is_adapted)), call)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(source / _ARRAYS).item_metadata.tree
+            metadata = checkpointer.metadata(source / ARRAYS).item_metadata.tree
             _verify_shapes(metadata, checked)  # before anything is allocated
             target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metadata)
-            arrays = checkpointer.restore(source / _ARRAYS, target)
+            arrays = checkpointer.restore(source / ARRAYS, target)
     except Exception as error:  # Orbax and tensorstore raise many types for damaged files
         raise ValueError(
             f"`{call}`: the arrays cannot be read: {str(error).splitlines()[0]}. The checkpoint is "
             "damaged or incomplete; copy the full directory again."
         ) from error
     _verify_values(arrays, checked, index, call)
-    nodes = {p: _node(p, leaves[p], entry, arrays, call) for p, entry in index.items()}
+    nodes = {
+        path: placed(_node(path, leaves[path], entry, arrays, call), leaves[path])
+        for path, entry in index.items()
+    }
     adapter = map_with_paths(lambda path, _: nodes.get(path), base, is_leaf)
     restored = bind(base, adapter)
     for path, node in leaves_with_paths(untie(restored), is_adapted):
@@ -193,7 +94,7 @@ def _verify_shapes(metadata: Mapping[str, Any], checked: Mapping[str, Any] | Non
             leaf: {p: (x["shape"], x["dtype"]) for p, x in parts.items()}
             for leaf, parts in checked.items()
         }:
-            raise ValueError(f"their shapes and dtypes differ from those in {_INDEX}")
+            raise ValueError(f"their shapes and dtypes differ from those in {INDEX}")
 
 
 def _verify_values(
@@ -210,16 +111,16 @@ def _verify_values(
             if x["sha256"] not in (None, digest(arrays[entry["leaf"]][part])):
                 raise ValueError(
                     f'`{call}`: the {part} of "{path}" is not what was saved: its checksum differs '
-                    f'from that in {_INDEX}, so a file in "{_ARRAYS}" is damaged. Copy the full '
+                    f'from that in {INDEX}, so a file in "{ARRAYS}" is damaged. Copy the full '
                     "directory again, or use an earlier checkpoint."
                 )
 
 
 def _read_index(source: Path, call: str) -> tuple[dict[str, dict[str, Any]], Any]:
-    file = source / _INDEX
+    file = source / INDEX
     if not file.is_file():
         raise FileNotFoundError(
-            f"`{call}`: this is not a checkpoint of jlora (no {_INDEX}). Pass the directory that "
+            f"`{call}`: this is not a checkpoint of jlora (no {INDEX}). Pass the directory that "
             "`jlora.checkpoint.save` wrote."
         )
     try:
@@ -241,7 +142,7 @@ def _read_index(source: Path, call: str) -> tuple[dict[str, dict[str, Any]], Any
             entry["tied"] = {p: Tied(str(owner)) for p, owner in entry.get("tied", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"`{call}`: {_INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
+            f"`{call}`: {INDEX} is not what `jlora.checkpoint.save` writes ({error}). "
             "Copy the full directory again."
         ) from None
     return index, checked
