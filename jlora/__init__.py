@@ -1,6 +1,7 @@
 """LoRA for JAX: a function transform that accepts low-rank-adapted weights."""
 
 from jlora import arithmetic as arithmetic
+from jlora import bank as bank
 from jlora import forms as forms
 from jlora import initializers as initializers
 from jlora import optim as optim

@@ -73,7 +73,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         >>> bind(*detach(params))["w"].lora_a is params["w"].lora_a
         True
     """
-    _same_paths(base, adapter, "jlora.bind(base, adapter)")
+    same_paths(base, adapter, "jlora.bind(base, adapter)")
 
     def put(weight: PyTree, node: PyTree) -> PyTree:
         return dataclasses.replace(node, base=weight) if is_adapted(node) else weight
@@ -81,7 +81,9 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
     return _map(put, base, adapter)
 
 
-def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
+def same_paths(one: PyTree, other: PyTree, call: str) -> None:
+    """Refuse two trees whose leaves have different paths."""
+
     def paths(tree: PyTree) -> set[str]:
         return {p for p, _ in leaves_with_paths(tree, lambda x: x is None or is_leaf(x))}
 
@@ -206,7 +208,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     Reference: PEFT's `unmerge_adapter`.
     """
     call = "jlora.unmerge(merged, params)"
-    _same_paths(merged, params, call)
+    same_paths(merged, params, call)
     for path, node in leaves_with_paths(params, is_leaf):
         if isinstance(node, LoraArray) and is_stored(node.base):
             raise ValueError(

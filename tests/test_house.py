@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import jlora
-from jlora import arithmetic, checkpoint, forms, initializers, optim, peft, transform
+from jlora import arithmetic, bank, checkpoint, forms, initializers, optim, peft, transform
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
@@ -19,14 +19,14 @@ FLOORS = [
     {"_base", "_arrays", "_moments"},
     {"forms"},
     {"_spec", "_partition", "_tie", "initializers"},
-    {"_adapt", "_attach", "_report", "arithmetic", "optim", "transform"},
+    {"_adapt", "_attach", "_report", "arithmetic", "bank", "optim", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"}
 PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
-    *("arithmetic", "optim", "forms", "Moments", "capture"),
+    *("arithmetic", "bank", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates"),
 }
@@ -145,7 +145,7 @@ def test_importing_jlora_imports_no_optional_library():
 
 
 def documented():
-    spaces = [jlora, arithmetic, forms, initializers, optim, checkpoint, peft, transform]
+    spaces = [jlora, arithmetic, bank, forms, initializers, optim, checkpoint, peft, transform]
     for space in spaces:
         for name, x in vars(space).items():
             if name.startswith("_") or not (inspect.isfunction(x) or inspect.isclass(x)):
