@@ -39,9 +39,18 @@ def test_an_adapter_that_a_batch_needs_is_not_replaced(tiny: Any) -> None:
     assert slots.replaced == 3 and slots.resident == [0, 3]
 
 
-@pytest.mark.usefixtures("loud")
-def test_the_command_line(tiny_dir: Path, capsys: Any) -> None:
+def test_the_command_line(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls = []
+
+    def compare(*args: Any) -> Any:
+        calls.append(args)
+        said = [[65, 66], [67, 256], [68, 69]]
+        return {name: (said, 0.5) for name in ("mixed", "base", "switching")}
+
+    monkeypatch.setattr(many_tasks, "compare", compare)
     flags = ["--requests", "3", "--adapters", "2", "--slots", "2", "--tokens", "2"]
     many_tasks.main(["--model", str(tiny_dir), *flags])
-    out = capsys.readouterr().out
-    assert out.count("tokens/s") == 3 and "the same answers: True" in out
+    (_, _, stop, requests, slots, steps), out = calls[0], capsys.readouterr().out
+    assert (stop, len(requests), slots, steps) == (256, 3, 2, 2)
+    # The mark that ends a text is not counted.
+    assert out.count("10.0 tokens/s (5 tokens in 0.50 s)") == 3 and "answers: True" in out
