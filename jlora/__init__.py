@@ -2,6 +2,7 @@
 
 from jlora import _foreign
 from jlora import arithmetic as arithmetic
+from jlora import bank as bank
 from jlora import forms as forms
 from jlora import initializers as initializers
 from jlora import optim as optim

@@ -79,7 +79,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
     """
     call = "jlora.bind(base, adapter)"
     check_tree(base, call, "base")
-    _same_paths(base, adapter, call)
+    same_paths(base, adapter, call)
     before = dict(leaves_with_paths(base, is_leaf))
     for path, x in leaves_with_paths(adapter, is_leaf):
         if not is_adapted(x):
@@ -104,7 +104,9 @@ def _bind(base: PyTree, adapter: PyTree) -> PyTree:
     return _map(put, base, inside(adapter))
 
 
-def _same_paths(one: PyTree, other: PyTree, call: str) -> None:
+def same_paths(one: PyTree, other: PyTree, call: str) -> None:
+    """Refuse two trees whose leaves have different paths."""
+
     def paths(tree: PyTree) -> set[str]:
         return {p for p, _ in leaves_with_paths(tree, lambda x: x is None or is_leaf(x))}
 
@@ -233,7 +235,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
     """
     call = "jlora.unmerge(merged, params)"
     check_tree(merged, call, "merged")
-    _same_paths(merged, params, call)
+    same_paths(merged, params, call)
     for path, node in leaves_with_paths(merged, is_adapted):
         if is_adapted(node):
             raise ValueError(

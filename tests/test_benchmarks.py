@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import bank
 import blocks
 import compare
 import decode
@@ -81,6 +82,22 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     for row in rows.values():
         assert {"ratio", "seconds", "temp_bytes", "flops"} <= set(row)
     assert rows["limit"]["ratio"] == 1
+
+
+@pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bank, "SIZES", TINY._replace(blocks=1, time=8))
+    for name, value in {"SLOTS": 3, "FEW_SLOTS": 2, "TOKENS": 8, "TRAINED": 2}.items():
+        monkeypatch.setattr(bank, name, value)
+    bank.main(["--rounds", "1", "--json", str(tmp_path / "b.json")])
+    found = json.loads((tmp_path / "b.json").read_text())["cases"]
+    assert len(found) == len(bank.cases()) == capsys.readouterr().out.count("base") + 1
+    for case, rows in found.items():
+        kinds = {"separate", "each", "map"} if "training" in case else {"base", "bank"}
+        assert set(rows) == ({"base", "peft"} if "PEFT" in case else kinds)
+        assert all(row["ratio"] > 0 for row in rows.values())
+    assert found["training 2, 8 tokens each"]["map"]["memory over one"] > 0
 
 
 @pytest.mark.usefixtures("no_peers")

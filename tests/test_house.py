@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 import jlora
-from jlora import _foreign, arithmetic, checkpoint, forms, initializers, optim, peft, transform
+from jlora import (
+    _foreign,
+    arithmetic,
+    checkpoint,
+    forms,
+    initializers,
+    optim,
+    peft,
+    transform,
+)
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
@@ -23,7 +32,17 @@ FLOORS = [
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers"},
-    {"_adapt", "_attach", "_placed", "_report", "_sharding", "arithmetic", "optim", "transform"},
+    {
+        "_adapt",
+        "_attach",
+        "_placed",
+        "_report",
+        "_sharding",
+        "arithmetic",
+        "bank",
+        "optim",
+        "transform",
+    },
     {"checkpoint", "peft"},
     {"__init__"},
 ]
@@ -32,7 +51,7 @@ OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm
 }
 PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
-    *("arithmetic", "optim", "forms", "Moments", "capture"),
+    *("arithmetic", "bank", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates", "specs"),
 }

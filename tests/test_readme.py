@@ -68,8 +68,7 @@ def test_recipes(capsys):
     trainable, frozen = names["trainable"], names["frozen"]
     assert all(leaf.any() for leaf in jax.tree.leaves(trainable)), "B starts at zero"
     combined = jlora.combine(trainable, frozen)
-    for y in names["ys"]:
-        assert jnp.allclose(y, apply(combined, x), atol=1e-5)
+    assert jnp.allclose(names["ys"], apply(combined, x), atol=1e-5)
     # EVA starts at the model without an adapter: B is zero.
     assert jnp.allclose(
         apply(names["params"], x), names["model"].apply(names["base"], x), atol=1e-5

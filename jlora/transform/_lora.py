@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,27 @@ def lora(
     def adapted(*args: P.args, **kwargs: P.kwargs) -> T:
         return call(fn, settings, key if dropout else None, args, kwargs, freeze)
 
+    vars(adapted)[OPTIONS] = Options(adapted, fn, settings, key if dropout else None, freeze)
     return adapted
+
+
+class Options(NamedTuple):
+    """What `lora` was called with, kept on its result for `jlora.bank`."""
+
+    made: Callable[..., Any]  # the result: a wrapper of it may have a copy of this attribute
+    fn: Callable[..., Any]
+    settings: Settings
+    key: Any
+    freeze: bool
+
+
+OPTIONS = "_jlora_options"
+
+
+def options_of(fn: Callable[..., Any]) -> Options | None:
+    """Return the options of a function that `lora` returned; None for any other function."""
+    found = getattr(fn, OPTIONS, None)
+    return found if found is not None and found.made is fn else None
 
 
 def call(
@@ -150,6 +170,8 @@ def call(
     }
     walk = Walk(settings, key)
     outs = walk.evaluate(traced.jaxpr, values)
+    if settings.mix is not None and any(isinstance(x, Weight) for x in outs):
+        settings.mix.refuse("a weight that is returned")
     result, new, _ = traced.result(
         [(untouched.get(id(x)) or x.dense()) if isinstance(x, Weight) else x for x in outs]
     )

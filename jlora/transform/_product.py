@@ -86,6 +86,9 @@ def product(
         return walk.bind(eqn, *operands[:where], x, *operands[where + 1 :])[0]
 
     def updated(view: View, base: Array, x: AnyArray) -> Array:
+        if walk.settings.mix is not None:
+            axes = dict(zip(x_labels, x.shape, strict=True))
+            return walk.settings.mix.updated(form, tuple(x_free), view, base, x, axes)
         return low_rank(base, x, view.parts, form)
 
     out = multiplied(walk, view, eqn.invars[where], x, gain, dtype, of_base, updated)

@@ -48,6 +48,7 @@ class Settings:
     observe: Callable[[JaxprEqn, Use], None] | None = None
     # Applied to an equation with a view in place of its rule; `jlora.capture` sets it.
     instead: Callable[["Walk", JaxprEqn, list[Any]], Sequence[Any]] | None = None
+    mix: Any = None  # the weights of several adapters in one: see `_mixed`
     warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     # Inner functions by their jaxpr: layers that share one are traced once, and eager calls of a
     # jitted function reuse the compiled one.
@@ -208,6 +209,8 @@ class Walk:
 
     def materialize(self, eqn: JaxprEqn, view: Weight) -> Any:
         """Build a weight for an equation that cannot use the factors; report per `fallback`."""
+        if self.settings.mix is not None:
+            self.settings.mix.refuse(f'the primitive "{eqn.primitive.name}" at {self.line(eqn)}')
         # A view that has lost one side (a single row) is an activation, not a weight.
         if view.two_sided:
             self._report(eqn, view)

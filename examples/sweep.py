@@ -1,0 +1,94 @@
+"""Sweep the learning rate: one adapter per rate, all trained in one program over one base.
+
+    python examples/sweep.py                              # seven rates, SmolLM2's first 4 layers
+    python examples/sweep.py --rates 1e-3 4e-3 --steps 20
+
+The model, the data and the schedule are those of `finetune.py --smoke`. A bank holds the adapters;
+`jlora.bank.per_slot` gives each its own optimizer, which injects the rate, so every slot trains as
+it would in a run of its own. The output directory gets sweep.png and sweep.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import finetune
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import training
+from evaluation import Job, make_apply
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import jlora
+
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+
+
+def sweep(job: Job, rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Train one adapter per rate; return the losses, (steps, K), and the held-out losses, (K,)."""
+    base, adapter = jlora.detach(job.params)
+    bank = jlora.bank.stack([adapter] * len(rates))
+    loss = training.make_loss(make_apply(job.config))
+    slots = jnp.arange(len(rates))
+    rate = optax.inject_hyperparams(optax.scale)(step_size=1.0)
+    tx = jlora.bank.per_slot(optax.chain(training.make_optimizer(1.0, len(job.batches)), rate))
+    state = tx.init(bank)
+    state = (*state[:-1], state[-1]._replace(hyperparams={"step_size": jnp.asarray(rates)}))
+
+    @jax.jit
+    def losses_of(bank: Any, base: Any, batch: training.Batch) -> jax.Array:
+        return jlora.bank.each(loss, base, bank, slots, batch, in_axes=None)  # (K,)
+
+    @jax.jit
+    def step(bank: Any, state: Any, base: Any, batch: training.Batch) -> Any:
+        # The sum: the gradient of each slot is that of its own loss.
+        losses, pull = jax.vjp(lambda bank: losses_of(bank, base, batch), bank)
+        updates, state = tx.update(pull(jnp.ones_like(losses))[0], state, bank)
+        return optax.apply_updates(bank, updates), state, losses
+
+    history = []
+    for batch in tqdm(job.batches, desc=f"train {len(rates)} adapters", unit="step"):
+        bank, state, losses = step(bank, state, base, batch)
+        history.append(np.asarray(losses))
+    total = sum(losses_of(bank, base, b) * b["weight"].sum() for b in job.held_out)
+    return np.stack(history), np.asarray(total / sum(b["weight"].sum() for b in job.held_out))
+
+
+def plot(path: Path, rates: Sequence[float], held_out: np.ndarray) -> None:
+    """Draw the held-out loss against the rate."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, held_out, "o-")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per token)")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rates", type=finetune.above_zero, nargs="+", default=RATES)
+    parser.add_argument("--steps", type=finetune.positive, default=60)
+    parser.add_argument("--model", help="as in finetune.py")
+    parser.add_argument("--data", help="as in finetune.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    args = parser.parse_args(argv)
+    flags = ["--smoke", "--steps", str(args.steps)]
+    for name in ("model", "data"):
+        flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    history, held_out = sweep(finetune.prepare(finetune.parse(flags)), args.rates)
+    for rate, last, loss in zip(args.rates, history[-1], held_out, strict=True):
+        print(f"learning rate {rate:8.2g}: last training loss {last:.3f}, held-out loss {loss:.3f}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = {"rates": [*args.rates], "losses": history.tolist(), "held_out": held_out.tolist()}
+    (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
+    plot(args.out / "sweep.png", args.rates, held_out)
+    print(f"written to {args.out / 'sweep.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

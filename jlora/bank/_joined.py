@@ -1,0 +1,77 @@
+"""The adapters of all slots as one, whose ranks alternate: component q belongs to slot q % N."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jlora import forms
+from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora._base import built, is_stored
+from jlora._partition import constant
+from jlora._paths import leaves_with_paths, map_with_paths
+from jlora.bank._slots import Bank
+
+
+def joined(base: PyTree, bank: Bank, call: str) -> PyTree:
+    """Return the base with one adapter: A of all slots, and s·B, without the weights of a mixture.
+
+    Parameters trained in full stay plain.
+    """
+    nodes = dict(leaves_with_paths(bank.adapter, is_adapted))
+
+    def one(path: str, weight: Any) -> Any:
+        node = nodes.get(path)
+        return _node(path, weight, node, call) if isinstance(node, LoraArray) else weight
+
+    return map_with_paths(one, base, _is_leaf)
+
+
+def of_weights(params: PyTree, base: PyTree, bank: Bank, m: Array, scale: bool = False) -> PyTree:
+    """Put in the parameters trained in full, mixed by m, `(slots,)`; with `scale` scale B by m."""
+    nodes = dict(leaves_with_paths(bank.adapter, is_adapted))
+    weights = dict(leaves_with_paths(base, _is_leaf))
+
+    def one(path: str, x: Any) -> Any:
+        node = nodes.get(path)
+        if isinstance(node, FullArray):
+            return FullArray(
+                x, _mixture(node.value, weights[path], m.astype(jnp.float32) * bank.ranks[path])
+            )
+        if scale and isinstance(x, LoraArray):
+            by = jnp.tile(m, x.rank // m.shape[0]).astype(x.lora_b.dtype)
+            outs = x.layout.count("o")
+            return dataclasses.replace(x, lora_b=x.lora_b * by.reshape(-1, *(1,) * outs))
+        return x
+
+    return map_with_paths(one, params, lambda x: _is_leaf(x) or is_adapted(x))
+
+
+def _is_leaf(x: object) -> bool:
+    return x is None or is_stored(x)
+
+
+def _mixture(values: Array, base: Any, m: Array) -> Array:
+    """Return `base + Σ m[n] (values[n] - base)`; a slot's own value, exactly, for one weight 1."""
+    original = lax.stop_gradient(built(base)).astype(values.dtype)
+    m = m.astype(values.dtype)
+    return jnp.tensordot(m, values, 1, precision="highest") + (1 - m.sum()) * original
+
+
+def _node(path: str, weight: Any, node: LoraArray, call: str) -> LoraArray:
+    shape, stack = weight.shape, len(weight.shape) - len(node.layout)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), node)
+    jax.eval_shape(
+        lambda one: forms.check(path, dataclasses.replace(one, base=weight), call) or 0, one
+    )
+    node = constant(node)
+    a, b = jax.vmap(lambda node: forms.factors(node, shape))(node)
+    s = jnp.asarray(node.scaling).astype(b.dtype)
+    b = b * s.reshape(*s.shape, *(1,) * (b.ndim - s.ndim))
+    a, b = jnp.moveaxis(a, 0, -1), jnp.moveaxis(b, 0, stack + 1)
+    a = a.reshape(*a.shape[:-2], -1)
+    b = b.reshape(*b.shape[:stack], -1, *b.shape[stack + 2 :])
+    return LoraArray(weight, a, b, jnp.ones((), jnp.float32), node.layout)
