@@ -43,7 +43,7 @@ class Settings:
     """The settings of one `lora(fn)`, shared by all its walks."""
 
     fallback: Fallback = "warn"
-    dropout: float = 0.0
+    dropout: Any = 0.0
     dtype: Any = None
     observe: Callable[[JaxprEqn, Use], None] | None = None
     # Applied to an equation with a view in place of its rule; `jlora.capture` sets it.
@@ -89,7 +89,8 @@ class Walk:
         """Apply dropout to `x`, an adapter's input and the value of `atom`."""
         if self.key is None:
             return x
-        keep = 1.0 - self.settings.dropout
+        rate = self.settings.dropout
+        keep = 1.0 - (rate if isinstance(rate, float | int) else jnp.asarray(rate, jnp.float32))
         key: Any = self.next_key()
         eqn, source = self._source(atom, "pvary")
         # Shards that differ get different masks; a replicated input gets the same mask everywhere.
