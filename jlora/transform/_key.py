@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora import _compat
+from jlora._partition import still
 
 _WRITE = (
     "Build it where it is called, with a key that is an argument of the step: "
@@ -59,11 +60,7 @@ class CallKey:
                 f"the same elements. {_WRITE}."
             )
         traced = [x for x in jax.tree.leaves(arguments) if _compat.is_traced(x)]
-        return _mapped_with(self._key, [_still(x) for x in traced]) if traced else self._key
-
-
-def _still(x: Any) -> Any:
-    return lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        return _mapped_with(self._key, [still(x) for x in traced]) if traced else self._key
 
 
 @jax.custom_batching.custom_vmap

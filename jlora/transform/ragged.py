@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
+from jlora import _compat
 from jlora._arrays import accumulator
+from jlora._partition import still
+from jlora._paths import describe
 from jlora.transform._gain import NONE, Gain, multiplied
 from jlora.transform._inputs import EXACT, Sums, pulled, wide
 from jlora.transform._labeled import AnyArray, expanded
@@ -15,6 +19,7 @@ from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
 from jlora.transform._weight import Operand, Weight
+from jlora.transform._wide import bound
 
 
 def of_ragged(eqn: JaxprEqn, x: AnyArray, view: Operand, group_sizes: AnyArray) -> Sums | None:
@@ -44,13 +49,14 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Operand, view: Operand, group_size
     dtype = walk.narrow_dtype(x.dtype, result.dtype)
 
     def product(x: AnyArray) -> Array:
-        return walk.bind(eqn, x, view, group_sizes)[0]
+        (x, sizes), base = _in_lanes((x, group_sizes), view.base, _refusal(walk, eqn, view))
+        return bound(walk, eqn, x, view.over(base), sizes)
 
     def updated(view: View, base: AnyArray, x: AnyArray) -> Array:
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
     gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes)
-    out = multiplied(walk, view, eqn.invars[0], x, gain, dtype, product, updated)
+    out = multiplied(walk, eqn, 0, view, x, gain, dtype, product, updated)
     walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
 
@@ -133,6 +139,41 @@ def _gain(eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: Any
     return Gain(before=expanded(rows, labels, x_labels))
 
 
+def _refusal(walk: Walk, eqn: JaxprEqn, view: Weight) -> str:
+    """Say what to do where a ragged product is mapped without its weight."""
+    return (
+        f"`jlora.lora`: the rows of the ragged product at {walk.line(eqn)} are mapped by `jax.vmap`, "
+        f"but not its weight {describe(', '.join(view.names), view.base)}, which JAX cannot batch. "
+        "Loop instead: `jax.lax.map(run, adapters)` in place of `jax.vmap(run)(adapters)`."
+    )
+
+
+def _in_lanes(activations: Any, weight: Any, refusal: str = "") -> tuple[Any, Any]:
+    """Map all operands of a ragged product if one is mapped, because JAX requires it.
+
+    A factor of 1 that is mapped if an operand is makes the others mapped too. The base is never
+    repeated: with a `refusal`, raise it if the weight is not mapped and an activation is.
+    """
+    operands = (activations, weight)
+    if not any(_compat.is_traced(x) for x in jax.tree.leaves(operands)):
+        return operands
+
+    @jax.custom_batching.custom_vmap
+    def one(activations: Any, weight: Any) -> Any:
+        return jnp.ones((), jnp.int32)
+
+    @one.def_vmap
+    def _(size: int, mapped: Any, activations: Any, weight: Any) -> Any:
+        if refusal and not any(jax.tree.leaves(mapped[1])):
+            raise ValueError(refusal)
+        return jnp.ones(size, jnp.int32), True
+
+    same = one(*jax.tree.map(still, operands))
+    if refusal:
+        return jax.tree.map(lambda x: x * same.astype(x.dtype), activations), weight
+    return jax.tree.map(lambda x: x * same.astype(x.dtype), operands)
+
+
 def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
     return [axes.index(k) for k in wanted]
 
@@ -147,6 +188,7 @@ def _ragged(
     groups: Sequence[int],
     precision: lax.PrecisionLike = None,
 ) -> Array:
+    (x, group_sizes), w = _in_lanes((x, group_sizes), w)
     return lax.ragged_dot_general(
         x,
         w,
