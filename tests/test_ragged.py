@@ -42,35 +42,32 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_over_adapters(dora):
-    base, both = tree(layer, dora)
-    apply = jlora.lora(layer, fallback="error")
-
-    def run(adapter):
-        return apply(jlora.bind(base, adapter), X, SIZES)
-
-    def slopes(adapter):
-        return jax.grad(lambda a: jnp.sin(run(a)).sum())(adapter)
-
-    for fn in (run, slopes):
-        close(jax.jit(jax.vmap(fn))(both), lax.map(fn, both))
-    moved = jax.vmap(lambda a: jax.jvp(run, (a,), (a,))[1])(both)
-    close(moved, lax.map(lambda a: jax.jvp(run, (a,), (a,))[1], both))
-
-
-def test_over_stacked_bases():
-    base, both = tree(two_layers)
+def test_over_adapters_and_their_bases(dora):
+    """The rows and the sizes of the groups are the same for both."""
+    base, both = tree(two_layers, dora)
     bases = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), base)
-    run = lambda b, a: jlora.lora(two_layers)(jlora.bind(b, a), X, SIZES)
-    close(jax.vmap(run)(bases, both), lax.map(lambda ba: run(*ba), (bases, both)))
+    apply = jlora.lora(two_layers, fallback="error")
+
+    def run(base, adapter):
+        return jnp.sin(apply(jlora.bind(base, adapter), X, SIZES)).sum()
+
+    for fn in (run, jax.grad(run, 1), lambda b, a: jax.jvp(lambda a: run(b, a), (a,), (a,))[1]):
+        close(jax.jit(jax.vmap(fn))(bases, both), lax.map(lambda ba, fn=fn: fn(*ba), (bases, both)))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_a_base_is_not_repeated(wrap):
-    """The second layer's rows are mapped and its weight is not, which JAX cannot batch."""
-    base, both = tree(two_layers)
-    run = wrap(lambda a: jlora.lora(two_layers)(jlora.bind(base, a), X, SIZES))
-    with pytest.raises(ValueError, match=says('"v" float32[3,4,6]', "lax.map(run, adapters)")):
+WRAPS = {"eager": lambda f: f, "jit": jax.jit, "grad": lambda f: jax.grad(lambda a: f(a).sum())}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("fn", [layer, two_layers])
+def test_a_base_is_not_repeated(fn, wrap):
+    base, both = tree(fn)
+    run = WRAPS[wrap](lambda a: jlora.lora(fn)(jlora.bind(base, a), X, SIZES))
+    with pytest.raises(ValueError, match=says('"w" float32[3,6,4]', "lax.map(run, adapters)")):
         jax.vmap(run)(both)
-    want = [run(jax.tree.map(lambda x, n=n: x[n], both)) for n in range(2)]
-    close(lax.map(run, both), jnp.stack(want))
+    if fn is layer:
+        close(lax.map(run, both), jax.tree.map(lambda *x: jnp.stack(x), *map(run, each(both))))
+
+
+def each(both):
+    return [jax.tree.map(lambda x, n=n: x[n], both) for n in range(2)]

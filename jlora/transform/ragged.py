@@ -47,15 +47,15 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Operand, view: Operand, group_size
         return NotImplemented
     result: Any = eqn.outvars[0].aval
     dtype = walk.narrow_dtype(x.dtype, result.dtype)
+    x, view, group_sizes, one = _in_lanes(walk, eqn, x, view, group_sizes)
 
     def product(x: AnyArray) -> Array:
-        (x, sizes), base = _in_lanes((x, group_sizes), view.base, _refusal(walk, eqn, view))
-        return bound(walk, eqn, x, view.over(base), sizes)
+        return bound(walk, eqn, x, view, group_sizes)
 
     def updated(view: View, base: AnyArray, x: AnyArray) -> Array:
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
-    gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes)
+    gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes, one)
     out = multiplied(walk, eqn, 0, view, x, gain, dtype, product, updated)
     walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
@@ -120,12 +120,15 @@ def _out_of_rank(
     return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
 
 
-def _gain(eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: AnyArray) -> Gain:
+def _gain(
+    eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: AnyArray, one: AnyArray
+) -> Gain:
     """Give every row its expert's gain, on the outputs or, if those are contracted, the inputs."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
     row, batch = dn.lhs_ragged_dimensions[0], len(x_batch)
     ones = jnp.ones((*(x.shape[k] for k in x_batch), x.shape[row], 1), accumulator(x.dtype))
+    ones *= one.astype(ones.dtype)
     highest = lax.Precision.HIGHEST
     rows = _out_of_rank(eqn, ones, view, GAIN, group_sizes, batch, highest)
     lead = [*w_batch, *dn.rhs_group_dimensions]
@@ -139,39 +142,36 @@ def _gain(eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: Any
     return Gain(before=expanded(rows, labels, x_labels))
 
 
-def _refusal(walk: Walk, eqn: JaxprEqn, view: Weight) -> str:
-    """Say what to do where a ragged product is mapped without its weight."""
-    return (
-        f"`jlora.lora`: the rows of the ragged product at {walk.line(eqn)} are mapped by `jax.vmap`, "
-        f"but not its weight {describe(', '.join(view.names), view.base)}, which JAX cannot batch. "
-        "Loop instead: `jax.lax.map(run, adapters)` in place of `jax.vmap(run)(adapters)`."
-    )
+def _in_lanes(
+    walk: Walk, eqn: JaxprEqn, x: AnyArray, view: Weight, group_sizes: AnyArray
+) -> tuple[Any, Weight, Any, Any]:
+    """Under `jax.vmap` map every operand, because JAX requires it, or raise if W is not mapped.
 
-
-def _in_lanes(activations: Any, weight: Any, refusal: str = "") -> tuple[Any, Any]:
-    """Map all operands of a ragged product if one is mapped, because JAX requires it.
-
-    A factor of 1 that is mapped if an operand is makes the others mapped too. The base is never
-    repeated: with a `refusal`, raise it if the weight is not mapped and an activation is.
+    A factor of 1 that is mapped if an operand is makes the others mapped too; return it last. W is
+    not repeated.
     """
-    operands = (activations, weight)
-    if not any(_compat.is_traced(x) for x in jax.tree.leaves(operands)):
-        return operands
+    operands = (view.base, x, group_sizes, view.components)
+    if not any(_compat.is_traced(leaf) for leaf in jax.tree.leaves(operands)):
+        return x, view, group_sizes, jnp.ones((), jnp.int32)
+    line = walk.line(eqn)
 
     @jax.custom_batching.custom_vmap
-    def one(activations: Any, weight: Any) -> Any:
+    def one(*operands: Any) -> Any:
         return jnp.ones((), jnp.int32)
 
     @one.def_vmap
-    def _(size: int, mapped: Any, activations: Any, weight: Any) -> Any:
-        if refusal and not any(jax.tree.leaves(mapped[1])):
-            raise ValueError(refusal)
+    def _(size: int, mapped: Any, *operands: Any) -> Any:
+        if not any(jax.tree.leaves(mapped[0])):
+            raise ValueError(
+                f"`jlora.lora`: `jax.vmap` maps the ragged product at {line}, but not its weight "
+                f"{describe(', '.join(view.names), view.base)}, which JAX cannot batch. Loop over "
+                "the adapters, `jax.lax.map(run, adapters)` in place of `jax.vmap(run)(adapters)`."
+            )
         return jnp.ones(size, jnp.int32), True
 
     same = one(*jax.tree.map(still, operands))
-    if refusal:
-        return jax.tree.map(lambda x: x * same.astype(x.dtype), activations), weight
-    return jax.tree.map(lambda x: x * same.astype(x.dtype), operands)
+    x, sizes, parts = jax.tree.map(lambda leaf: leaf * same.astype(leaf.dtype), operands[1:])
+    return x, view.remade(view.base, parts, view.roles), sizes, same
 
 
 def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
@@ -188,7 +188,6 @@ def _ragged(
     groups: Sequence[int],
     precision: lax.PrecisionLike = None,
 ) -> Array:
-    (x, group_sizes), w = _in_lanes((x, group_sizes), w)
     return lax.ragged_dot_general(
         x,
         w,
