@@ -60,7 +60,8 @@ def lora(
         fallback: what to do if an operation requires the materialized weight: "warn" (build it
             and report where, and the cost), "error", or "materialize" (build it silently).
         dtype: of the narrow products; `None` is the activation's dtype, as in Flax layers, with
-            float32 accumulation. PEFT computes them in float32 over a bfloat16 base.
+            float32 accumulation; float32 for float16, whose range `x A` may exceed, and bfloat16
+            for 8 bits. PEFT computes them in float32 over a bfloat16 base.
         freeze: whether frozen leaves are constants of differentiation. With `False` every array is
             differentiated, for the gradient of the base itself.
 
