@@ -240,9 +240,8 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
     if own is None or batch[k] or free != sorted(free):
         return NotImplemented
     aval: Any = eqn.outvars[0].aval
-    out = own(
-        operands[1 - k], (tuple(summed[1 - k]), tuple(axes[n] for n in summed[k])), aval.dtype
-    )
+    dtype = eqn.params["preferred_element_type"] or aval.dtype
+    out = own(operands[1 - k], (tuple(summed[1 - k]), tuple(axes[n] for n in summed[k])), dtype)
     if out is NotImplemented or k == 1:
         return out
     first = out.ndim - len(free)

@@ -66,7 +66,11 @@ def source_line(eqn: JaxprEqn) -> str:
 
 
 def is_traced(x: object) -> bool:
-    """Whether a value is being traced, so that it cannot be read, but may be differentiated."""
+    """Whether a value is being traced, so that it cannot be read, but may be differentiated.
+
+    JAX exports `jax.core.Tracer` but documents it nowhere. What it documents, reading the value and
+    catching `jax.errors.ConcretizationTypeError`, would copy each concrete array to the host.
+    """
     return isinstance(x, jax.core.Tracer)
 
 

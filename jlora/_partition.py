@@ -30,17 +30,18 @@ def _by_part(leaf: Any, trainable: Callable[[Any], Any], frozen: Callable[[Any],
     return frozen(leaf)
 
 
-def constant(leaf: Any) -> Any:
-    """Make what does not train of one leaf a constant of differentiation.
+def still(x: Any) -> Any:
+    """Make an array a constant of differentiation.
 
     Only a traced array can be differentiated, so anything else is returned unchanged.
     """
+    traced = _compat.is_traced(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return lax.stop_gradient(x) if traced else x
 
-    def stop(x: Any) -> Any:
-        traced = _compat.is_traced(x) and jnp.issubdtype(x.dtype, jnp.inexact)
-        return lax.stop_gradient(x) if traced else x
 
-    return _by_part(leaf, lambda x: x, stop)
+def constant(leaf: Any) -> Any:
+    """Make what does not train of one leaf a constant of differentiation."""
+    return _by_part(leaf, lambda x: x, still)
 
 
 def has_adapted(tree: PyTree) -> bool:

@@ -219,3 +219,49 @@ def test_no_dense_update_in_the_traced_program():
             if e.primitive.name != "stop_gradient"  # of W itself, which compiles to nothing
         ]
         assert (IN, OUT) not in made
+
+
+def by_jvp(fn):
+    """A function whose derivative rule is that of JAX, called in the rule."""
+    ruled = jax.custom_jvp(fn)
+    ruled.defjvp(lambda at, along: jax.jvp(fn, at, along))
+    return ruled
+
+
+OF_A_WEIGHT = {
+    "normalized": lambda w: w / jnp.sqrt(1 + (w * w).sum(1, keepdims=True)),
+    "standardized": lambda w: (w - w.mean(0, keepdims=True)) / w.std(0, keepdims=True),
+    "scaled by itself": lambda w: w * w.mean(0, keepdims=True) + w * w.mean(1, keepdims=True),
+    "shifted": lambda w: w + jnp.concatenate([w[1:], w[:1] * w.mean()]),
+    "in jit": jax.jit(lambda w: w + jax.jit(lambda v: v * v.mean(0, keepdims=True))(w)),
+    "in scan": lambda w: lax.scan(lambda c, _: (c + w * c.mean(), None), w, length=2)[0],
+    "a gram matrix": lambda w: 0.1 * w @ (0.1 * w.T @ w),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "normalized" else pytest.param(n, marks=pytest.mark.nightly) for n in OF_A_WEIGHT],
+)
+def test_a_rule_that_calls_jvp_is_transposed(name):
+    ruled = by_jvp(OF_A_WEIGHT[name])
+    agree(lambda p, x: x @ ruled(p["w"]), "materialize")
+
+
+def test_a_rule_that_calls_jvp_in_forward_mode():
+    trainable, frozen = jlora.partition(tree())
+    ruled = by_jvp(OF_A_WEIGHT["normalized"])
+
+    def moved(fn):
+        run = lambda t: fn(jlora.combine(t, frozen), X)
+        return jax.jvp(run, (trainable,), (trainable,))[1]
+
+    fn = lambda p, x: x @ ruled(p["w"])
+    got = moved(jlora.lora(fn, fallback="materialize"))
+    close(got, moved(lambda p, x: fn(jlora.merge(p), x)))
+
+
+def test_a_rule_that_calls_jvp_keeps_products_factored():
+    """Under "error" nothing may be built: neither the weight nor its tangent."""
+    ruled = by_jvp(lambda x, w: jnp.tanh(x @ w))
+    agree(lambda p, x: ruled(x, p["w"]))

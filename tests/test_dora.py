@@ -198,7 +198,12 @@ def test_dropout_is_pefts(key):
     x = node()
     seen = masked(key, X)
     assert (seen == 0).any() and not (seen == 0).all()
-    run = jlora.lora(lambda p, x: x @ p["w"], dropout=0.5, key=key, fallback="error")
+
+    def run(params, x):
+        return jlora.lora(lambda p, x: x @ p["w"], dropout=0.5, key=key, fallback="error")(
+            params, x
+        )
+
     g = gain(x)[None]
     update = direction(x) - x.base
     want = X @ x.base + (g - 1) * (seen @ x.base) + g * (seen @ update)

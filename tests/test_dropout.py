@@ -1,9 +1,12 @@
 """Dropout: on the adapter's input only, its own mask at each site and step, and under remat."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import says
 from jax import lax
 
 import jlora
@@ -146,3 +149,96 @@ def test_integers_are_dropped_as_numbers(dora):
     x = jnp.ones((4096, 8), jnp.int8)
     out = jlora.lora(fn, dropout=0.3, key=jax.random.key(0), fallback="error")(params, x)
     np.testing.assert_allclose(out.mean(0), fn(jlora.merge(params), x).mean(0), rtol=0.02)
+
+
+def sampled(w, key, x=X, rate=0.5):
+    """A step as it should be written: the function is built in it, with the step's key."""
+    return jlora.lora(plain, dropout=rate, key=key)({"w": w}, x)[..., 0]
+
+
+def test_a_function_with_dropout_is_for_one_call(key):
+    once = jlora.lora(plain, dropout=0.5, key=key)
+    once({"w": node()}, X)
+    with pytest.raises(ValueError, match=says("second time", "key=step_key)(params, ...)")):
+        once({"w": node()}, X)
+
+
+BUILT_ONCE = {
+    "jit": jax.jit,
+    "grad in jit": lambda f: jax.jit(jax.grad(lambda w, x: f(w, x).sum())),
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda w, x: lax.scan(lambda c, _: (c, f(w, x)), 0, length=2)[1],
+}
+
+
+@pytest.mark.parametrize("how", BUILT_ONCE)
+@pytest.mark.parametrize("kind", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+def test_a_key_is_no_constant_of_a_program(how, kind):
+    apply = jlora.lora(plain, dropout=0.5, key=kind(0))
+    step = BUILT_ONCE[how](lambda w, x: apply({"w": w}, x))
+    with pytest.raises(ValueError, match=says("constant of the program", "fold_in(key, step)")):
+        step(node(), X)
+
+
+def examples(of):
+    """Map over examples, with one key for all."""
+    return lambda w, key: jax.vmap(lambda x: of(w, key, x[None]))(X)
+
+
+def slope(w, key, x):
+    return jax.grad(lambda w: sampled(w, key, x).sum())(w).lora_a
+
+
+ONE_KEY = {
+    "examples": examples(sampled),
+    "examples in jit": jax.jit(examples(sampled)),
+    "gradients by example": jax.jit(examples(slope)),
+    "jit of an example": examples(jax.jit(sampled)),
+    "adapters": lambda w, key: jax.vmap(lambda a: sampled(dataclasses.replace(w, lora_a=a), key))(
+        jnp.ones((5, D, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ONE_KEY)
+def test_examples_have_a_key_each(how, key):
+    with pytest.raises(ValueError, match=says("over 5 examples", "jax.random.split(step_key, 5)")):
+        ONE_KEY[how](node(), key)
+
+
+def test_steps_and_examples_differ_with_keys_of_their_own(key):
+    step, keys = jax.jit(lambda w, key: sampled(w, key, X[:1])), jax.random.split(key, 5)
+    want = jnp.stack([step(node(), k) for k in keys])
+    assert step._cache_size() == 1 and len(np.unique(want)) > 1
+    w, x = node(), X[:, None]
+    each = jax.vmap(lambda x, k: sampled(w, k, x))(x, keys)
+    np.testing.assert_allclose(each, want, rtol=1e-6)
+    # A key for each and one input for all is a sample of masks.
+    np.testing.assert_allclose(jax.vmap(lambda k: sampled(w, k, X[:1]))(keys), want, rtol=1e-6)
+    steps = lax.scan(lambda c, k: (c, sampled(w, k, X[:1])), 0, keys)[1]
+    np.testing.assert_allclose(steps, want, rtol=1e-6)
+    slopes = jax.vmap(lambda x, k: slope(w, k, x))(x, keys)
+    assert len(np.unique(slopes, axis=0)) > 1
+
+
+def test_the_rate_may_be_traced(key):
+    step = jax.jit(lambda rate, key: sampled(node(), key, rate=rate))
+    for rate in (0.0, 0.25):
+        want = sampled(node(), key, rate=rate) if rate else jnp.ones(5)
+        np.testing.assert_allclose(step(rate, key), want, rtol=1e-6)
+    assert step._cache_size() == 1
+    rates = jax.vmap(lambda r: sampled(node(), key, rate=r))(jnp.asarray([0.0, 0.25]))
+    np.testing.assert_allclose(rates[1], want, rtol=1e-6)
+
+    def looped(p, x):
+        return lax.scan(lambda c, _: (c, jax.jit(plain)(p, x)[:, 0]), 0, length=3)[1]
+
+    def run(rate, key):
+        return jlora.lora(jax.checkpoint(looped), dropout=rate, key=key)({"w": node()}, X)
+
+    np.testing.assert_allclose(jax.jit(run)(0.5, key), run(0.5, key), rtol=1e-6)
+
+
+def test_a_traced_rate_needs_a_key_too():
+    with pytest.raises(ValueError, match="needs a key"):
+        jax.jit(lambda rate: jlora.lora(plain, dropout=rate))(0.1)

@@ -65,6 +65,7 @@ def test_recipes(capsys):
     x, apply = names["x"], names["apply"]
     assert names["layouts"]["params/query/kernel"] == "ioo"
     assert jlora.merge(names["adapted"])["params"]["query"]["kernel"].shape == (32, 2, 4)
+    assert not jnp.array_equal(*names["masks"])
     trainable, frozen = names["trainable"], names["frozen"]
     assert all(leaf.any() for leaf in jax.tree.leaves(trainable)), "B starts at zero"
     combined = jlora.combine(trainable, frozen)

@@ -96,7 +96,7 @@ def each(
     Reference: Punica's BGMV, Chen et al. 2023, arXiv:2310.18547. PEFT's `adapter_names=`.
     """
     checked(base, bank, _CALL)
-    program = _Program.of(fn)
+    program = _Program.of(fn, (bank, ids, args, kwargs))
     chosen = _ids(ids, bank) if weights is None else _weights(weights, ids, bank)
     mixing = chosen if weights is not None else _one_hot(chosen, bank.slots)
     if mixing.ndim == 3:
@@ -179,10 +179,11 @@ class _Program(NamedTuple):
         return self.options is not None and self.options.freeze
 
     @classmethod
-    def of(cls, fn: Callable[..., Any]) -> "_Program":
+    def of(cls, fn: Callable[..., Any], arguments: PyTree) -> "_Program":
         found = options_of(fn)
-        if found is not None:
-            return cls(found.fn, found)
+        if found is not None:  # the key is taken once, however often the function is traced
+            key = None if found.key is None else found.key.take(arguments)
+            return cls(found.fn, found._replace(key=key))
         inner = _wrapped(fn)
         if inner is None:
             return cls(fn, Options(fn, fn, _settings(fn), None, True))

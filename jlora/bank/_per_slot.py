@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jlora._partition import freeze, labels
+from jlora._freeze import freeze
+from jlora._partition import labels
 from jlora.bank._slots import Bank
 
 

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
 
 from jlora._arrays import accumulator
 from jlora.transform._labeled import AnyArray, Label, expanded
 from jlora.transform._view import GAIN, View, narrowed
-from jlora.transform._walk import Atom, Walk
+from jlora.transform._walk import Walk
 from jlora.transform._weight import Weight
 
 
@@ -41,6 +42,17 @@ def _inexact(x: AnyArray, dtype: DTypeLike) -> Any:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else narrowed(x, dtype)
 
 
+def _before(x: AnyArray, gain: Gain) -> tuple[Any, Any]:
+    """Scale an input by its gain; return what is left for the result.
+
+    In float16 the scaled input may overflow, so a gain above 1 is divided by its maximum.
+    """
+    if gain.before is None or x.dtype != jnp.float16:
+        return times(x, gain.before), gain.after
+    most = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(gain.before)), 1.0))
+    return times(x, gain.before / most), most
+
+
 def placed(
     weight: Weight,
     w_labels: Sequence[Label],
@@ -63,8 +75,9 @@ def placed(
 
 def multiplied(
     walk: Walk,
+    eqn: JaxprEqn,
+    at: int,
     weight: Weight,
-    atom: Atom,
     x: AnyArray,
     gain: Gain,
     dtype: DTypeLike,
@@ -73,27 +86,29 @@ def multiplied(
 ) -> Array:
     """Return x·(g ∘ V), given `product(x) = x·W` and `updated(weight, x·W, x) = x·V`.
 
-    Here V = W + s·A·B. Without a gain, return x·W + x̃·(s·A·B), where x̃ is x, the value of `atom`,
-    after dropout, in `dtype`. With a gain, return x·W + x̃·(g ∘ V - W), as PEFT does: the change
-    that the gain makes to the base product is part of the update, so it uses the dropped input,
-    which costs one more product. The sum is not rounded before the gain is applied.
+    Here V = W + s·A·B, and x is operand `at` of `eqn`. Without a gain, return x·W + x̃·(s·A·B),
+    where x̃ is x after dropout, in `dtype`. With a gain, return x·W + x̃·(g ∘ V - W), as PEFT does:
+    the change that the gain makes to the base product is part of the update, so it uses the dropped
+    input, which costs one more product. The sum is not rounded before the gain is applied.
     """
     if not isinstance(weight, View):  # a probe has no update
         return product(x)
-    view = weight
+    view, atom = weight, eqn.invars[at]
+    result: Any = eqn.outvars[0].aval
     if gain is NONE:
         out = product(x)
-        return updated(view, out, x if walk.key is None else walk.drop(narrowed(x, dtype), atom))
+        dropped = x if walk.key is None else walk.drop(narrowed(x, dtype), atom)
+        return narrowed(updated(view, out, dropped), result.dtype)
 
-    def scaled_product(x: AnyArray) -> tuple[Any, Any]:
-        x = times(x, gain.before)
+    def scaled_product(x: AnyArray) -> Any:
+        x, after = _before(x, gain)
         out = product(x)
-        wide = out if gain.after is None else narrowed(out, accumulator(out.dtype))
-        return times(updated(view, wide, x), gain.after), out.dtype
+        wide = out if after is None else narrowed(out, accumulator(out.dtype))
+        return times(updated(view, wide, x), after)
 
     if walk.key is None:
-        return narrowed(*scaled_product(x))
+        return narrowed(scaled_product(x), result.dtype)
     out, dropped = product(x), walk.drop(_inexact(x, dtype), atom)
     wide = accumulator(out.dtype)
-    full, base = (y.astype(wide) for y in (scaled_product(dropped)[0], product(dropped)))
-    return narrowed(out.astype(wide) + (full - base), out.dtype)
+    full, base = (y.astype(wide) for y in (scaled_product(dropped), product(dropped)))
+    return narrowed(out.astype(wide) + (full - base), result.dtype)

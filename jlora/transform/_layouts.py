@@ -1,5 +1,6 @@
 """`layouts(fn, params, ...)`: infer the input and output axes of each parameter."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jlora._arrays import is_adapted, is_leaf
 from jlora._base import is_stored, standin
 from jlora._check import check_function
 from jlora._nnx import of_states
+from jlora._paths import leaves_with_paths
 from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._probe import Probe
 from jlora.transform._walk import Settings, Use, Walk
@@ -22,8 +24,12 @@ def layouts(
 
     `fn(params, *args, **kwargs)` is traced, not run. An axis that is contracted, indexed by a
     lookup or slid over an image is an input, `i`; an axis that the result keeps is an output, `o`;
-    leading axes that are scanned, mapped or indexed are stack axes and have no letter. The first
-    use of a parameter decides: a tied embedding is looked up first.
+    leading axes that are scanned, mapped or indexed are stack axes and have no letter, also if each
+    token looks up a matrix of its own, that of its expert. The first use of a parameter decides: a
+    tied embedding is looked up first.
+
+    A warning is issued where a leading axis is an output, as in `einsum("td,edf->tef")`: the heads
+    of an attention share one A, but each expert of a mixture needs its own.
 
     Args:
         fn: a function of a pytree of parameters, such as a Flax `module.apply`.
@@ -45,6 +51,7 @@ def layouts(
     """
     check_function(fn, "jlora.layouts(fn, params, ...)")
     found: dict[str, list[Use]] = {}
+    told = {path for path, x in leaves_with_paths(params, is_leaf) if is_adapted(x)}
     settings = Settings(observe=lambda eqn, use: found.setdefault(use.name, []).append(use))
     fn, ((params, *rest), kwargs) = of_states(fn, ((params, *args), kwargs))
     params = jax.tree.map(
@@ -59,7 +66,7 @@ def layouts(
         path[0].idx == 0 and len(path) > 1 and getattr(path[1], "idx", None) == 0
         for path, _ in pairs
     ]
-    ndims = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def probe(*arrays: jax.Array) -> None:
         leaves = [x for _, x in pairs]
@@ -70,7 +77,7 @@ def layouts(
         for k in traced.dynamic:
             name = names[k]
             if own[k] and leaves[k].ndim >= 2:
-                ndims[name] = leaves[k].ndim
+                shapes[name] = leaves[k].shape
                 values.append(Probe.of(leaves[k], name))
             else:
                 values.append(leaves[k])
@@ -78,8 +85,45 @@ def layouts(
 
     dynamic = [k for k, (_, x) in enumerate(pairs) if hasattr(x, "shape") and hasattr(x, "dtype")]
     jax.eval_shape(probe, *(pairs[k][1] for k in dynamic))
-    spelled = {name: _spell(uses[0], ndims[name]) for name, uses in found.items()}
-    return {name: spelled[name] for name in sorted(spelled) if "i" in spelled[name]}
+    deciding = {name: _deciding(uses) for name, uses in sorted(found.items())}
+    spelled = {name: _spell(use, len(shapes[name])) for name, use in deciding.items()}
+    spelled = {name: layout for name, layout in spelled.items() if "i" in layout}
+    _doubt(spelled, deciding, {name: shape for name, shape in shapes.items() if name not in told})
+    return spelled
+
+
+def _deciding(uses: list[Use]) -> Use:
+    """Return the first use; for a lookup of a matrix for each token, the product with it."""
+    products = (use for use in uses if use.looked_up)
+    return next(products, uses[0]) if uses[0].primitive == "gather" else uses[0]
+
+
+def _doubt(
+    spelled: dict[str, str], deciding: dict[str, Use], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Warn if outputs come first: heads of an attention share an A, experts need their own."""
+    first = [
+        name
+        for name, layout in spelled.items()
+        if name in shapes
+        and deciding[name].primitive == "dot_general"
+        and layout[0] == "o"
+        and len(layout) > 2
+    ]
+    if not first:
+        return
+    name = first[0]
+    layout, shape = spelled[name], shapes[name]
+    size = shape[len(shape) - len(layout)]
+    more = f" (and {len(first) - 1} more)" if len(first) > 1 else ""
+    warnings.warn(
+        f'`jlora.layouts`: the first axis of "{name}" {list(shape)}{more} is neither contracted '
+        f"nor mapped, so its layout is {layout!r}: right for the heads of an attention, which "
+        f"share one A. If these are {size} experts of a mixture, give each its own A and B: "
+        f'`jlora.attach(..., layouts={{**layouts, "{name}": "{layout[1:]}"}})`, and the same for '
+        "the weights that follow.",
+        stacklevel=3,
+    )
 
 
 def _spell(use: Use, ndim: int) -> str:

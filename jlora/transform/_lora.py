@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray, PyTree
@@ -17,6 +18,7 @@ from jlora._boxes import inside
 from jlora._check import check_function
 from jlora._partition import constant
 from jlora._paths import brief, path_strs
+from jlora.transform._key import call_key
 from jlora.transform._probe import waiting
 from jlora.transform._state import Arguments
 from jlora.transform._view import View
@@ -31,7 +33,7 @@ _FALLBACKS = ("warn", "error", "materialize")
 def lora(
     fn: Callable[P, T],
     *,
-    dropout: float = 0.0,
+    dropout: float | Array = 0.0,
     key: PRNGKeyArray | None = None,
     fallback: Fallback = "warn",
     dtype: DTypeLike | None = None,
@@ -58,14 +60,18 @@ def lora(
     Args:
         fn: a function of pytrees, such as a Flax `module.apply`. Arrays among its arguments are
             traced; other leaves (bools, ints, floats, strings, callables) are passed unchanged.
-        dropout: the rate at which elements of the adapter's input are dropped while training. An
-            embedding lookup has no input to drop. For DoRA, the change that the gain makes to `x W`
-            uses the dropped input too, which costs one more product. PEFT's `lora_dropout`.
-        key: a PRNG key for dropout; each use of a weight, at each step of a loop, draws its own.
+        dropout: the rate at which elements of the adapter's input are dropped while training; a
+            number, or a traced scalar, whose range is not checked. An embedding lookup has no input
+            to drop. For DoRA, the change that the gain makes to `x W` uses the dropped input too,
+            which costs one more product. PEFT's `lora_dropout`.
+        key: a PRNG key for dropout. Each use of a weight, at each step of a loop inside `fn`, draws
+            its own mask. The result is for one call: build it in the training step, with a key that
+            is an argument of the step, and under `jax.vmap` with a key per example.
         fallback: what to do if an operation requires the materialized weight: "warn" (build it
             and report where, and the cost), "error", or "materialize" (build it silently).
         dtype: of the narrow products; `None` is the activation's dtype, as in Flax layers, with
-            float32 accumulation. PEFT computes them in float32 over a bfloat16 base.
+            float32 accumulation; float32 for float16, whose range `x A` may exceed, and bfloat16
+            for 8 bits. PEFT computes them in float32 over a bfloat16 base.
         freeze: whether frozen leaves are constants of differentiation. With `False` every array is
             differentiated, for the gradient of the base itself.
 
@@ -76,7 +82,9 @@ def lora(
     Raises:
         ValueError: a rate outside [0, 1), dropout without a key, an unknown fallback; when called,
             a node whose parts do not fit, a change to an `nnx.State` that is not returned or, under
-            `fallback="error"`, a weight needed whole.
+            `fallback="error"`, a weight that must be materialized; with dropout, a second call, a
+            key that is a constant of a compiled program, or one key for all examples of a
+            `jax.vmap`: the masks would repeat.
 
     Example:
         >>> import jax.numpy as jnp
@@ -89,13 +97,7 @@ def lora(
     and section 4.3. PEFT's `LoraLayer` and `DoraLinearLayer`.
     """
     check_function(fn, "jlora.lora(fn)")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"`jlora.lora(dropout={dropout})`: the rate must be in [0, 1).")
-    if dropout and key is None:
-        raise ValueError(
-            f"`jlora.lora(dropout={dropout})` needs a key: `jlora.lora(fn, dropout={dropout}, "
-            "key=step_key)`, another one each step. To evaluate leave the dropout out."
-        )
+    own_key = call_key(dropout, key)
     if fallback not in _FALLBACKS:
         raise ValueError(
             f"`jlora.lora(fallback={brief(fallback)})`: give one of "
@@ -108,9 +110,10 @@ def lora(
 
     @functools.wraps(fn)
     def adapted(*args: P.args, **kwargs: P.kwargs) -> T:
-        return call(fn, settings, key if dropout else None, args, kwargs, freeze)
+        taken = None if own_key is None else own_key.take((args, kwargs))
+        return call(fn, settings, taken, args, kwargs, freeze)
 
-    vars(adapted)[OPTIONS] = Options(adapted, fn, settings, key if dropout else None, freeze)
+    vars(adapted)[OPTIONS] = Options(adapted, fn, settings, own_key, freeze)
     return adapted
 
 

@@ -21,6 +21,7 @@ from jlora.transform._labeled import AnyArray, Label
 from jlora.transform._weight import AnyBase, Move, Names, Role, Weight
 
 Origins = frozenset[tuple[str, int]]
+LOOKED_UP = -1  # in place of a parameter's axis: one entry for each index of a lookup
 
 
 @functools.partial(
@@ -83,6 +84,12 @@ class Probe(Weight):
 
     def stays(self, looked_up: set[int], several: bool) -> bool:
         return not several or not looked_up
+
+    def rows(self, base: AnyBase, roles: Sequence[Role]) -> "Probe | Any":
+        """Return what a lookup of several rows yields: still a weight if each is a matrix."""
+        new = Origins((name, LOOKED_UP) for name in self.names)
+        matrices = sum(bool(role) for role in roles) > 1
+        return self.remade(base, [], [role or new for role in roles]) if matrices and new else base
 
     def origins(self, axes: Sequence[int]) -> set[tuple[str, int]]:
         return {origin for k in axes for origin in self.roles[k]}

@@ -14,6 +14,7 @@ from jlora.transform._labeled import AnyArray, Labels
 from jlora.transform._view import RANK, View
 from jlora.transform._walk import Walk
 from jlora.transform._weight import Operand, Weight
+from jlora.transform._wide import bound
 
 
 def product(
@@ -83,7 +84,7 @@ def product(
         form, cost = choose(jax.typeof(x), sizes, *labels, dtype, precision)
 
     def of_base(x: AnyArray) -> Array:
-        return walk.bind(eqn, *operands[:where], x, *operands[where + 1 :])[0]
+        return bound(walk, eqn, *operands[:where], x, *operands[where + 1 :])
 
     def updated(view: View, base: Array, x: AnyArray) -> Array:
         if walk.settings.mix is not None:
@@ -91,7 +92,7 @@ def product(
             return walk.settings.mix.updated(form, tuple(x_free), view, base, x, axes)
         return low_rank(base, x, view.parts, form)
 
-    out = multiplied(walk, view, eqn.invars[where], x, gain, dtype, of_base, updated)
+    out = multiplied(walk, eqn, where, view, x, gain, dtype, of_base, updated)
     walk.used(eqn, view, cost, w_sum, w_free)
     return [out]
 

@@ -145,7 +145,7 @@ class Sites:
 
         def going(state: Sequence[Any]) -> Any:
             args = [*_arrays(loop.condition_consts), *state[0]]
-            return walk.quiet().evaluate(condition, args)[0]
+            return walk.quiet(eqn).evaluate(condition, args)[0]
 
         def step(state: Sequence[Any]) -> Any:
             args = [*_arrays(loop.consts), *state[0]]

@@ -222,7 +222,8 @@ def on_factor(view: Weight, k: int, x: ArrayLike) -> AnyArray:
 
 
 def scaled(b: AnyArray, s: AnyArray) -> Array:
-    """Return s·B, where s is a scalar or has the leading axes of B."""
+    """Return s·B, where s is a scalar or has the leading axes of B; float16 is widened first."""
+    b = narrowed(b, accumulator(b.dtype)) if b.dtype == jnp.float16 else b
     s = narrowed(s, b.dtype)
     return lax.mul(b, lax.reshape(s, [*s.shape, *(1,) * (b.ndim - s.ndim)]) if s.ndim else s)
 

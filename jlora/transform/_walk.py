@@ -17,7 +17,7 @@ from jlora import _base, _compat
 from jlora._paths import describe
 from jlora.transform import _registry
 from jlora.transform._labeled import AnyArray
-from jlora.transform._probe import ready
+from jlora.transform._probe import LOOKED_UP, ready
 from jlora.transform._weight import Key, Value, Weight
 
 Fallback = Literal["warn", "error", "materialize"]
@@ -36,6 +36,7 @@ class Use(NamedTuple):
     flops: int
     contracted: tuple[int, ...] = ()  # for a probe: the axes that are summed over or indexed
     free: tuple[int, ...] = ()  # for a probe: the axes that the result keeps
+    looked_up: bool = False  # for a probe: whether it is a matrix for each token
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +44,7 @@ class Settings:
     """The settings of one `lora(fn)`, shared by all its walks."""
 
     fallback: Fallback = "warn"
-    dropout: float = 0.0
+    dropout: Any = 0.0
     dtype: Any = None
     observe: Callable[[JaxprEqn, Use], None] | None = None
     # Applied to an equation with a view in place of its rule; `jlora.capture` sets it.
@@ -52,7 +53,7 @@ class Settings:
     warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     # Inner functions by their jaxpr: layers that share one are traced once, and eager calls of a
     # jitted function reuse the compiled one.
-    compiled: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    compiled: dict[tuple[int, bool], tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,6 +64,9 @@ class Walk:
     key: Key = None
     where: str = ""  # the line of the enclosing call, for equations made by JAX's own code
     sites: int = 0
+    # Whether all operands may depend on a tangent, and the variables that do: see `custom`.
+    linear: bool = False
+    tangents: set[Any] = dataclasses.field(default_factory=set)
     # For each variable made by a broadcast, over axes or over shards: its equation and operand.
     sources: dict[Any, tuple[JaxprEqn, Any]] = dataclasses.field(default_factory=dict)
 
@@ -75,12 +79,18 @@ class Walk:
 
     def inside(self, eqn: JaxprEqn, key: Key) -> "Walk":
         """Return a walk for the body of `eqn`, with the keys of its sites derived from `key`."""
-        return Walk(self.settings, key, self.line(eqn))
+        return Walk(self.settings, key, self.line(eqn), linear=self.moves(eqn))
 
-    def quiet(self) -> "Walk":
-        """Return a walk that only determines types: no reports and no dropout."""
+    def quiet(self, eqn: JaxprEqn) -> "Walk":
+        """Return a walk for the body of `eqn` that only determines types, without reports."""
         settings = Settings("materialize", dtype=self.settings.dtype)
-        return Walk(settings, where=self.where)
+        return Walk(settings, where=self.where, linear=self.moves(eqn))
+
+    def moves(self, eqn: JaxprEqn) -> bool:
+        """Whether an equation depends on a tangent."""
+        return bool(self.tangents) and any(
+            v in self.tangents for v in eqn.invars if not isinstance(v, JaxprLiteral)
+        )
 
     def line(self, eqn: JaxprEqn) -> str:
         """Return the user's source line for an equation, or for the call that contains it."""
@@ -90,7 +100,8 @@ class Walk:
         """Apply dropout to `x`, an adapter's input and the value of `atom`."""
         if self.key is None:
             return x
-        keep = 1.0 - self.settings.dropout
+        rate = self.settings.dropout
+        keep = 1.0 - (rate if isinstance(rate, float | int) else jnp.asarray(rate, jnp.float32))
         key: Any = self.next_key()
         eqn, source = self._source(atom, "pvary")
         # Shards that differ get different masks; a replicated input gets the same mask everywhere.
@@ -104,7 +115,9 @@ class Walk:
         if self.settings.dtype is not None:
             return self.settings.dtype
         dtype = x_dtype if jnp.issubdtype(x_dtype, jnp.inexact) else out_dtype
-        # In 8 bits x A would overflow: only x and W were scaled to fit.
+        # x A and s·(x A) would overflow in 8 bits and in float16: only x, W and x W fit in them.
+        if dtype == jnp.float16:
+            return jnp.dtype(jnp.float32)
         return jnp.dtype(jnp.bfloat16) if jnp.finfo(dtype).bits < 16 else dtype
 
     def used(
@@ -121,13 +134,20 @@ class Walk:
         origins = [view.origins(group) for group in (contracted, free)]
         for name in view.names:
             sides = [tuple(sorted(axis for path, axis in o if path == name)) for o in origins]
-            cost = flops // len(view.names)
-            use = Use(name, eqn.primitive.name, self.line(eqn), True, "", cost, *sides)
+            cost, row = flops // len(view.names), (name, LOOKED_UP)
+            each = any(isinstance(role, frozenset) and row in role for role in view.roles)
+            if any(row in group for group in origins):
+                continue  # rows of an embedding, an activation
+            use = Use(
+                name, eqn.primitive.name, self.line(eqn), True, "", cost, sides[0], sides[1], each
+            )
             self.settings.observe(eqn, use)
 
     def evaluate(self, jaxpr: ClosedJaxpr | Jaxpr | _compat.Body, args: Sequence[Any]) -> list[Any]:
         """Evaluate a jaxpr on arrays and weights."""
         body = jaxpr if isinstance(jaxpr, _compat.Body) else _compat.body(jaxpr)
+        if self.linear:
+            self.tangents.update(body.invars)
         env: dict[Any, Any] = {}
         env.update(zip(body.constvars, body.consts, strict=True))
         env.update(zip(body.invars, args, strict=True))
@@ -147,6 +167,8 @@ class Walk:
                     with _compat.named_like(eqn):
                         outs = self.apply(eqn, operands)
                     env.update(zip(eqn.outvars, outs, strict=True))
+                    if self.moves(eqn):
+                        self.tangents.update(eqn.outvars)
                     for dead in gone:
                         env.pop(dead, None)
                         self.sources.pop(dead, None)
@@ -171,6 +193,9 @@ class Walk:
         if self.settings.instead is not None:
             return self.settings.instead(self, eqn, operands)
         outs = NotImplemented
+        # In a tangent only A or only B is linear. In a sum of weights both are, and A B is not.
+        if self.moves(eqn) and sum(isinstance(x, Weight) for x in operands) > 1:
+            rule = rule if rule is not None and rule.kind in ("call", "custom") else None
         if rule is not None and (rule.takes_gain or not any(map(_gained, operands))):
             outs = rule.fn(self, eqn, *operands)
         if outs is NotImplemented:
@@ -251,24 +276,6 @@ class Walk:
         self.settings.warned.add((primitive, line))
         warnings.warn(message, UserWarning, stacklevel=2)
 
-    def doubt_stack(self, eqn: JaxprEqn, view: Weight) -> None:
-        """Warn if stacked layers are read as a side of a convolution, the default in 4-D."""
-        silent = self.settings.fallback == "materialize" or self.settings.observe is not None
-        site = ("stack", self.line(eqn))
-        if silent or site in self.settings.warned:
-            return
-        if view.ndim < 4 or view.roles[0] not in ("i", "o"):
-            return
-        self.settings.warned.add(site)
-        side, shared = ("input", "B") if view.roles[0] == "i" else ("output", "A")
-        message = (
-            f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is scanned along its "
-            f"first axis at {site[1]}, but its layout marks that axis as an {side}, so all layers "
-            f"share one {shared}. Infer from the program which axes are layers: "
-            "`jlora.attach(..., layouts=jlora.layouts(fn, params, x))`."
-        )
-        warnings.warn(message, UserWarning, stacklevel=2)
-
     def jitted(self, eqn: JaxprEqn, wrap: Callable[[Any], Any]) -> Any:
         """Return `wrap` of the walked body, `(key, *operands) -> outs`, cached by jaxpr."""
         jaxpr = eqn.params["jaxpr"]
@@ -278,12 +285,12 @@ class Walk:
 
         if self.settings.observe is not None:  # an observer needs every use, not every trace
             return walked
-        compiled = self.settings.compiled
-        if id(jaxpr) not in compiled:
+        compiled, by = self.settings.compiled, (id(jaxpr), self.moves(eqn))
+        if by not in compiled:
             if len(compiled) >= _MOST_COMPILED:  # a function that creates new jits at each call
                 del compiled[next(iter(compiled))]
-            compiled[id(jaxpr)] = (jaxpr, wrap(walked))
-        return compiled[id(jaxpr)][1]
+            compiled[by] = (jaxpr, wrap(walked))
+        return compiled[by][1]
 
 
 def _instead(eqn: JaxprEqn) -> str:

@@ -3,6 +3,7 @@
 Views are pytrees, so `jax.jit`, `jax.checkpoint` and `lax.scan` accept them directly.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
 from jlora import _compat
+from jlora._paths import describe
 from jlora.transform import _registry
 from jlora.transform._join import aligned, fitted
 from jlora.transform._loops import Scan, While, carried_on, peeled
@@ -131,9 +133,9 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     body, n_carry = _compat.body(loop.jaxpr), len(loop.init)
     for x in loop.xs:
         if isinstance(x, Weight):
-            walk.doubt_stack(eqn, x)
+            _doubt_stack(walk, eqn, x)
     scanned, rebuild = peeled(loop.xs)
-    quiet = walk.quiet()
+    quiet = walk.quiet(eqn)
 
     def once(full: Sequence[Any]) -> list[Any]:
         slices = jax.tree.map(  # with length 0 there is no first slice, only its shape
@@ -160,10 +162,29 @@ def _scan(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     return [*carry.full(final), *stacked]
 
 
+def _doubt_stack(walk: Walk, eqn: JaxprEqn, view: Weight) -> None:
+    """Warn if stacked layers are read as a side of a convolution, the default in 4-D."""
+    silent = walk.settings.fallback == "materialize" or walk.settings.observe is not None
+    site = ("stack", walk.line(eqn))
+    if silent or site in walk.settings.warned:
+        return
+    if view.ndim < 4 or view.roles[0] not in ("i", "o"):
+        return
+    walk.settings.warned.add(site)
+    side, shared = ("input", "B") if view.roles[0] == "i" else ("output", "A")
+    message = (
+        f"`jlora.lora`: {describe(', '.join(view.names), view.base)} is scanned along its "
+        f"first axis at {site[1]}, but its layout marks that axis as an {side}, so all layers "
+        f"share one {shared}. Infer from the program which axes are layers: "
+        "`jlora.attach(..., layouts=jlora.layouts(fn, params, x))`."
+    )
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
 @rule("while", kind="call")
 def _while(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     loop = While.of(eqn, operands)
-    body, quiet = _compat.body(loop.jaxpr), walk.quiet()
+    body, quiet = _compat.body(loop.jaxpr), walk.quiet(eqn)
     # Under `vmap` each lane has its own condition. The loop runs while any of them holds, and lanes
     # that are done keep their state by a select, so everything in the moving carry is an array.
     lanes = bool(_compat.body(loop.condition).outvars[0].aval.shape)
@@ -232,7 +253,7 @@ def _agreement(walk: Walk, eqn: JaxprEqn, operands: Sequence[Any]) -> Callable[.
     branches = [_compat.body(jaxpr) for jaxpr in eqn.params["branches"]]
     if not any(_may_return_views(body, operands) for body in branches):
         return arrays
-    quiet = walk.quiet()
+    quiet = walk.quiet(eqn)
     kinds = [
         jax.eval_shape(lambda *xs, b=b: _settled(quiet.evaluate(b, xs)), *operands)
         for b in branches

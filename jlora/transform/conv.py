@@ -16,6 +16,7 @@ from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, plus
 from jlora.transform._walk import Walk
 from jlora.transform._weight import Operand, Weight
+from jlora.transform._wide import bound
 
 
 def of_conv(eqn: JaxprEqn, x: AnyArray, view: Operand) -> Sums | None:
@@ -47,12 +48,12 @@ def _conv(walk: Walk, eqn: JaxprEqn, lhs: Operand, view: Operand) -> Any:
     dtype = walk.narrow_dtype(lhs.dtype, result.dtype)
 
     def product(x: AnyArray) -> Array:
-        return walk.bind(eqn, x, view)[0]
+        return bound(walk, eqn, x, view)
 
     def updated(view: View, base: AnyArray, x: AnyArray) -> Array:
         return plus(base, _narrow_conv(eqn, x.astype(dtype), view, base.shape, sides))
 
-    out = multiplied(walk, view, eqn.invars[0], lhs, gain, dtype, product, updated)
+    out = multiplied(walk, eqn, 0, view, lhs, gain, dtype, product, updated)
     window = math.prod(view.shape) // view.shape[out_axis]
     narrow = out.size // view.shape[out_axis] * view.rank
     cost = 2 * narrow * (window + view.shape[out_axis])

@@ -198,6 +198,7 @@ def _custom_jvp(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
         by_a = [_tangent(primals[k], tangents[k], 0) for k in moved]
         by_b = [_tangent(primals[k], tangents[k], 1) for k in moved]
+        inner.tangents.update(forward().invars[len(primals) :])
         outs = inner.arrays(eqn, inner.evaluate(forward(), [*primals, *by_a]))
         if not any(isinstance(x, View) for x in by_b):
             return outs[:half], outs[half:]

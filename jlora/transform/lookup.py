@@ -10,8 +10,9 @@ from jax.extend.core import JaxprEqn
 from jlora._arrays import accumulator
 from jlora.transform._gain import times
 from jlora.transform._labeled import AnyArray, contract, expanded
+from jlora.transform._probe import Probe
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, RANK, View, narrowed, plus
+from jlora.transform._view import GAIN, RANK, narrowed, plus
 from jlora.transform._walk import Walk
 from jlora.transform._weight import Operand, Weight
 
@@ -62,16 +63,24 @@ def _gather(walk: Walk, eqn: JaxprEqn, view: Operand, indices: Operand) -> Any:
     def updated() -> Array:
         dtype = walk.narrow_dtype(base.dtype, base.dtype)
         (a, la), (b, lb) = rows(0), rows(1)
-        wide = base if view.gain is None else narrowed(base, accumulator(base.dtype))
+        # Without a gain the sum is rounded as in a layer, but in float16 each term may overflow.
+        rounds = view.gain is None and base.dtype != jnp.float16
+        wide = base if rounds else narrowed(base, accumulator(base.dtype))
         out = plus(wide, contract(a.astype(dtype), la, b.astype(dtype), lb, out_labels))
         if view.gain is None:
-            return out
+            return narrowed(out, base.dtype)
         by, labels = rows(GAIN)
         return narrowed(times(out, expanded(by[..., 0], labels[:-1], out_labels)), base.dtype)
 
     cost, free = 2 * base.size * view.rank, [k for kind, k in out_labels if kind == "w"]
     walk.used(eqn, view, cost, sorted(looked_up), free)
-    return [updated() if isinstance(view, View) else base]
+    if isinstance(view, Probe):
+        roles = [
+            view.new_role if kind == "n" or k in looked_up else view.roles[k]
+            for kind, k in out_labels
+        ]
+        return [view.rows(base, roles)]
+    return [updated()]
 
 
 def _rows(

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
+from jlora import _compat
 from jlora._arrays import accumulator
+from jlora._partition import still
+from jlora._paths import describe
 from jlora.transform._gain import NONE, Gain, multiplied
 from jlora.transform._inputs import EXACT, Sums, pulled, wide
 from jlora.transform._labeled import AnyArray, expanded
@@ -15,6 +19,7 @@ from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
 from jlora.transform._weight import Operand, Weight
+from jlora.transform._wide import bound
 
 
 def of_ragged(eqn: JaxprEqn, x: AnyArray, view: Operand, group_sizes: AnyArray) -> Sums | None:
@@ -42,15 +47,16 @@ def _ragged_dot(walk: Walk, eqn: JaxprEqn, x: Operand, view: Operand, group_size
         return NotImplemented
     result: Any = eqn.outvars[0].aval
     dtype = walk.narrow_dtype(x.dtype, result.dtype)
+    x, view, group_sizes, one = _in_lanes(walk, eqn, x, view, group_sizes)
 
     def product(x: AnyArray) -> Array:
-        return walk.bind(eqn, x, view, group_sizes)[0]
+        return bound(walk, eqn, x, view, group_sizes)
 
     def updated(view: View, base: AnyArray, x: AnyArray) -> Array:
         return plus(base, _narrow(eqn, x.astype(dtype), view, first, group_sizes))
 
-    gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes)
-    out = multiplied(walk, view, eqn.invars[0], x, gain, dtype, product, updated)
+    gain = NONE if view.gain is None else _gain(eqn, x, view, first, group_sizes, one)
+    out = multiplied(walk, eqn, 0, view, x, gain, dtype, product, updated)
     walk.used(eqn, view, 2 * view.rank * (x.size + result.size), w_sum, free)
     return [out]
 
@@ -114,12 +120,15 @@ def _out_of_rank(
     return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
 
 
-def _gain(eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: AnyArray) -> Gain:
+def _gain(
+    eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: AnyArray, one: AnyArray
+) -> Gain:
     """Give every row its expert's gain, on the outputs or, if those are contracted, the inputs."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, w_sum), (x_batch, w_batch) = dn.dot_dimension_numbers
     row, batch = dn.lhs_ragged_dimensions[0], len(x_batch)
     ones = jnp.ones((*(x.shape[k] for k in x_batch), x.shape[row], 1), accumulator(x.dtype))
+    ones *= one.astype(ones.dtype)
     highest = lax.Precision.HIGHEST
     rows = _out_of_rank(eqn, ones, view, GAIN, group_sizes, batch, highest)
     lead = [*w_batch, *dn.rhs_group_dimensions]
@@ -131,6 +140,38 @@ def _gain(eqn: JaxprEqn, x: AnyArray, view: Weight, first: int, group_sizes: Any
     for k, n in zip(x_sum, w_sum, strict=True):
         x_labels[k] = ("w", n)
     return Gain(before=expanded(rows, labels, x_labels))
+
+
+def _in_lanes(
+    walk: Walk, eqn: JaxprEqn, x: AnyArray, view: Weight, group_sizes: AnyArray
+) -> tuple[Any, Weight, Any, Any]:
+    """Under `jax.vmap` map every operand, because JAX requires it, or raise if W is not mapped.
+
+    A factor of 1 that is mapped if an operand is makes the others mapped too; return it last. W is
+    not repeated.
+    """
+    operands = (view.base, x, group_sizes, view.components)
+    if not any(_compat.is_traced(leaf) for leaf in jax.tree.leaves(operands)):
+        return x, view, group_sizes, jnp.ones((), jnp.int32)
+    line = walk.line(eqn)
+
+    @jax.custom_batching.custom_vmap
+    def one(*operands: Any) -> Any:
+        return jnp.ones((), jnp.int32)
+
+    @one.def_vmap
+    def _(size: int, mapped: Any, *operands: Any) -> Any:
+        if not any(jax.tree.leaves(mapped[0])):
+            raise ValueError(
+                f"`jlora.lora`: `jax.vmap` maps the ragged product at {line}, but not its weight "
+                f"{describe(', '.join(view.names), view.base)}, which JAX cannot batch. Loop over "
+                "the adapters, `jax.lax.map(run, adapters)` in place of `jax.vmap(run)(adapters)`."
+            )
+        return jnp.ones(size, jnp.int32), True
+
+    same = one(*jax.tree.map(still, operands))
+    x, sizes, parts = jax.tree.map(lambda leaf: leaf * same.astype(leaf.dtype), operands[1:])
+    return x, view.remade(view.base, parts, view.roles), sizes, same
 
 
 def _at(axes: list[int], wanted: Sequence[int]) -> list[int]:
