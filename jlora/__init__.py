@@ -35,10 +35,10 @@ from jlora.transform import lora as lora
 __version__ = "0.1.0"
 
 __all__ = [
-    *("apply_updates", "arithmetic", "attach", "bind", "capture", "combine", "detach", "explain"),
-    *("Explanation", "forms", "freeze", "FullArray", "initializers", "labels", "layouts", "lora"),
-    *("LoraArray", "LoraSpec", "merge", "Moments", "optim", "partition", "summary", "tie"),
-    *("transform", "unmerge", "untie", "value_and_grad"),
+    *("apply_updates", "arithmetic", "attach", "bank", "bind", "capture", "combine", "detach"),
+    *("explain", "Explanation", "forms", "freeze", "FullArray", "initializers", "labels"),
+    *("layouts", "lora", "LoraArray", "LoraSpec", "merge", "Moments", "optim", "partition"),
+    *("specs", "summary", "tie", "transform", "unmerge", "untie", "value_and_grad"),
 ]
 
 _foreign.hint_in(__name__)

@@ -18,6 +18,8 @@ import jlora
 from jlora import (
     _foreign,
     arithmetic,
+    bank,
+    bank,
     checkpoint,
     forms,
     initializers,

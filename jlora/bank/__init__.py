@@ -28,3 +28,5 @@ from jlora.bank._slots import bind as bind
 from jlora.bank._slots import pick as pick
 from jlora.bank._slots import put as put
 from jlora.bank._slots import stack as stack
+
+__all__ = ["Bank", "bind", "each", "per_slot", "pick", "put", "stack"]
