@@ -55,6 +55,7 @@ def freeze(
         ValueError: nothing in the tree trains (on `init`).
 
     Example:
+        >>> from jlora import LoraArray
         >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 2.0, "io")
         >>> state = freeze(optax.adam(1e-3)).init({"w": node})
         >>> sum(x.size for x in jax.tree.leaves(state)) == 2 * (6 + 8) + 1

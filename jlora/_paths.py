@@ -66,6 +66,12 @@ def is_doubtful(path: str) -> bool:
     return re.search(r"(^|_)weight(_|$)", path.rpartition("/")[2]) is not None
 
 
+def of_attention(path: str) -> bool:
+    """Whether a leaf has a name of an attention's weights, whose outputs are divided into heads."""
+    names = r"att(entio)?n|head|(^|[/_.])(q|k|v|kv|qkv|query|key|value)([/_.]|$)"
+    return re.search(names, path, re.IGNORECASE) is not None
+
+
 def near_misses(word: str, known: Iterable[str]) -> str:
     """Suggest names similar to `word`, a name or a pattern, as the last sentence of an error."""
     known, word = list(known), word[:300]  # comparing longer texts takes minutes

@@ -109,9 +109,9 @@ def _heads(p, x):
     return jnp.einsum("bhtd,hdo->bto", jnp.tanh(q), p["o"]["w"])
 
 
-@plain("gemma_ndh", {"w": w(3, 11, 5)}, w(2, 4, 11))
+@plain("gemma_ndh", {"q": {"w": w(3, 11, 5)}}, w(2, 4, 11))
 def _ndh(p, x):
-    return jnp.einsum("BTD,NDH->BTNH", x, p["w"])
+    return jnp.einsum("BTD,NDH->BTNH", x, p["q"]["w"])
 
 
 @plain("experts", {"w": w(4, 11, 7), "v": {"w": w(4, 7, 11)}}, w(4, 6, 11))

@@ -426,8 +426,12 @@ def test_a_mixture_of_biases_and_of_tokens(weights_only):
 def test_dropout_draws_from_another_key_for_each_example(x):
     adapters, many, key = unlike(), bank.stack(unlike()), jax.random.key(3)
     ids, rows = np.array([1, 0, 1, 1]), jnp.broadcast_to(x[:1], (4, *x.shape[1:]))
-    apply = jlora.lora(model, dropout=0.5, key=key)
-    got = jax.jit(functools.partial(bank.each, apply))(BASE, many, ids, rows)
+
+    @jax.jit
+    def run(key, rows):
+        return bank.each(jlora.lora(model, dropout=0.5, key=key), BASE, many, ids, rows)
+
+    got = run(key, rows)
     assert not np.allclose(got[0], got[2]) and not np.allclose(got[2], got[3])
     for k, n in enumerate(ids):
         own = jlora.lora(model, dropout=0.5, key=jax.random.fold_in(key, k))

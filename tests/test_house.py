@@ -19,7 +19,6 @@ from jlora import (
     _foreign,
     arithmetic,
     bank,
-    bank,
     checkpoint,
     forms,
     initializers,

@@ -103,6 +103,12 @@ def test_a_matrix_for_each_token_is_a_stack_of_experts(name):
     np.testing.assert_allclose(got, fn(jlora.merge(params), X, TOKENS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["attn/q_einsum", "layers/0/kv_einsum", "Attention_0/w", "query"])
+def test_an_attentions_weights_are_heads(name):
+    fn, weight = HEADS_OR_EXPERTS["einsum"][1:]
+    assert jlora.layouts(lambda p, x: fn({"w": p[name]}, x), {name: weight}, X) == {name: "oio"}
+
+
 EMBEDDINGS = {
     "2-D": ("io", lambda p, t: p["w"][t], w(6, 8)),
     "3-D": ("ioo", lambda p, t: p["w"][t], w(6, 2, 4)),

@@ -62,7 +62,8 @@ def each(
 
     Args:
         fn: `fn(params, *args, **kwargs)` for a batch, such as a Flax `module.apply`. For dropout
-            pass `jlora.lora(fn, dropout=..., key=...)`: each example draws from a key of its own.
+            pass `jlora.lora(fn, dropout=..., key=step_key)`: each example draws from a key of its
+            own.
         base: plain parameters.
         bank: adapters, from `stack`.
         ids: integers, `(batch,)`: the slot of each example, and -1 for the base alone. An id out of

@@ -11,7 +11,7 @@ from jlora._arrays import is_adapted, is_leaf
 from jlora._base import is_stored, standin
 from jlora._check import check_function
 from jlora._nnx import of_states
-from jlora._paths import leaves_with_paths
+from jlora._paths import leaves_with_paths, of_attention
 from jlora.transform._lora import Traced, argument_paths
 from jlora.transform._probe import Probe
 from jlora.transform._walk import Settings, Use, Walk
@@ -29,7 +29,8 @@ def layouts(
     tied embedding is looked up first.
 
     A warning is issued where a leading axis is an output, as in `einsum("td,edf->tef")`: the heads
-    of an attention share one A, but each expert of a mixture needs its own.
+    of an attention share one A, but each expert of a mixture needs its own. Parameters with the
+    name of an attention's (`attn`, `q_proj`, `key`, ...) are heads.
 
     Args:
         fn: a function of a pytree of parameters, such as a Flax `module.apply`.
@@ -106,6 +107,7 @@ def _doubt(
         name
         for name, layout in spelled.items()
         if name in shapes
+        and not of_attention(name)
         and deciding[name].primitive == "dot_general"
         and layout[0] == "o"
         and len(layout) > 2
