@@ -172,7 +172,7 @@ def call(
         if isinstance(v, Weight)
     }
     walk = Walk(settings, key)
-    outs = walk.evaluate(traced.jaxpr, values)
+    outs = arguments.without_copies(walk.evaluate(traced.jaxpr, values))
     if settings.mix is not None and any(isinstance(x, Weight) for x in outs):
         settings.mix.refuse("a weight that is returned")
     result, new, _ = traced.result(

@@ -41,6 +41,7 @@ class Arguments:
         self.opened = outside(self._nodes.tree)
         self.has_state = nnx() is not None and bool(_variables(self.opened))
         self._changes: list[Change] = []
+        self._kept: list[bool] = []
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any], list[Any]]:
         """Call the function; also return the values that it replaces: the new, and the old."""
@@ -55,7 +56,7 @@ class Arguments:
         args, kwargs = self._nodes.closed(tree)
         out = self._fn(*args, **kwargs)
         returned = {id(x) for x in jax.tree.leaves(out)}
-        self._changes, new, old = [], [], []
+        self._changes, self._kept, new, old = [], [], [], []
         for name, (_, v), value in zip(names, pairs, before, strict=True):
             now = v.get_raw_value()
             if now is value or not isinstance(now, jax.Array):
@@ -88,6 +89,17 @@ class Arguments:
                 "    y, state = jlora.lora(fn)(params, state, x)\n"
                 "To drop it on purpose, change a copy: `nnx.merge(graph, params, copy=True)`."
             )
+
+    def without_copies(self, outs: Sequence[Any]) -> list[Any]:
+        """Drop the outputs that are no changes, so that no weight is materialized for them.
+
+        A function that is lifted, such as `nnx.remat`, returns every Variable that it was given.
+        """
+        n = len(self._changes)
+        end = len(outs) - 2 * n
+        kept = self._kept or [False] * n
+        new = [x if k else None for x, k in zip(outs[end : end + n], kept, strict=True)]
+        return [*outs[:end], *new, *[None] * n]
 
     def write(self, values: Sequence[Any]) -> None:
         """Write new values to the modules that the caller passed."""
