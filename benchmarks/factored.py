@@ -96,7 +96,7 @@ def table() -> "dict[str, Case]":
 def layouts(case_name: str) -> dict[str, str]:
     """Which axes of each weight are inputs and outputs; of a row that is cut out, (in, out)."""
     case = table()[case_name]
-    found = jlora.layouts(case.fn, case.params, *case.args)
+    found = case.layouts(case.params)
     return {path: found.get(path, "io") for path in targets(case)}
 
 

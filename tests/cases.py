@@ -4,6 +4,7 @@ Sizes are primes or otherwise unlike one another, so that no activation has a we
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+
+import jlora
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +32,12 @@ class Case:
 
     def __repr__(self) -> str:
         return f"stored_{self.name}" if self.stored else self.name
+
+    def layouts(self, params: Any) -> dict[str, str]:
+        """Infer the layouts. The weights are called "w", which does not tell heads from experts."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`jlora.layouts`: the first axis of")
+            return jlora.layouts(self.fn, params, *self.args)
 
 
 # Each file of cases has its own list, which begins with that of the file before it, so what a test

@@ -26,7 +26,7 @@ def adapted(case: "Case", init=None, random: bool = True):
 @functools.cache
 def _adapted(case: "Case", init, random: bool):
     base = base_of(case)
-    layouts = jlora.layouts(case.fn, base, *case.args)
+    layouts = case.layouts(base)
     spec = jlora.LoraSpec(rank=2, alpha=3, init=init, dora=case.dora, form=case.form)
     params = jlora.attach(base, {case.rules: spec}, key=jax.random.key(7), layouts=layouts)
     if not random:

@@ -54,7 +54,7 @@ def base_of(case: Any) -> Any:
     """A case's base weights; of a stored one those that its rules adapt are packed."""
     if not case.stored:
         return case.params
-    layouts = jlora.layouts(case.fn, case.params, *case.args)
+    layouts = case.layouts(case.params)
     params = jlora.attach(
         case.params, {case.rules: jlora.LoraSpec(rank=1)}, key=jax.random.key(0), layouts=layouts
     )

@@ -74,7 +74,7 @@ def random(params, seed=0):
 
 def adapters_of(case, base):
     """Three adapters of unlike ranks and scalings."""
-    layouts = jlora.layouts(case.fn, base, *case.args)
+    layouts = case.layouts(base)
     made = []
     for n, (rank, scaling) in enumerate([(2, "lora"), (1, "rslora"), (3, "rslora")]):
         spec = LoraSpec(rank, alpha=2.0 + n, scaling=scaling, dora=case.dora, form=case.form)

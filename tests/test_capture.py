@@ -279,7 +279,7 @@ def test_the_cost_is_the_forward_pass_and_the_sums():
 def test_every_program_is_walked(case):
     """Sums, or a reason why a weight has none: nothing else comes of any program."""
     with jax.numpy_rank_promotion("allow"):
-        layouts = jlora.layouts(case.fn, case.params, *case.args)
+        layouts = case.layouts(case.params)
         params = jlora.attach(
             case.params, {case.rules: LoraSpec(1)}, key=jax.random.key(0), layouts=layouts
         )

@@ -140,7 +140,7 @@ def test_explain_says_how_many_are_materialized(case):
 
 @law(FACTORED)
 def test_layouts_cover_every_adapted_weight(case):
-    layouts = jlora.layouts(case.fn, base_of(case), *case.args)
+    layouts = case.layouts(base_of(case))
     for path, node in nodes(adapted(case)):
         # A single row that is cut out is no product, so nothing is read from it: the default holds.
         assert node.layout == ("io" if case.name == "one_row" else layouts[path])
