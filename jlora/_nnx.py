@@ -5,6 +5,7 @@ imported: as long as it is not loaded, there are no modules.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,7 @@ def of_states(fn: Callable[..., Any], arguments: PyTree) -> tuple[Callable[..., 
     """Return a function of `(args, kwargs)` with states in place of modules, and those."""
     opened = Opened(arguments)
 
+    @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = opened.closed((args, kwargs))
         return fn(*args, **kwargs)

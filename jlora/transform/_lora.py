@@ -158,7 +158,7 @@ def call(
         if isinstance(x, LoraArray):
             forms.check(name, x, "jlora.lora")
     bases = [x.base if isinstance(x, LoraArray) else x for x in leaves]
-    traced = Traced(arguments.run, tree, bases)
+    traced = Traced(functools.wraps(fn)(lambda *a, **k: arguments.run(*a, **k)), tree, bases)
     if settings.observe is None:
         arguments.check(traced.jaxpr)
     seen = _constants(pairs, leaves) if freeze else leaves
