@@ -68,10 +68,15 @@ def source_line(eqn: JaxprEqn) -> str:
 def is_traced(x: object) -> bool:
     """Whether a value is being traced, so that it cannot be read, but may be differentiated.
 
-    JAX exports `jax.core.Tracer` but documents it nowhere. What it documents, reading the value and
-    catching `jax.errors.ConcretizationTypeError`, would copy each concrete array to the host.
+    Where an array is, is known of every concrete one, and asking for it copies nothing.
     """
-    return isinstance(x, jax.core.Tracer)
+    if not isinstance(x, jax.Array):
+        return False
+    try:
+        _ = x.is_fully_addressable
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False
 
 
 def varying_axes(x: PyTree) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -293,9 +294,24 @@ def test_other_ids_slots_and_alphas_compile_nothing():
         second = run(BASE, many, jnp.asarray(IDS[::-1].copy()), X)
         assert not compiled, compiled
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not jnp.allclose(first, second)
     jax.tree.map(np.testing.assert_array_equal, bank.pick(many, 5), adapters[0])
+
+
+def test_boxes_of_flax_are_for_the_base_alone():
+    model = nn.Dense(6, kernel_init=nn.with_partitioning(nn.initializers.ones, ("in", "out")))
+    params = model.init(jax.random.key(0), X)
+    boxed = jlora.attach(params, {".*kernel": LoraSpec(2)}, key=jax.random.key(1))
+    base, adapter = jlora.detach(jax.tree.map(lambda x: x + 0.1, boxed))
+    many = bank.put(bank.stack([adapter, adapter], slots=3), 2, adapter)
+    is_box = lambda x: isinstance(x, nn.Partitioned)
+    assert not any(map(is_box, jax.tree.leaves(many, is_leaf=is_box)))
+    got = bank.each(model.apply, base, many, np.array([0, 2, -1, 1, 0, -1]), X)
+    want = jlora.lora(model.apply)(jlora.bind(base, adapter), X)
+    same(
+        got, jnp.where(np.array([1, 1, 0, 1, 1, 0])[:, None, None] > 0, want, model.apply(base, X))
+    )
 
 
 def test_the_base_is_held_once():

@@ -51,16 +51,16 @@ class Batch(NamedTuple):
 
     def map(self, fn: Callable[..., Any], by: Array, out_axes: Any) -> PyTree:
         """Concatenate `fn(k, by[k], args of example k)`, where each argument is a batch of one."""
-        mapped = [k for k, axis in enumerate(self.axes) if axis is not None]
+        mapped = [(k, axis) for k, axis in enumerate(self.axes) if axis is not None]
 
         def one(number: Array, by: Array, *arrays: Array) -> Any:
             leaves = list(self.leaves)
-            for k, x in zip(mapped, arrays, strict=True):
-                leaves[k] = jnp.expand_dims(x, self.axes[k])  # pyrefly: ignore
+            for (k, axis), x in zip(mapped, arrays, strict=True):
+                leaves[k] = jnp.expand_dims(x, axis)
             return fn(number, by, self.tree.unflatten(leaves))
 
-        in_axes = (0, 0, *(self.axes[k] for k in mapped))
-        arrays = [jnp.asarray(self.leaves[k]) for k in mapped]
+        in_axes = (0, 0, *(axis for _, axis in mapped))
+        arrays = [jnp.asarray(self.leaves[k]) for k, _ in mapped]
         out = jax.vmap(one, in_axes, out_axes)(jnp.arange(self.size), by, *arrays)
         leaves, tree = jax.tree.flatten(out)
         axes = _spread(out_axes, out)

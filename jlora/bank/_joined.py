@@ -10,10 +10,10 @@ from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, LoraArray, is_adapted
-from jlora._base import built, is_stored
+from jlora._base import built
+from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._partition import constant
-from jlora._paths import leaves_with_paths, map_with_paths
-from jlora.bank._slots import Bank
+from jlora.bank._slots import Bank, is_weight
 
 
 def joined(base: PyTree, bank: Bank, call: str) -> PyTree:
@@ -27,13 +27,13 @@ def joined(base: PyTree, bank: Bank, call: str) -> PyTree:
         node = nodes.get(path)
         return _node(path, weight, node, call) if isinstance(node, LoraArray) else weight
 
-    return map_with_paths(one, base, _is_leaf)
+    return map_with_paths(one, base, is_weight)
 
 
 def of_weights(params: PyTree, base: PyTree, bank: Bank, m: Array, scale: bool = False) -> PyTree:
     """Put in the parameters trained in full, mixed by m, `(slots,)`; with `scale` scale B by m."""
     nodes = dict(leaves_with_paths(bank.adapter, is_adapted))
-    weights = dict(leaves_with_paths(base, _is_leaf))
+    weights = dict(leaves_with_paths(base, is_weight))
 
     def one(path: str, x: Any) -> Any:
         node = nodes.get(path)
@@ -47,11 +47,7 @@ def of_weights(params: PyTree, base: PyTree, bank: Bank, m: Array, scale: bool =
             return dataclasses.replace(x, lora_b=x.lora_b * by.reshape(-1, *(1,) * outs))
         return x
 
-    return map_with_paths(one, params, lambda x: _is_leaf(x) or is_adapted(x))
-
-
-def _is_leaf(x: object) -> bool:
-    return x is None or is_stored(x)
+    return map_with_paths(one, params, lambda x: is_weight(x) or is_adapted(x))
 
 
 def _mixture(values: Array, base: Any, m: Array) -> Array:

@@ -17,8 +17,9 @@ from jlora import _compat, forms
 from jlora._adapt import detach, same_paths
 from jlora._arrays import FullArray, is_adapted
 from jlora._base import built, is_stored
+from jlora._boxes import leaves_with_paths, map_with_paths, unboxed
 from jlora._partition import has_adapted
-from jlora._paths import describe, leaves_with_paths, map_with_paths
+from jlora._paths import describe
 from jlora.bank._fit import fitted, is_slot, module, nodes_of, resized, template, without_gain
 from jlora.forms.dora import MAGNITUDE
 
@@ -88,7 +89,7 @@ def stack(adapters: Sequence[PyTree], slots: int | None = None, rank: int | None
         raise ValueError(f"`{call}`: {len(adapters)} adapters do not fit in {slots} slots.")
     if rank is not None and rank < 1:
         raise ValueError(f"`{call}`: rank={rank}; a rank is at least 1.")
-    detached = [detach(adapter)[1] for adapter in adapters]
+    detached = [_detached(adapter) for adapter in adapters]
     for n, adapter in enumerate(detached):
         same_paths(detached[0], adapter, f"{call}, adapters[0] and adapters[{n}]")
     found = [nodes_of(adapter, f"{call}, adapters[{n}]") for n, adapter in enumerate(detached)]
@@ -126,7 +127,7 @@ def put(bank: Bank, slot: ArrayLike, adapter: PyTree) -> Bank:
     """
     call = "jlora.bank.put(bank, slot, adapter)"
     at = _slot(bank, slot, call)
-    detached = detach(adapter)[1]
+    detached = _detached(adapter)
     same_paths(bank.adapter, detached, call)
     like: dict[str, Any] = {
         path: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), node)
@@ -224,7 +225,7 @@ def bound(base: PyTree, bank: Bank, call: str) -> PyTree:
         m = node.extra[MAGNITUDE].astype(jnp.float32)
         return node.with_parts({MAGNITUDE: jnp.where(bank.gains[path] > 0, m, norm)})
 
-    return map_with_paths(one, base, _is_leaf)
+    return map_with_paths(one, base, is_weight)
 
 
 def checked(base: PyTree, bank: Bank, call: str) -> None:
@@ -235,7 +236,7 @@ def checked(base: PyTree, bank: Bank, call: str) -> None:
             "`base, adapter = jlora.detach(params)`."
         )
     same_paths(base, bank.adapter, call)
-    weights = dict(leaves_with_paths(base, _is_leaf))
+    weights = dict(leaves_with_paths(base, is_weight))
     for path, node in leaves_with_paths(bank.adapter, is_adapted):
         lead = bank.ranks[path].ndim if isinstance(node, FullArray) else 0
         if isinstance(node, FullArray) and node.shape[lead:] != weights[path].shape:
@@ -245,8 +246,14 @@ def checked(base: PyTree, bank: Bank, call: str) -> None:
             )
 
 
-def _is_leaf(x: object) -> bool:
+def is_weight(x: object) -> bool:
+    """Whether `x` is one leaf of a base: a stored weight too, or None (for `is_leaf=`)."""
     return x is None or is_stored(x)
+
+
+def _detached(adapter: PyTree) -> PyTree:
+    """Return an adapter without its base and Flax's boxes, whose names have no axis of slots."""
+    return unboxed(detach(adapter)[1])
 
 
 def _bank(stacked: tuple[Any, Any, Any], like: PyTree) -> Bank:
