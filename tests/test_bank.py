@@ -92,6 +92,7 @@ def spread(axes, count):
     return axes if isinstance(axes, tuple) else (axes,) * count
 
 
+@pytest.mark.sample(4)
 @pytest.mark.filterwarnings("ignore:A rank above:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*rank.*min:UserWarning")
 @pytest.mark.parametrize("case", list(batched()))

@@ -84,6 +84,7 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert rows["limit"]["ratio"] == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):
@@ -100,6 +101,7 @@ def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert found["training 2, 8 tokens each"]["map"]["memory over one"] > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("no_peers")
 def test_plots_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "TOKENS", [TINY, TINY._replace(time=32)])
@@ -174,6 +176,7 @@ def test_qwix_is_judged():
     assert "without an adapter, silently: embedding" in found["tied"]["reason"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize("case", ["matmul", "scan_stacked", "cond", "nnx_linear", "scan_carried"])
 def test_a_dense_update_is_seen_and_a_wrong_one(case):
@@ -213,6 +216,7 @@ def test_every_form_computes_the_same():
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     for name, value in {"TOKENS": (8,), "SHAPES": ((5, 7),), "RANKS": (2, 3)}.items():
         monkeypatch.setattr(forms, name, value)

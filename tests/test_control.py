@@ -238,6 +238,7 @@ def test_a_jitted_layer_is_walked_once_for_all_layers():
     assert len(traced) == 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("init", ["kaiming", "kaiming_rank", "gaussian", "a_zero"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("layout", ["io", "oi"])

@@ -71,6 +71,7 @@ def paper(x):
     return jnp.expand_dims(x.extra["magnitude"], inputs(x)) * v / norm
 
 
+@pytest.mark.sample(4)
 @dtypes
 @every
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
@@ -90,6 +91,7 @@ def test_the_norm_makes_nothing_of_the_weights_shape():
     assert (3, 7) in made and (3, 11, 7) not in made
 
 
+@pytest.mark.sample(4)
 @every
 def test_the_gradient_is_the_papers(layout):
     x = node(LAYOUTS[layout], layout)
@@ -347,6 +349,7 @@ def test_a_magnitude_of_another_shape():
         jlora.merge(x)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["columns", "rows", "replicated"])
 @pytest.mark.parametrize("factors", [True, False], ids=["as_the_weight", "everywhere"])
 def test_explicit_shardings(name, factors):

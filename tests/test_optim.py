@@ -114,6 +114,7 @@ def moved(after, before):
 # Geometry: a stack, a slice, a layout are bookkeeping only.
 
 
+@pytest.mark.sample(4)
 @weights
 @optimizers
 def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices):
@@ -128,6 +129,7 @@ def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices)
         whole, alone = optax.apply_updates(whole, updates), optax.apply_updates(alone, each)
 
 
+@pytest.mark.sample(4)
 @weights
 @optimizers
 def test_no_array_of_the_deltas_shape(make, shape, layout, slices):
@@ -169,6 +171,7 @@ BOTH = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("given", BOTH.values(), ids=BOTH)
 @optimizers
 def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):

@@ -30,6 +30,7 @@ CHANGED = (
 )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=() if c.name in IN_CI else pytest.mark.nightly) for c in CASES],
@@ -249,6 +250,7 @@ PRODUCTS: dict[str, tuple[Callable[[Any, Any], Any], tuple[int, ...], Any]] = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_format_owns_its_product(name):
     fn, shape, asked = PRODUCTS[name]

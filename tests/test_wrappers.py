@@ -123,6 +123,7 @@ def same(got, want, before):
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (got, before)), strict=True))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_of_freeze_it_trains_the_adapter_as_alone(name):
     params, loss = program()
@@ -130,6 +131,7 @@ def test_inside_of_freeze_it_trains_the_adapter_as_alone(name):
     same(got, alone(name, INSIDE[name], params, loss), params)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_outside_of_freeze_it_trains_the_adapter_as_alone(name):
     params, loss = program()

@@ -47,6 +47,7 @@ CONVS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CONVS)
 def test_conv(name: str) -> None:
     module, shape = CONVS[name]

@@ -121,6 +121,7 @@ def compare(layers: int | None, theta: float) -> None:
     assert distance(jax.jit(ours)(jlora.merge(adapted)), want) <= TOLERANCE
 
 
+@pytest.mark.nightly
 def test_logits_as_tunix_is() -> None:
     compare(layers=2, theta=TUNIX_THETA)
 

@@ -84,6 +84,7 @@ def jlora_chooses(key: str, config: dict[str, Any]) -> bool:
     return isinstance(found.get(re.escape(key)), jlora.LoraSpec)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("group", TARGETS)
 def test_the_same_modules_are_chosen(group, compare):
     # What ends with an entry of `modules_to_save` but not after a dot, PEFT both adapts and saves.
