@@ -1,5 +1,6 @@
 """Every test runs with strict dtype promotion and no silent broadcasting."""
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -59,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         table.sort(key=lambda item: crc32(item.nodeid.encode()))
         for item in table[-(-len(table) // n) :]:
             item.add_marker("nightly")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What earlier files left in caches lives on: the garbage collector need not visit it again."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

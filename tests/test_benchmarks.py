@@ -113,6 +113,7 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("library", ["peft", "qwix"])
@@ -267,6 +268,7 @@ def test_the_default_variant_is_the_main_jobs():
     assert (spec.rank, spec.alpha, variant.lr) == (args.rank, args.alpha, args.lr)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Optax counts in integers
 def test_quality_does_what_is_missing(tmp_path, capsys):
     model = tiny_llama.write_model(tmp_path / "tiny", tiny_llama.TINY)

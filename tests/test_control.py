@@ -76,6 +76,7 @@ def test_a_carried_weight_that_becomes_another_thing_is_reported_and_right():
     agree(fn, params(), "materialize")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("carried", ["closed over", "handed on", "changed"])
 def test_each_lane_of_a_mapped_while_has_its_own_condition(carried):
     def fn(p, x):

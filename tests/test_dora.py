@@ -274,6 +274,7 @@ def test_slices_have_a_magnitude_for_every_output():
     np.testing.assert_allclose(got, X @ want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_inside_a_shard_map_the_norm_is_of_all_shards():
     """A weight split along its inputs has its columns on several devices."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))

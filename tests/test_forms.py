@@ -96,6 +96,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.sample(3)
 @every
 def test_what_trains(form):
     node = attached(form)

@@ -133,6 +133,7 @@ def trained(params):
     return jlora.combine(moved, frozen)
 
 
+@pytest.mark.sample(3)
 @every
 def test_the_model_starts_as_it_was_and_only_the_factors_train(init):
     base = {"up": drawn((6, 9)), "layers": drawn((2, 9, 9)) / 3}

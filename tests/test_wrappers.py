@@ -101,6 +101,18 @@ OUTSIDE = {
         optax.chain(optax.add_decayed_weights(0.1), jlora.freeze(optax.sgd(0.05))),
         INSIDE["decay"],
     ),
+    "linesearch": (
+        chain(jlora.freeze(optax.sgd(1.0)), optax.scale_by_backtracking_linesearch(5)),
+        INSIDE["linesearch"],
+    ),
+    "sam": (
+        optax.contrib.sam(
+            jlora.freeze(optax.sgd(0.05)),
+            chain(optax.contrib.normalize(), optax.sgd(0.02)),
+            opaque_mode=True,
+        ),
+        INSIDE["sam"],
+    ),
 }
 
 

@@ -167,6 +167,7 @@ def fa(model: Any, weight_decay: float = DECAY) -> Any:
     return optimizer
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("twin", [linear, conv1d_hf, conv(2, 2, 1), mlp], ids=repr)
 def test_lora_plus(twin, tmp_path, compare):
     race = Race(twin, tmp_path)

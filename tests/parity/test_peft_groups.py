@@ -116,6 +116,7 @@ def both_random(key: Any, weight: Any, rank: int, scaling: Any = 1.0, dtype: Any
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_first_values_with_groups(init):
     """The same spread of A and B: 1/in and, of B and "gaussian", what the rank makes it."""

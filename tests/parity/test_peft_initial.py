@@ -149,6 +149,7 @@ def over_residual(params: Any) -> Any:
     return jax.tree.map(mark, params, is_leaf=is_leaf)
 
 
+@pytest.mark.sample(3)
 @moving
 def test_ours_converted_load_in_peft(twin, init, tmp_path, compare):
     """Trained here over a residual, converted, saved: PEFT on the original weights agrees."""

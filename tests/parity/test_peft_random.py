@@ -64,6 +64,7 @@ def test_dropout_has_the_same_mean_and_variance(twin, tmp_path, compare):
         assert stats.ks_2samp(ours[:, k], theirs[:, k]).pvalue > 1e-3
 
 
+@pytest.mark.sample(3)
 @every
 def test_dropout_falls_on_the_input_of_a(twin, tmp_path):
     """With one number that is not zero, all of the delta goes at once, or is 1/(1-p) of itself."""
