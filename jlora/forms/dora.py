@@ -95,7 +95,7 @@ def _squares(w: PyTree, a: Array, b: Array, s: Array, layout: str) -> tuple[Arra
     terms = _in_dtype(a, w.dtype)
     # XLA on CPUs does not support bfloat16 products whose second operand has several free axes:
     # those of outputs in heads, or of A under a `vmap` over adapters. There W comes second, and the
-    # rank before the outputs, since a transpose is folded into the product by swapping its operands.
+    # rank before the outputs: a transpose is folded into the product by swapping its operands.
     if len(along("o")) > 1:
         turned, wa = f"{out}R", [dot(f"{dims},{of_a}->{out}R", w, x) for x in terms]
     else:
