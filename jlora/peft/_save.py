@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora import forms
+from jlora._adapters import shape_of
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import Shaped, equal_ranges, shape_of, unrolled
+from jlora.peft._forms import Shaped, equal_ranges, unrolled
 from jlora.peft._keys import BIAS, Found, declare, in_order, order_of
 from jlora.peft._methods import bare, of_lora
 from jlora.peft._names import (
