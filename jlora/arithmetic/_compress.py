@@ -20,8 +20,8 @@ def compress(
     adapter: PyTree,
     *,
     rank: int | None = None,
-    energy: float | None = None,
-    error: float | None = None,
+    energy: float | int | None = None,
+    error: float | int | None = None,
 ) -> tuple[PyTree, dict[str, Array]]:
     """Approximate each update by the nearest one of a lower rank, in the Frobenius norm.
 

@@ -32,8 +32,8 @@ def extract(
     rules: Mapping[str, Any],
     *,
     layouts: Mapping[str, str] | None = None,
-    energy: float | None = None,
-    error: float | None = None,
+    energy: float | int | None = None,
+    error: float | int | None = None,
     niter: int | None = None,
 ) -> tuple[PyTree, dict[str, Array]]:
     """Make an adapter of the difference of two checkpoints: `s A B ≈ W' - W`.

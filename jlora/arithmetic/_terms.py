@@ -69,14 +69,14 @@ def weights_of(weights: Any, count: int, call: str) -> list[Any]:
 
 def is_one(w: ArrayLike) -> bool:
     """Whether a weight is known to be exactly 1; a traced one is not."""
-    return not _compat.is_traced(w) and float(jnp.asarray(w)) == 1.0
+    return not _compat.is_traced(w) and jnp.shape(w) == () and float(jnp.asarray(w)) == 1.0
 
 
 def weighted(path: str, terms: Sequence[Term], call: str) -> Adapted:
     """Return one node, without its base, that adds `Σ wᵢ · Δᵢ` to a weight."""
     if len(terms) == 1 and is_one(terms[0].by):
         return dataclasses.replace(terms[0].node, base=None)
-    _refuse_gain(path, terms, call)
+    refuse_gain(path, terms, call)
     if any(isinstance(term.node, FullArray) for term in terms):
         return _full(path, terms, call)
     if len(terms) == 1:  # keeps rank, form and slices
@@ -86,7 +86,8 @@ def weighted(path: str, terms: Sequence[Term], call: str) -> Adapted:
     return _concatenated(path, terms, call)
 
 
-def _refuse_gain(path: str, terms: Sequence[Term], call: str) -> None:
+def refuse_gain(path: str, terms: Sequence[Term], call: str) -> None:
+    """Refuse DoRA: its update is not A B."""
     for _, node in terms:
         if isinstance(node, LoraArray) and forms.has_gain(node):
             raise ValueError(
@@ -122,12 +123,7 @@ def _full(path: str, terms: Sequence[Term], call: str) -> FullArray:
     shape = shape_among(path, [term.node for term in terms], call)
     fulls = [term.node for term in terms if isinstance(term.node, FullArray)]
     for node in fulls:
-        if node.base is None:
-            raise ValueError(
-                f"`{call}`: {describe(path, node.value)} is trained in full, and its difference "
-                "from the original is what counts, which a detached adapter lacks. Pass adapted "
-                "parameters, `jlora.bind(base, adapter)`."
-            )
+        check_original(path, node, call)
     dtype = max((x.value.dtype for x in fulls), key=lambda d: jnp.finfo(d).bits)
     wide = accumulator(dtype)
     originals = [built(x.base).astype(wide) for x in fulls]
@@ -139,6 +135,16 @@ def _full(path: str, terms: Sequence[Term], call: str) -> FullArray:
         if isinstance(node, LoraArray):
             total = total + jnp.asarray(by, wide) * forms.delta(node, shape, wide).astype(wide)
     return FullArray(None, total.astype(dtype))
+
+
+def check_original(path: str, node: FullArray, call: str) -> None:
+    """Refuse a parameter trained in full without its original."""
+    if node.base is None:
+        raise ValueError(
+            f"`{call}`: {describe(path, node.value)} is trained in full, and its difference from "
+            "the original is what counts, which a detached adapter lacks. Pass adapted "
+            "parameters, `jlora.bind(base, adapter)`."
+        )
 
 
 def _concatenated(path: str, terms: Sequence[Term], call: str) -> LoraArray:
@@ -156,7 +162,7 @@ def _concatenated(path: str, terms: Sequence[Term], call: str) -> LoraArray:
     axis = first.lora_b.ndim - first.layout.count("o") - 1
 
     def per_slice(a: Array) -> Array:
-        return a.astype(wide).reshape(*a.shape[:-1], parts, -1)
+        return jnp.asarray(a).astype(wide).reshape(*a.shape[:-1], parts, -1)
 
     a = jnp.concatenate([per_slice(x.lora_a) for x in nodes], -1)
     b = [_times(x, by, wide) for x, (by, _) in zip(nodes, terms, strict=True)]
@@ -177,7 +183,7 @@ def _dtype(node: LoraArray) -> Any:
 def _times(node: LoraArray, by: ArrayLike, dtype: Any) -> Array:
     """Return `w · s · B`."""
     s = jnp.asarray(node.scaling).astype(dtype) * jnp.asarray(by, dtype)
-    b = node.lora_b.astype(dtype)
+    b = jnp.asarray(node.lora_b).astype(dtype)
     return b * s.reshape(*s.shape, *(1,) * (b.ndim - s.ndim))
 
 
@@ -205,7 +211,7 @@ def matrices(node: LoraArray) -> list[tuple[Array, Array]]:
     ins, outs = node.layout.count("i"), node.layout.count("o")
     stack = node.lora_a.shape[: node.lora_a.ndim - ins - 1]
     fan_in = math.prod(node.lora_a.shape[len(stack) : -1])
-    a = node.lora_a.astype(wide).reshape(*stack, fan_in, -1)
+    a = jnp.asarray(node.lora_a).astype(wide).reshape(*stack, fan_in, -1)
     b = _times(node, 1.0, wide)
     if node.slices is None:
         return [(a, b.reshape(*stack, a.shape[-1], -1))]

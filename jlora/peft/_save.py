@@ -140,8 +140,7 @@ def save(
     }
     known = dict(layouts or {})
     known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
-    order = order_of(names, declared, found)
-    where = Found(found, known, dict(kinds or {}), declared=order)
+    where = Found(found, known, dict(kinds or {}), declared=order_of(names, declared, found))
     parts = _parts(where, adapted, config, call)
     fulls = _fulls(where, adapted, call)
     if config.get("lora_bias"):
