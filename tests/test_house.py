@@ -36,6 +36,7 @@ FLOORS = [
     {"_adapt", "_adapters", "_attach", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
     {"checkpoint", "peft"},
+    {"cli", "__main__"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"} | {
