@@ -1,6 +1,6 @@
 """Spherical interpolation of two adapters, from their factors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,21 +88,34 @@ def _coefficients(cosine: Array, t: ArrayLike) -> tuple[Array, Array]:
 
 def _cosine(path: str, nodes: Sequence[Any], call: str) -> Array:
     """Return `⟨Δ₀, Δ₁⟩ / (‖Δ₀‖ ‖Δ₁‖)`, `(*stack)`, or 1 where an update is zero."""
-    if any(isinstance(x, FullArray) for x in nodes):
-        shape = shape_among(path, nodes, call)
-        pairs = [[_difference(path, x, shape, call)] for x in nodes]
-        inner = lambda x, y: jnp.vdot(x, y, precision=_EXACT)
-    else:
-        if len({x.slices for x in nodes}) > 1:
-            shape = shape_among(path, nodes, call)
-            nodes = [forms.as_lora(x, shape) for x in nodes]
-        pairs, inner = [matrices(x) for x in nodes], _inner
-    total = lambda xs, ys: sum(inner(x, y) for x, y in zip(xs, ys, strict=True))
-    (both, one, other) = (
-        jnp.asarray(total(pairs[i], pairs[j])) for i, j in ((0, 1), (0, 0), (1, 1))
-    )
+    inner = _pairs(path, nodes, call)
+    both, one, other = inner(0, 1), inner(0, 0), inner(1, 1)
     norm = jnp.sqrt(one) * jnp.sqrt(other)
     return jnp.where(norm > 0, both / jnp.where(norm > 0, norm, 1.0), 1.0)
+
+
+def inner_products(path: str, nodes: Sequence[Any], call: str) -> Array:
+    """Return `⟨Δᵢ, Δⱼ⟩` of all pairs of updates of one weight, from the factors."""
+    inner, n = _pairs(path, nodes, call), range(len(nodes))
+    return jnp.stack([jnp.stack([jnp.sum(inner(i, j)) for j in n]) for i in n])
+
+
+def _pairs(path: str, nodes: Sequence[Any], call: str) -> Callable[[int, int], Array]:
+    """Return a function of two positions that gives `⟨Δᵢ, Δⱼ⟩`, `(*stack)`."""
+    if any(isinstance(x, FullArray) for x in nodes):
+        shape = shape_among(path, nodes, call)
+        dense = [_difference(path, x, shape, call) for x in nodes]
+        return lambda i, j: jnp.vdot(dense[i], dense[j], precision=_EXACT)
+    if len({x.slices for x in nodes}) > 1:
+        shape = shape_among(path, nodes, call)
+        nodes = [forms.as_lora(x, shape) for x in nodes]
+    pairs = [matrices(x) for x in nodes]
+
+    def inner(i: int, j: int) -> Array:
+        products = [_inner(x, y) for x, y in zip(pairs[i], pairs[j], strict=True)]
+        return jnp.sum(jnp.stack(products), 0)
+
+    return inner
 
 
 def _difference(path: str, node: Any, shape: tuple[int, ...], call: str) -> Array:
