@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora import forms
+from jlora._adapters import shape_of
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import near_misses
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import Shaped, equal_ranges, shape_of, unrolled
+from jlora.peft._forms import Shaped, equal_ranges, unrolled
 from jlora.peft._keys import BIAS, Found, declare, in_order, order_of
 from jlora.peft._methods import bare, of_lora
 from jlora.peft._names import (
@@ -139,8 +140,7 @@ def save(
     }
     known = dict(layouts or {})
     known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
-    order = order_of(names, declared, found)
-    where = Found(found, known, dict(kinds or {}), declared=order)
+    where = Found(found, known, dict(kinds or {}), declared=order_of(names, declared, found))
     parts = _parts(where, adapted, config, call)
     fulls = _fulls(where, adapted, call)
     if config.get("lora_bias"):
