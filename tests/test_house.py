@@ -19,6 +19,7 @@ from jlora import (
     _foreign,
     arithmetic,
     bank,
+    bitsandbytes,
     checkpoint,
     forms,
     gguf,
@@ -37,7 +38,7 @@ FLOORS = [
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
     {"_adapt", "_attach", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
-    {"checkpoint", "gguf", "peft"},
+    {"bitsandbytes", "checkpoint", "gguf", "peft"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"} | {
@@ -51,8 +52,9 @@ PUBLIC = {
     *("quant", "quantize", "dequantize"),
 }
 SPACES = [jlora, arithmetic, bank, forms, initializers, optim, quant, transform]
-SPACES += [checkpoint, gguf, peft]
-APART = {"jlora.checkpoint", "jlora.gguf", "jlora.peft"}  # `import jlora` does not import them
+SPACES += [bitsandbytes, checkpoint, gguf, peft]
+# `import jlora` does not import them.
+APART = {"jlora.bitsandbytes", "jlora.checkpoint", "jlora.gguf", "jlora.peft"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -169,7 +171,7 @@ def imported():
 
 def test_the_export_list():
     exported = {n for n in vars(jlora) if not n.startswith("_")} - {
-        *("transform", "checkpoint", "gguf", "peft"),
+        *("bitsandbytes", "transform", "checkpoint", "gguf", "peft"),
         "jaxtyping",  # the import hook of the tests puts it there
     }
     assert exported == PUBLIC and set(jlora.__all__) == PUBLIC | {"transform"}

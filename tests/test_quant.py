@@ -471,3 +471,51 @@ def test_boxes_and_modules():
 def test_repr_is_short():
     text = repr(jlora.quantize({"w": W}, {"w": "q4_1"})["w"])
     assert re.search(r"QuantArray\(.*format=Q4_1, layout='io'", text) and len(text) < 300
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_loftq_makes_up_for_the_error_of_every_weight(steps):
+    layers = jnp.stack([W, 2 * W[::-1]])
+    base = {"w": W, "layers": layers, "dora": W.T, "v": W}
+    layouts = {"w": "io", "layers": "io", "dora": "oi", "v": "io"}
+    params = jlora.quantize(base, {"w": "nf4", "layers": "q4_0", "dora": "int4"}, layouts=layouts)
+    rules = {"dora": LoraSpec(2, dora=True), ".*": LoraSpec(3, alpha=5)}
+    params = jlora.attach(params, rules, key=KEY, layouts=layouts)
+    made = jlora.initializers.loftq(params, base, steps=steps)
+    plain, merged = jlora.dequantize(params), jlora.merge(made)
+    for name in ("w", "layers", "dora"):
+        error = lambda x, name=name: float(jnp.linalg.norm((x - base[name]).ravel()))
+        assert error(merged[name]) < 0.95 * error(plain[name].base), name
+        assert made[name].base.format == params[name].base.format
+        assert made[name].residual == (steps > 1)
+        same = jax.tree.leaves(made[name].base), jax.tree.leaves(params[name].base)
+        assert [*map(bits, same[0])] == [*map(bits, same[1])] or steps > 1
+    assert made["v"].lora_a is params["v"].lora_a
+    magnitude = jnp.linalg.norm(merged["dora"], axis=1)
+    same_magnitude = made["dora"].extra["magnitude"]
+    assert jnp.allclose(same_magnitude, magnitude, rtol=1e-4)
+
+
+def test_loftq_refuses():
+    base = {"w": W}
+    quantized = jlora.quantize(base, {"w": "nf4"})
+    params = jlora.attach(quantized, {"w": LoraSpec(2)}, key=KEY)
+    run = jlora.initializers.loftq
+    with pytest.raises(ValueError, match=r"loftq.*`steps` is 0\. Give an integer"):
+        run(params, base, steps=0)
+    with pytest.raises(ValueError, match=r"no adapted weight in `params` is quantized"):
+        run(jlora.attach(base, {"w": LoraSpec(2)}, key=KEY), base)
+    with pytest.raises(KeyError, match=r'`base` has no "w".*Closest: "v"'):
+        run(params, {"v": W})
+    with pytest.raises(ValueError, match=r'"w" float32\[12,128\] in `base` is not the array'):
+        run(params, {"w": W.T})
+    with pytest.raises(ValueError, match=r'"w" float32\[128,12\] in `base` is not the array'):
+        run(params, quantized)
+    sliced = jlora.attach(quantized, {"w": LoraSpec(2, slices=((0, 4),))}, key=KEY)
+    with pytest.raises(ValueError, match=r"has an update for some of its outputs only"):
+        run(sliced, base)
+    read = jlora.attach({"w": one("q4_k")}, {"w": LoraSpec(2, layout="oi")}, key=KEY)
+    with pytest.raises(ValueError, match=r"stored as Q4_K, which jlora reads but does not write"):
+        run(read, {"w": jnp.ones((12, 256))}, steps=2)
+    with pytest.raises(ValueError, match=r"Give an alpha above 0"):
+        run(jlora.attach(quantized, {"w": LoraSpec(2, alpha=0)}, key=KEY), base)
