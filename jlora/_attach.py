@@ -14,14 +14,12 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
-from jlora._base import built, is_stored
+from jlora._base import built, is_stored, stored_as
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_key, check_mapping, check_tree
 from jlora._nnx import Opened
-from jlora._paths import describe, is_bias, is_doubtful, near_misses
-from jlora._spec import LoraSpec, check_layout, resolve
-
-_DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
+from jlora._paths import describe, is_bias, near_misses
+from jlora._spec import LoraSpec, layout_of, resolve
 
 
 def attach(
@@ -123,7 +121,7 @@ def _node(path: str, key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: 
     if rest and is_stored(weight):
         raise ValueError(
             f"`jlora.attach`: the initializer of {describe(path, weight)} subtracts A B from the "
-            f"weight, but the weight is stored as `{type(weight).__name__}` and cannot change. "
+            f"weight, but the weight is stored as `{stored_as(weight)}` and cannot change. "
             "Omit `init`, or pass the array itself, `leaf.dequantize()`."
         )
     why = forms.named(spec.form).refusal("residual")
@@ -167,7 +165,7 @@ def _plan(
     if not isinstance(rule, LoraSpec):  # "full"
         if is_stored(leaf):
             raise TypeError(
-                f"`{call}`: {describe(path, leaf)} is stored as `{type(leaf).__name__}`, which has "
+                f"`{call}`: {describe(path, leaf)} is stored as `{stored_as(leaf)}`, which has "
                 "no gradient. Pass the array itself, `leaf.dequantize()`, or narrow the rule."
             )
         if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
@@ -193,25 +191,8 @@ def _plan(
             'low-rank update. Train it in full with the rule "full", or narrow the rule: '
             'r".*/kernel". If it is multiplied, give its layout: `LoraSpec(layout="io")`.'
         )
-    default = None if is_doubtful(path) else _DEFAULT_LAYOUTS.get(ndim)
-    layout = rule.layout or known or default
-    if layout is None:
-        why = (
-            "Equinox and PyTorch store weights of this name (out, in). "
-            if is_doubtful(path)
-            else ""
-        )
-        raise ValueError(
-            f"`{call}`: it is not known which axes of {describe(path, leaf)} are input and which "
-            f"output. {why}Pass `layouts=jlora.layouts(fn, params, x)`, which reads it from the "
-            'model, or `LoraSpec(layout="ioo")`; leading stack dimensions have no letter.'
-        )
-    check_layout(layout, f"{call}: layout {layout!r} of {path!r}")
-    if len(layout) > ndim:
-        raise ValueError(
-            f"`{call}`: the layout {layout!r} has {len(layout)} letters, but "
-            f"{describe(path, leaf)} has {ndim} dimensions. Give one letter per dimension."
-        )
+    given = rule.layout or known
+    layout = layout_of(path, leaf, given, call, '`LoraSpec(layout="ioo")`')
     geometry = Geometry.of(leaf.shape, layout)
     width = geometry.out_dims[0]
     if rule.slices is not None and rule.slices[-1][1] > width:
