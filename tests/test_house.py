@@ -33,7 +33,7 @@ FLOORS = [
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers"},
-    {"_adapt", "_attach", "_placed", "_report", "_sharding"}
+    {"_adapt", "_attach", "_begin", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
     {"checkpoint", "peft"},
     {"__init__"},
@@ -46,6 +46,7 @@ PUBLIC = {
     *("arithmetic", "bank", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates", "specs"),
+    "shardings",
 }
 SPACES = [jlora, arithmetic, bank, forms, initializers, optim, checkpoint, peft, transform]
 FILES = sorted(ROOT.rglob("*.py"))
