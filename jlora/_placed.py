@@ -28,6 +28,7 @@ from jlora._arrays import Adapted, FullArray, LoraArray, Tied
 from jlora._base import is_stored
 from jlora._boxes import of_parts
 from jlora._paths import brief
+from jlora._processes import put
 
 Names = Sequence[str]
 
@@ -164,5 +165,5 @@ def placed(node: Adapted, base: PyTree, replicate: Names, call: str) -> Adapted:
     if sharding is None:
         return node
     part = dataclasses.replace(node, base=None)
-    part = jax.device_put(part, at_base(part, base.shape, sharding, replicate, call))
+    part = jax.tree.map(put, part, at_base(part, base.shape, sharding, replicate, call))
     return dataclasses.replace(part, base=node.base)

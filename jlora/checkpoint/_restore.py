@@ -20,13 +20,16 @@ from jlora._disk import digest, unseal
 from jlora._paths import describe, near_misses
 from jlora._placed import check_replicate, placed
 from jlora._tie import untie
-from jlora.checkpoint._save import ARRAYS, INDEX
+from jlora.checkpoint._save import ARRAYS, INDEX, alone
 
 
 def restore(
     directory: str | os.PathLike[str], params: PyTree, replicate: Sequence[str] = ()
 ) -> PyTree:
     """Restore a saved adapter onto base weights, bit for bit, verified by checksums.
+
+    In a program of several processes each of them reads and verifies the files, and puts its own
+    shards on its devices.
 
     Args:
         directory: what `save` wrote.
@@ -63,7 +66,7 @@ def restore(
         )
     _same_bases(index, dict(leaves_with_paths(params, is_adapted)), call)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             metadata = checkpointer.metadata(source / ARRAYS).item_metadata.tree
             _verify_shapes(metadata, checked)  # before anything is allocated
             target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metadata)
