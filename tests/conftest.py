@@ -27,7 +27,7 @@ import pytest
 # So that a failed assertion of theirs shows its values.
 pytest.register_assert_rewrite("helpers", "holds", "live", "several")
 
-jax.config.update("jax_num_cpu_devices", 4)  # for meshes
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

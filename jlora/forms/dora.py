@@ -41,7 +41,7 @@ def gain(node: LoraArray) -> Float[Array, "..."]:
         square, size = lax.psum((square, size), sorted(split))
     norm = _root(square, size)
     has = norm > 0
-    m = jnp.asarray(node.extra[MAGNITUDE], norm.dtype)
+    m = _compat.sharded_like(jnp.asarray(node.extra[MAGNITUDE], norm.dtype), norm)
     return jnp.where(has, m / jnp.where(has, norm, 1.0), 1.0)
 
 
