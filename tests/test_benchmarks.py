@@ -68,6 +68,7 @@ def no_peers(monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("no_peers")
 def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY)
@@ -202,6 +203,7 @@ def test_a_dense_update_is_seen_and_a_wrong_one(case):
     assert not row["right"] and row["reason"].startswith("differs from the merged model")
 
 
+@pytest.mark.nightly
 def test_decode_runs():
     rows = decode.measure(llama.Config(64, 16, 32, 2, 2, 1, 8, 128), rounds=1)
     assert list(rows) == ["base", "jlora", "merged"] and rows["base"]["ratio"] == 1
@@ -233,6 +235,7 @@ def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert "jlora over the best factored form: " in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_tracing_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracing, "LAYERS", 1)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests keep theirs

@@ -103,7 +103,7 @@ def train_here(config: llama.Config, params: Any, data: np.ndarray) -> tuple[lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layers", "steps"), [(1, 20), pytest.param(4, 50, marks=pytest.mark.nightly)]
+    ("layers", "steps"), [(1, 50), pytest.param(4, 50, marks=pytest.mark.nightly)]
 )
 def test_steps_on_real_weights(layers, steps, tmp_path, compare):
     config, params, tokenizer, _ = weights.load(None, layers)
