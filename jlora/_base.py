@@ -39,6 +39,7 @@ class StoredWeight(Protocol):
     - `dot(x, axes, dtype)`, the format's own product `x · W`: contract the axes `axes[0]` of x
       with the axes `axes[1]` of the weight; return the remaining axes of x, then those of the
       weight, in `dtype`. If it returns `NotImplemented`, the weight is built.
+      It is asked for products of one dtype at the default precision.
 
     Example:
         >>> import dataclasses, functools, jax, jax.numpy as jnp, jlora
@@ -242,7 +243,7 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
         axes, weight = [order[n] for n in axes], weight.operands[0]
     free = [axis for n, axis in enumerate(axes) if n not in summed[k]]
     own = None if weight.step is not None else getattr(weight.operands[0], "dot", None)
-    if own is None or batch[k] or free != sorted(free):
+    if own is None or batch[k] or free != sorted(free) or not _usual(eqn):
         return NotImplemented
     aval: Any = eqn.outvars[0].aval
     dtype = eqn.params["preferred_element_type"] or aval.dtype
@@ -253,6 +254,15 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
     return lax.transpose(out, (*range(first, out.ndim), *range(first)))
 
 
+def _usual(eqn: JaxprEqn) -> bool:
+    """Whether a product has operands of one dtype and the default precision."""
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    asked: Any = eqn.params["precision"]
+    usual = (None, lax.Precision.DEFAULT)
+    each = asked if isinstance(asked, tuple) else (asked,)
+    return avals[0].dtype == avals[1].dtype and all(p in usual for p in each)
+
+
 def how(eqn: JaxprEqn, weight: PyTree) -> str:
     """Say how an equation uses a stored weight, for reports: built, or by the format's product."""
     if not isinstance(weight, Deferred):
@@ -260,10 +270,12 @@ def how(eqn: JaxprEqn, weight: PyTree) -> str:
     root: Any = weight
     while isinstance(root, Deferred):
         root = next((x for x in root.operands if isinstance(x, Deferred)), root.operands[0])
+    own: Any = NotImplemented
     avals: list[Any] = [v.aval for v in eqn.invars]
-    at = next((k for k, x in enumerate(avals) if tuple(x.shape) == weight.shape), None)
-    operands = [weight if k == at else lax.full(x.shape, 0, x.dtype) for k, x in enumerate(avals)]
-    own = NotImplemented if at is None else _own_product(eqn, operands)
+    at = [k for k, x in enumerate(avals) if tuple(x.shape) == weight.shape]
+    if eqn.primitive.name == "dot_general" and at:
+        zeros = [lax.full(x.shape, 0, x.dtype) for x in avals]
+        own = _own_product(eqn, [weight if k == at[0] else x for k, x in enumerate(zeros)])
     return f"{stored_as(root)}, {'built here' if own is NotImplemented else 'used as stored'}"
 
 

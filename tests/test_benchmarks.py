@@ -21,9 +21,12 @@ import peers
 import plots
 import pytest
 import quality
+import quant
 import step
 import tiny_llama
 import tracing
+
+from jlora.quant import NF4
 
 TINY = blocks.Sizes(2, 32, 48, 4, 2, 8, 2, 16, 2, "float32")
 
@@ -86,6 +89,21 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("usual_promotion")
+def test_quant_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY._replace(blocks=1))
+    formats = {"float32": None, "nf4": NF4(16)}
+    monkeypatch.setattr(quant, "FORMATS", formats)
+    monkeypatch.setattr(quant, "TOKENS", (8,))
+    quant.main(["--rounds", "1", "--json", str(tmp_path / "quant.json")])
+    found = json.loads((tmp_path / "quant.json").read_text())["cases"]
+    assert list(found) == ["step, 8 tokens", "token"]
+    assert "step, 8 tokens" in capsys.readouterr().out
+    for rows in found.values():
+        assert list(rows) == ["float32", "nf4", "nf4, whole"] and rows["float32"]["ratio"] == 1
+        assert 4 * rows["nf4"]["base_bytes"] < rows["float32"]["base_bytes"]
+
+
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from jlora._node import Node
 from jlora._spec import check_layout
 from jlora.quant._format import Format
 from jlora.quant._formats import read_format
+from jlora.quant._product import product
 
 
 @functools.partial(
@@ -107,22 +108,24 @@ class QuantArray(Node):
 
     def dot(self, x: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike) -> Any:
         """Return the format's own product with x, if it has one: see `jlora._base.StoredWeight`."""
-        wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
-        if self.stack or not (wide and hasattr(self.format, "dot")):
+        floats = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
+        if self.stack or not floats:
             return NotImplemented
         of_x, of_w = (list(side) for side in axes)
         sides = {side: [k for k, c in enumerate(self.layout) if c == side] for side in "io"}
-        for side, other, product in (
-            ("i", "o", self.format.dot),
-            ("o", "i", self.format.dot_transposed),
-        ):
-            if sorted(of_w) == sides[side]:
-                free = [k for k in range(x.ndim) if k not in of_x]
-                order = [of_x[of_w.index(k)] for k in sides[side]]
-                last = lax.transpose(x, (*free, *order))
-                last = last.reshape(*last.shape[: len(free)], -1)
-                out = product(self.parts, last, dtype)
-                return out.reshape(*out.shape[:-1], *(self.dims[k] for k in sides[other]))
+        for side, other in (("i", "o"), ("o", "i")):
+            if sorted(of_w) != sides[side]:
+                continue
+            free = [k for k in range(x.ndim) if k not in of_x]
+            order = [of_x[of_w.index(k)] for k in sides[side]]
+            last = lax.transpose(x, (*free, *order))
+            last = last.reshape(*last.shape[: len(free)], -1)
+            own = Geometry.of(self.dims, self.layout)
+            both = own.fan_out, own.fan_in
+            out = product(self.format, self.parts, last, both, self.kind, dtype, side == "o")
+            if out is NotImplemented:
+                return out
+            return out.reshape(*out.shape[:-1], *(self.dims[k] for k in sides[other]))
         return NotImplemented
 
 

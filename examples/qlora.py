@@ -1,0 +1,63 @@
+"""QLoRA: train an adapter over 4-bit weights, and merge it; the memory at each step.
+
+    python examples/qlora.py                          # SmolLM2-135M, from its GGUF file
+    python examples/qlora.py --layers 2 --steps 4     # to try the path
+
+Projections are stored as NF4 with quantized scales, 4.13 bits a weight, the embedding as int8.
+`jlora.initializers.loftq(params, base)` would start the adapter at the error of the codes.
+"""
+
+import argparse
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import data
+import jax
+import numpy as np
+import weights
+from evaluation import make_apply
+from training import make_loss, make_optimizer, make_step
+
+import jlora
+
+FORMATS = {r".*_proj/kernel": "nf4", r".*embedding": "int8"}
+
+
+def report(what: str, params: Any) -> None:
+    """Print the size of the parameters and the largest memory of the process so far."""
+    size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    print(f"{what:28}{size:8.1f} MB of parameters, {peak:6.0f} MB peak of the process")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model"), parser.add_argument("--data")
+    parser.add_argument("--layers", type=int), parser.add_argument("--steps", type=int, default=60)
+    args = parser.parse_args(argv)
+    config, base, tokenizer, stop = weights.load(args.model, args.layers)
+    report("read, float32", base)
+    rules = {r".*_proj/kernel": jlora.LoraSpec(rank=8, alpha=16)}
+    params = jlora.attach(jlora.quantize(base, FORMATS), rules, key=jax.random.key(0))
+    del base
+    report("quantized, with an adapter", params)
+    examples = data.load(args.data, tokenizer, stop, config.context).train
+    rows = data.pack(data.shuffled(examples, seed=0), length=128, rows=4 * args.steps)
+    trainable, frozen = jlora.partition(params)
+    tx = make_optimizer(2e-3, args.steps)
+    step, state = make_step(make_loss(jlora.lora(make_apply(config))), tx), tx.init(trainable)
+    losses = []
+    for batch in data.batches(rows, 4):
+        trainable, state, loss = step(trainable, state, frozen, batch)
+        losses.append(float(loss))
+    report("trained", params := jlora.combine(trainable, frozen))
+    print(f"{jlora.summary(params)}\nloss {np.mean(losses[:4]):.3f} -> {np.mean(losses[-4:]):.3f}")
+    report("merged, float32", jlora.merge(params))
+
+
+if __name__ == "__main__":
+    main()
