@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jlora import _compat, forms
 from jlora._arrays import FullArray, Geometry, LoraArray
-from jlora._base import built, is_stored, stored_as
+from jlora._base import built, is_stored, layer_by_layer, stored_as
 from jlora._paths import describe
 from jlora._placed import Names, at_base, is_explicit, sharding_of
 from jlora._spec import LoraSpec
@@ -38,9 +38,16 @@ def adapted(
         if abstract:
             node = jax.tree.map(_struct, node, at)
         else:
+            together = _is_split(sharding, weight, layout)
             shardings, structure = jax.tree.flatten(at)
-            node = _begun_at(spec, layout, structure, tuple(shardings))(key, weight)
+            node = _begun_at(spec, layout, together, structure, *shardings)(key, weight)
     return node if node.residual else dataclasses.replace(node, base=weight)
+
+
+def _is_split(sharding: Sharding, weight: PyTree, layout: str) -> bool:
+    """Whether the stack is sharded: taking one element at a time would then gather all."""
+    spec = getattr(sharding, "spec", ())
+    return any(names is not None for names in spec[: len(weight.shape) - len(layout)])
 
 
 def in_full(weight: PyTree) -> FullArray:
@@ -94,10 +101,12 @@ def _check(path: str, weight: PyTree, spec: LoraSpec, node: LoraArray) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "layout"))
-def _begun(key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str) -> LoraArray:
+@functools.partial(jax.jit, static_argnames=("spec", "layout", "together"))
+def _begun(
+    key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str, together: bool = False
+) -> LoraArray:
     """Return the node of one weight with all its parts; without base, unless it is a residual."""
-    lora_a, lora_b, *rest = _factors(key, weight, spec, layout)
+    lora_a, lora_b, *rest = _factors(key, weight, spec, layout, together)
     scaling = jnp.full(Geometry.of(weight.shape, layout).stack, spec.s, jnp.float32)
     node = LoraArray(
         rest[0] if rest else weight,
@@ -115,10 +124,12 @@ def _begun(key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str) -> Lo
 
 @functools.lru_cache(1024)  # layers of one shape share one program
 def _begun_at(
-    spec: LoraSpec, layout: str, structure: Any, shardings: tuple[Sharding, ...]
+    spec: LoraSpec, layout: str, together: bool, structure: Any, *shardings: Sharding
 ) -> Callable[..., Any]:
     """Return `_begun`, compiled so that each part is created on its own devices."""
-    make: Callable[..., Any] = functools.partial(_begun, spec=spec, layout=layout)
+    make: Callable[..., Any] = functools.partial(
+        _begun, spec=spec, layout=layout, together=together
+    )
     at = structure.unflatten(shardings)
     if is_explicit(shardings[0]):
         # Initializers are written without shardings: inside, the compiler chooses them.
@@ -128,25 +139,41 @@ def _begun_at(
 
 
 def _factors(
-    key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str
+    key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str, together: bool
 ) -> tuple[ArrayLike, ...]:
     """Call the initializer on `(in, out)` matrices, one per stack element, and reshape.
 
-    Returns A and B and, if the initializer changes the base, the residual.
+    Returns A and B and, if the initializer changes the base, the residual. An initializer that
+    reads the weight gets one element of the stack at a time, unless it gets them `together`.
     """
     geometry = Geometry.of(weight.shape, layout)
     chosen = spec.init or forms.named(spec.form).init
     init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
-    matrices, keys = geometry.to_matrix(built(weight)), key
-    if geometry.stack:
-        keys = jax.random.split(key, geometry.stack)
-    if spec.slices is not None:
-        init = _sliced(init, spec.slices, geometry)
-    for _ in geometry.stack:
-        init = jax.vmap(init)
-    shapes = forms.factor_shapes(geometry, spec.rank, spec.slices)
-    a, b, *rest = init(keys, matrices)
-    return a.reshape(shapes[0]), b.reshape(shapes[1]), *map(geometry.from_matrix, rest)
+    one, depth = dataclasses.replace(geometry, stack=()), len(geometry.stack)
+    shapes = forms.factor_shapes(one, spec.rank, spec.slices)
+    run = init if spec.slices is None else _sliced(init, spec.slices, geometry)
+
+    def make(key: PRNGKeyArray, weight: PyTree) -> tuple[ArrayLike, ...]:
+        a, b, *rest = run(key, one.to_matrix(built(weight)))
+        return a.reshape(shapes[0]), b.reshape(shapes[1]), *map(one.from_matrix, rest)
+
+    if depth:
+        key = jax.random.split(key, geometry.stack)
+    if depth and not together and _reads(init, one, weight.dtype):
+        whole = is_stored(weight) and getattr(weight, "stack", 0) < depth
+        return layer_by_layer(make, depth)(key, built(weight) if whole else weight)
+    weight = built(weight)
+    for _ in range(depth):
+        make = jax.vmap(make)
+    return make(key, weight)
+
+
+def _reads(init: Callable[..., Any], geometry: Geometry, dtype: Any) -> bool:
+    """Whether an initializer reads more of the weight than its shape."""
+    matrix = jax.ShapeDtypeStruct((geometry.fan_in, geometry.fan_out), dtype)
+    body = _compat.body(jax.make_jaxpr(init)(jax.random.key(0), matrix))
+    used = [*body.outvars, *(x for eqn in body.eqns for x in eqn.invars)]
+    return any(x is body.invars[-1] for x in used)
 
 
 def _sliced(

@@ -6,7 +6,7 @@ that jlora supports are read here; rules read the other parameters of their own 
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +98,15 @@ def in_mesh_of(x: ArrayLike) -> Any:
     if AxisType.Explicit in mesh.axis_types and mesh != jax.sharding.get_abstract_mesh():
         return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext()
+
+
+def in_mesh_of_any(arrays: Iterable[Any]) -> Any:
+    """Return a context with the mesh that some of the arrays are on, unless there is one."""
+    meshes = (getattr(getattr(x, "sharding", None), "mesh", None) for x in arrays)
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def is_explicit(x: ArrayLike) -> bool:

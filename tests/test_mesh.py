@@ -1,14 +1,17 @@
 """A model on a mesh computes what it computes on one device, and its step is compiled once."""
 
+import collections
 import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from mesh import RANK, collectives, compiled
 from mesh_model import TOKENS, base, loss, mesh, params, placed, rules, specs
 
 import jlora
@@ -128,3 +131,36 @@ def addresses(tree, weights):
         if x.shape in shapes
         for shard in x.addressable_shards
     ]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_layouts_outside_of_the_mesh(kind):
+    """A model with constraints is traced in the mesh that its weights are on."""
+    where = mesh((4, 2), kind)
+    weights = {"w": jax.device_put(jnp.ones((8, 4)), NamedSharding(where, P("fsdp", "tp")))}
+
+    def constrained(p, x):
+        if kind == AxisType.Auto:
+            return jax.lax.with_sharding_constraint(x @ p["w"], P("fsdp", "tp"))
+        return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=P("fsdp", "tp"))
+
+    assert jlora.layouts(constrained, weights, jnp.ones((8, 8))) == {"w": "io"}
+    structs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights
+    )
+    assert jlora.layouts(constrained, structs, jnp.ones((8, 8))) == {"w": "io"}
+
+
+@functools.cache
+def counted(mode, replicate=()):
+    found = collectives(compiled(mode, (4, 2), replicate))
+    return collections.Counter((kind, shape) for kind, shape, _ in found)
+
+
+def test_no_collective_of_the_adapter_but_its_gradient():
+    """With the axis of the batch left out, A and B are not gathered, and W no more than without."""
+    limit, got = counted("limit"), counted("jlora", ("fsdp",))
+    more = got - limit
+    assert not [key for key in more if key[0] == "all-gather" and RANK in key[1]], more
+    wide = {x.shape for x in jax.tree.leaves(base(False))}
+    assert not [key for key in more if key[1] in wide], more

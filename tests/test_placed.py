@@ -1,7 +1,9 @@
 """Adapters on a mesh: every part is created where its weight is, and one rule says where."""
 
 import dataclasses
+import functools
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -319,3 +321,35 @@ def test_what_is_refused(meshed):
     lost = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
     with pytest.raises(ValueError, match=r'"w" float32\[2,2\] is on no device.*device_put'):
         jlora.shardings(lost)
+
+
+def test_an_initializer_reads_one_layer_at_a_time():
+    """The memory is that of two layers, not of the stack; on one device and on a mesh."""
+    layers, n = 16, 64
+    spec = LoraSpec(2, layout="io", init=functools.partial(initializers.pissa, niter=2))
+    one = 4 * n * n
+
+    def temporary(spec):
+        run = jax.jit(lambda w, k: jlora.attach({"w": w}, {"w": spec}, key=k))
+        struct = jax.ShapeDtypeStruct((layers, n, n), jnp.bfloat16)
+        return run.lower(struct, KEY).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(spec) < 12 * one < layers * one
+    w = jax.random.normal(KEY, (4, 8, 6))
+    want = jlora.attach({"w": w}, {"w": spec}, key=KEY)["w"]
+    keys = jax.random.split(jax.random.fold_in(KEY, zlib.crc32(b"w")), 4)
+    for k in range(4):
+        a, b, rest = spec.init(keys[k], w[k], 2, spec.s)
+        np.testing.assert_allclose(want.lora_a[k] @ want.lora_b[k], a @ b, atol=1e-5)
+        np.testing.assert_allclose(want.base[k], rest, atol=1e-5)
+
+
+def test_initializers_from_data_keep_the_places():
+    weights = {"w": jax.device_put(base()["dense"], NamedSharding(mesh_of(), P("x", "y")))}
+    rules = {"w": LoraSpec(2, layout="io")}
+    params = jlora.attach(weights, rules, key=KEY, replicate=("y",))
+    x = jax.random.normal(KEY, (16, 8))
+    moments = jlora.capture(lambda p, x: x @ p["w"], params, x)
+    got = initializers.eva(params, moments)
+    same(got, params)
+    assert not jnp.array_equal(got["w"].lora_a, params["w"].lora_a)

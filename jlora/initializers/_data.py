@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
-from jlora import forms
+from jlora import _compat, forms
 from jlora._arrays import Geometry, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._moments import Moments
@@ -100,8 +101,27 @@ def moments_of(
 
 
 def replaced(params: PyTree, nodes: dict[str, Any]) -> PyTree:
-    """Replace nodes by path."""
-    return map_with_paths(lambda path, leaf: nodes.get(path, leaf), params, is_adapted)
+    """Replace nodes by path; on a mesh their parts are sharded as before."""
+    return map_with_paths(
+        lambda path, leaf: _placed(nodes[path], leaf) if path in nodes else leaf, params, is_adapted
+    )
+
+
+def _placed(new: Any, old: LoraArray) -> Any:
+    """Put the parts of a node where those of another are, if these are on a mesh."""
+    if not isinstance(new, LoraArray):
+        return new
+
+    def put(x: Any, like: Any) -> Any:
+        at = None if _compat.is_traced(like) else getattr(like, "sharding", None)
+        on_mesh = isinstance(at, NamedSharding) and not _compat.is_traced(x)
+        return jax.device_put(x, at) if on_mesh else x
+
+    parts = {name: put(x, old.parts.get(name)) for name, x in new.parts.items()}
+    base = new.base if new.base is old.base else put(new.base, old.base)
+    return dataclasses.replace(new, base=base, scaling=put(new.scaling, old.scaling)).with_parts(
+        parts
+    )
 
 
 def split(

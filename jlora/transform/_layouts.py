@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from jlora import _compat
 from jlora._arrays import is_adapted, is_leaf
 from jlora._base import is_stored, standin
 from jlora._check import check_function
@@ -22,11 +23,11 @@ def layouts(
 ) -> dict[str, str]:
     """Infer from a function which axes of each parameter are inputs and which are outputs.
 
-    `fn(params, *args, **kwargs)` is traced, not run. An axis that is contracted, indexed by a
-    lookup or slid over an image is an input, `i`; an axis that the result keeps is an output, `o`;
-    leading axes that are scanned, mapped or indexed are stack axes and have no letter, also if each
-    token looks up a matrix of its own, that of its expert. The first use of a parameter decides: a
-    tied embedding is looked up first.
+    `fn(params, *args, **kwargs)` is traced, not run; outside of a mesh, in that of its arguments.
+    An axis that is contracted, indexed by a lookup or slid over an image is an input, `i`; an axis
+    that the result keeps is an output, `o`; leading axes that are scanned, mapped or indexed are
+    stack axes and have no letter, also if each token looks up a matrix of its own, that of its
+    expert. The first use of a parameter decides: a tied embedding is looked up first.
 
     A warning is issued where a leading axis is an output, as in `einsum("td,edf->tef")`: the heads
     of an attention share one A, but each expert of a mixture needs its own. Parameters with the
@@ -85,7 +86,9 @@ def layouts(
         Walk(settings).evaluate(traced.jaxpr, values)
 
     dynamic = [k for k, (_, x) in enumerate(pairs) if hasattr(x, "shape") and hasattr(x, "dtype")]
-    jax.eval_shape(probe, *(pairs[k][1] for k in dynamic))
+    arrays = [pairs[k][1] for k in dynamic]
+    with _compat.in_mesh_of_any(x for x in arrays if not _compat.is_traced(x)):
+        jax.eval_shape(probe, *arrays)
     deciding = {name: _deciding(uses) for name, uses in sorted(found.items())}
     spelled = {name: _spell(use, len(shapes[name])) for name, use in deciding.items()}
     spelled = {name: layout for name, layout in spelled.items() if "i" in layout}

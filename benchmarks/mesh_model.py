@@ -82,8 +82,8 @@ def placed(tree, where, scanned, replicate):
     return jax.device_put(tree, at)
 
 
-def forward(p, tokens, kind=None):
-    """Logits; `kind` is the type of the mesh's axes, if there is a mesh."""
+def forward(p, tokens, kind=None, shift=None):
+    """Logits; `kind` is the type of the mesh's axes, and `shift` is added to the embeddings."""
 
     def dot(formula, x, w, out):
         out = out if kind == AxisType.Explicit else None
@@ -101,6 +101,7 @@ def forward(p, tokens, kind=None):
 
     at = p["embed"].at[tokens]
     x = at.get(out_sharding=STREAM) if kind == AxisType.Explicit else at.get()
+    x = x if shift is None else x + shift
     if "layers" in p:
         step = jax.checkpoint(lambda x, w: (layer(x, w), None))
         x = jax.lax.scan(step, x, p["layers"])[0]
@@ -110,7 +111,8 @@ def forward(p, tokens, kind=None):
     return dot("btd,dv->btv", x, p["head"], P("fsdp", None, "tp"))
 
 
-def loss(p, tokens, kind=None):
-    apply = jlora.lora(functools.partial(forward, kind=kind), fallback="error")
+def loss(p, tokens, kind=None, shift=None):
+    run = functools.partial(forward, kind=kind, shift=shift)
+    apply = jlora.lora(run, fallback="error")
     logits = apply(p, tokens)
     return jnp.mean(jnp.square(jax.nn.log_softmax(logits))), logits
