@@ -33,9 +33,9 @@ FLOORS = [
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers"},
-    {"_adapt", "_adapters", "_attach", "_placed", "_report", "_sharding"}
+    {"_adapt", "_adapters", "_attach", "_modules", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
-    {"checkpoint", "peft"},
+    {"checkpoint", "gguf", "mlx", "peft"},
     {"cli", "__main__"},
     {"__init__"},
 ]
