@@ -105,7 +105,17 @@ def test_adapters_of_different_weights():
     assert bits(total["x"].lora_a) == bits(sliced.lora_a)
 
 
-@pytest.mark.parametrize("form", sorted(name for name in FORMS if "dora" not in name))
+by_day = ("adalora", "vera")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(name, marks=() if name in by_day else pytest.mark.nightly)
+        for name in sorted(FORMS)
+        if "dora" not in name
+    ],
+)
 def test_forms_become_one_a_and_one_b(form):
     base = {"w": jnp.zeros((6, 5))}
     rules = {"w": LoraSpec(2, form=form)}
@@ -207,8 +217,16 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=str)
-@pytest.mark.parametrize("niter", [None, 4], ids=["exact", "randomized"])
+@pytest.mark.parametrize(
+    ("shape", "layout", "niter"),
+    [(*LAYOUTS[1], None), (*LAYOUTS[2], 4)]
+    + [
+        pytest.param(*weight, niter, marks=pytest.mark.nightly)
+        for weight in LAYOUTS
+        for niter in (None, 4)
+    ],
+    ids=str,
+)
 def test_extract_gives_the_update_back(shape, layout, niter):
     rng = np.random.default_rng(0)
     base = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32), "n": jnp.arange(3)}

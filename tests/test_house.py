@@ -36,9 +36,9 @@ FLOORS = [
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
-    {"_adapt", "_adapters", "_attach", "_begin", "_placed", "_report", "_sharding"}
+    {"_adapt", "_adapters", "_attach", "_begin", "_modules", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
-    {"bitsandbytes", "checkpoint", "gguf", "peft"},
+    {"bitsandbytes", "checkpoint", "gguf", "mlx", "peft"},
     {"cli", "__main__"},
     {"__init__"},
 ]

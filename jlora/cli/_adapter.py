@@ -16,7 +16,7 @@ from jlora import forms
 from jlora._arrays import LoraArray
 from jlora.cli._changes import Change, Gain, Product, seen
 from jlora.cli._checkpoint import Checkpoint, read_json
-from jlora.cli._safetensors import WEIGHTS, Entry
+from jlora.cli._safetensors import WEIGHTS
 from jlora.peft._assign import Assignment, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse
 from jlora.peft._initial import REPEATED
@@ -64,6 +64,22 @@ def open_adapter(folder: Path, call: str) -> Adapter:
     return Adapter(folder, config, said, read(folder / TENSORS, call))
 
 
+def weighted(text: str) -> tuple[Path, float]:
+    """Split "folder=0.3"; a folder whose name has "=" is found first."""
+    folder, equals, number = text.rpartition("=")
+    if Path(text).exists() or not equals:
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = float("nan")
+    if not np.isfinite(weight):
+        raise ValueError(
+            f"`jlora`: {text!r} is neither a folder nor a folder with a weight, as math=0.3."
+        )
+    return Path(folder), weight
+
+
 @dataclasses.dataclass(frozen=True)
 class Places:
     """The tensors of a checkpoint under the names that an adapter gives them.
@@ -80,25 +96,25 @@ class Places:
 def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     """Name every tensor as the adapter does."""
     names = names_of(adapter.tensors, checkpoint.entries, call)
-    modules = {_module(name): key for key, name in names.items()}
+    modules = {module_of(name): key for key, name in names.items()}
     rename = _renaming(adapter, list(modules), checkpoint)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     added: dict[str, str | None] = {}
     for name, key in {name: key for key, name in names.items()}.items():
-        module = _module(name)
-        full = name if not _is_lora(name) else f"{module}.weight"
+        module = module_of(name)
+        full = name if not is_lora(name) else f"{module}.weight"
         if full in checkpoint.entries or full in map(rename, checkpoint.entries):
             continue
         source = checkpoint.tied_to(full)
         saved = is_saved(adapter.config.modules_to_save, module)
         if source is not None:
             added[full], shapes[full] = source, shapes[source]
-        elif not _is_lora(name) and (saved or _is_head(adapter, module)):
+        elif not is_lora(name) and (saved or _is_head(adapter, module)):
             added[full], shapes[full] = None, adapter.tensors[key].shape
     found, layouts, kinds = {}, {}, {}
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for key, name in names.items():
-        by_module.setdefault(_module(name), {})[name] = adapter.tensors[key]
+        by_module.setdefault(module_of(name), {})[name] = adapter.tensors[key]
     for key, shape in shapes.items():
         name = key if key in added else rename(key)
         found[name] = Place(key, (), name, tuple(shape))
@@ -108,14 +124,14 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     return Places(Found(found, layouts, kinds), added)
 
 
-def _is_lora(name: str) -> bool:
+def is_lora(name: str) -> bool:
     return any(name.endswith(f".{ending}") for ending in (*_ENDINGS, f"{MAGNITUDE}.weight")) or (
         name.rpartition(".")[2] in ("lora_A", "lora_B", "lora_E")
         or name.rpartition(".")[2].startswith("vera_")
     )
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
     """Return the module of a key, without the endings of A and B."""
     for ending in (*_ENDINGS, f"{MAGNITUDE}.weight"):
         if name.endswith(f".{ending}"):
@@ -199,13 +215,19 @@ def changes_of(
     return made, places
 
 
+def node_of(one: Assignment, method: Read) -> LoraArray:
+    """Return an adapted tensor as a node, without its base."""
+    parts = from_torch(one.tensors, one.geometry, one.kind)
+    parts = {name: jnp.asarray(x, jnp.float32) for name, x in parts.items()}
+    s, layout = jnp.float32(one.scaling), one.geometry.layout
+    node = LoraArray(None, None, None, s, layout, one.slices).with_parts(parts)
+    return with_extra(node, [one.place], method, jnp.float32)
+
+
 def _add_lora(
     change: Change, one: Assignment, method: Read, weight: float, adapter: Adapter, call: str
 ) -> None:
-    parts = from_torch(one.tensors, one.geometry, one.kind)
-    parts = {name: jnp.asarray(x, jnp.float32) for name, x in parts.items()}
-    node = LoraArray(None, None, None, one.scaling, one.geometry.layout, one.slices)
-    node = with_extra(node.with_parts(parts), [one.place], method, jnp.float32)
+    node = node_of(one, method)
     has_gain = forms.has_gain(node)
     if has_gain and weight != 1:
         raise ValueError(
@@ -247,8 +269,3 @@ def _check(
                 f'"{one.place.module}", and it differs from that of "{one.place.path}": the '
                 "adapter was trained on other weights."
             )
-
-
-def entry_of(path: str, places: Places, checkpoint: Checkpoint, change: Change) -> Entry | None:
-    """Return the tensor that a change begins with; None for a new one."""
-    return checkpoint.entries.get(places.added.get(path) or path)

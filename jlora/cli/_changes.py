@@ -70,7 +70,7 @@ def plain(entry: Entry, dtype: str) -> Callable[[], Iterator[memoryview]]:
         count = math.prod(entry.shape)
         for first, last in blocks(count, 1, DTYPES[entry.dtype].itemsize):
             x = entry.read(first, last - first)
-            yield as_bytes(x if entry.dtype == dtype else _rounded(x, dtype, str(entry.file)))
+            yield as_bytes(x if entry.dtype == dtype else rounded(x, dtype, str(entry.file)))
 
     return pieces
 
@@ -83,14 +83,14 @@ def changed(
 
     def pieces() -> Iterator[memoryview]:
         if change.is_replaced:
-            yield as_bytes(_rounded(change.values[0][1], dtype, name))
+            yield as_bytes(rounded(change.values[0][1], dtype, name))
             return
         gains = _column_gains(entry, change, stack, rows, columns)
         for e in range(stack):
             for first, last in blocks(rows, columns):
                 w = _summed(entry, change, (stack, rows, columns), e, first, last)
                 w = _gained(w, change, gains, first, last)
-                yield as_bytes(_rounded(w, dtype, name))
+                yield as_bytes(rounded(w, dtype, name))
 
     return pieces
 
@@ -154,7 +154,7 @@ def _gain_of(m: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return np.where(norm > 0, m.astype(np.float64) / np.where(norm > 0, norm, 1), 1)
 
 
-def _rounded(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
+def rounded(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """Cast once; refuse values that the dtype cannot represent."""
     if x.dtype == DTYPES[dtype]:
         return x

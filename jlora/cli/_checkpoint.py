@@ -14,8 +14,8 @@ SINGLE = "model.safetensors"
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 # The names of input embeddings, for heads that are tied to them.
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
-_HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+HEADS = ("lm_head", "embed_out", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +46,22 @@ class Checkpoint:
 
     def tied_to(self, head: str) -> str | None:
         """Return the embedding whose weight an output head shares, if it has none of its own."""
-        module = head.removesuffix(".weight").rpartition(".")[2]
-        if head in self.entries or module not in _HEADS or not self._ties:
+        if head in self.entries or not is_head(head) or not self.ties:
             return None
-        names = [n for n in self.entries if n.split(".")[-2:-1] and n.split(".")[-2] in _EMBEDDINGS]
+        names = [n for n in self.entries if n.split(".")[-2:-1] and n.split(".")[-2] in EMBEDDINGS]
         return names[0] if len(names) == 1 else None
 
     @property
-    def _ties(self) -> bool:
+    def ties(self) -> bool:
         """Whether the head is the embedding; what config.json omits is true in many models."""
         text = self.config.get("text_config", {})
         said = self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
         return bool(said)
+
+
+def is_head(name: str) -> bool:
+    """Whether this is the weight of an output head."""
+    return name.removesuffix(".weight").rpartition(".")[2] in HEADS and name.endswith(".weight")
 
 
 def open_checkpoint(path: Path, call: str) -> Checkpoint:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jlora.cli._adapter import Adapter, Places, changes_of, open_adapter
-from jlora.cli._changes import Change, changed, describe, plain
-from jlora.cli._checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
+from jlora.cli._adapter import Adapter, Places, changes_of, open_adapter, weighted
+from jlora.cli._changes import Change, changed, describe, plain, rounded
+from jlora.cli._checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, is_head, open_checkpoint
 from jlora.cli._output import bytes_of, check_target, report, shown, write_folder
-from jlora.cli._safetensors import DTYPES, NAMES, WEIGHTS, Target, as_bytes, shards_of
+from jlora.cli._safetensors import NAMES, WEIGHTS, Target, as_bytes, shards_of
 
 HELP = "merge adapters into a checkpoint: W + s A B, streamed, rounded once"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -32,22 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="report as JSON")
 
 
-def weighted(text: str) -> tuple[Path, float]:
-    """Split "folder=0.3"; a folder whose name has "=" is found first."""
-    folder, equals, number = text.rpartition("=")
-    if Path(text).exists() or not equals:
-        return Path(text), 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = float("nan")
-    if not np.isfinite(weight):
-        raise ValueError(
-            f"`jlora`: {text!r} is neither a folder nor a folder with a weight, as math=0.3."
-        )
-    return Path(folder), weight
-
-
 def run(args: argparse.Namespace) -> None:
     """Merge."""
     call = "jlora merge BASE ADAPTER OUT"
@@ -60,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = _DTYPES.get(args.dtype)
     targets = targets_of(checkpoint, changes, places, dtype)
     files = _files(checkpoint, targets, args.max_shard_size)
-    texts = _texts(checkpoint, files, places, args.dtype)
+    untied = _unties(checkpoint, changes)
+    texts = _texts(checkpoint, files, untied, args.dtype)
     said = {
         "base": str(args.base),
         "adapters": {str(a.folder): w for a, w in adapters},
@@ -72,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         "size": shown(sum(t.size for t in targets.values())),
         "files": len(files),
     }
-    if places.added and any(places.added.values()):
+    if untied:
         said["untied"] = "the output head has weights of its own now: tie_word_embeddings is false"
     if args.dry_run:
         said["written"] = "nothing (--dry-run)"
@@ -150,7 +135,7 @@ def targets_of(
         else:
             value = change.values[0][1]
             own = dtype or NAMES[value.dtype]
-            cast = value.astype(DTYPES[own])
+            cast = rounded(value, own, name)
             targets[name] = Target(own, value.shape, lambda cast=cast: iter([as_bytes(cast)]))
     return targets
 
@@ -174,8 +159,16 @@ def _files(checkpoint: Checkpoint, targets: dict[str, Target], most: int | None)
     }
 
 
+def _unties(checkpoint: Checkpoint, changes: dict[str, Change]) -> bool:
+    """Whether an output head changes that transformers would replace by the embedding on loading.
+
+    The embedding of a tied model changes the head too, so nothing is untied for it.
+    """
+    return checkpoint.ties and any(is_head(name) for name in changes)
+
+
 def _texts(
-    checkpoint: Checkpoint, files: dict[str, Any], places: Places, dtype: str | None
+    checkpoint: Checkpoint, files: dict[str, Any], untied: bool, dtype: str | None
 ) -> dict[str, str]:
     """Return the index, and config.json where it changes."""
     texts = {}
@@ -185,7 +178,6 @@ def _texts(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
         texts[INDEX] = json.dumps(index, indent=2) + "\n"
     config = json.loads(json.dumps(checkpoint.config))
-    untied = any(places.added.values())
     for said in (config, config.get("text_config", {})):
         if untied and (said is config or "tie_word_embeddings" in said):
             said["tie_word_embeddings"] = False

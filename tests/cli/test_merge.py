@@ -234,6 +234,31 @@ def test_a_head_that_is_tied(tmp_path):
     assert json.loads((tmp_path / "out2/config.json").read_text()) == TIED
 
 
+def test_a_stored_head_that_would_be_tied_on_loading(tmp_path, capsys):
+    """transformers would replace the changed head by the embedding."""
+    base = tensors_of()
+    config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
+    folder = checkpoint(tmp_path / "base", base, config=config)
+    lora = pair("lm_head", VOCAB, D)
+    run(folder, adapter(tmp_path / "lora", lora, target_modules=["lm_head"]), tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    off = {"tie_word_embeddings": False}
+    assert said == {**off, "text_config": off} and "untied" in capsys.readouterr().out
+    run(folder, lora_folder(tmp_path / "q"), tmp_path / "same")
+    assert json.loads((tmp_path / "same/config.json").read_text()) == config
+
+
+def test_names_without_the_prefix_of_the_checkpoint(tmp_path):
+    """As of an adapter of the model without its head."""
+    base, lora = tensors_of(), {k.removeprefix("model."): x for k, x in q_and_up().items()}
+    run(
+        checkpoint(tmp_path / "base", base),
+        adapter(tmp_path / "lora", lora, **TARGETS),
+        tmp_path / "out",
+    )
+    equal(tmp_path / "out", merged_in_memory(base, q_and_up()))
+
+
 def test_modules_to_save(tmp_path, capsys):
     base = tensors_of()
     saved = {"score.weight": drawn((3, D), seed=5), "model.norm.weight": drawn(D, seed=6)}

@@ -1,7 +1,4 @@
-"""GGUF files (llama.cpp): their quantized blocks as stored weights, byte for byte.
-
-The library `gguf` is needed: `pip install gguf`.
-"""
+"""Read models from GGUF files: their quantized blocks as stored weights, byte for byte."""
 
 import os
 from collections.abc import Mapping
@@ -17,8 +14,6 @@ from jlora._paths import brief, quoted
 from jlora.quant import QuantArray
 from jlora.quant._formats import GGML
 from jlora.quant.ggml import Ggml, fields_of, records
-
-__all__ = ["blocks", "read"]
 
 _FORMATS = {x.name.upper(): x for x in GGML}
 _ARRAYS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4"}
@@ -165,7 +160,3 @@ def blocks(weight: QuantArray, heads: int | None = None) -> np.ndarray:
     rows = records(weight.format, weight.parts)
     order = _order((*rows.shape[:-1], 0), heads, f"the weight {brief(weight)}", call)
     return rows if order is None else rows[..., np.argsort(order), :]
-
-
-def __dir__() -> list[str]:
-    return __all__
