@@ -46,7 +46,7 @@ def show_plan(args: argparse.Namespace) -> None:
     }
     print(f"{config.layers} layers on {jax.devices()[0].device_kind}, from shapes alone")
     for name, value in rows.items():
-        print(f"  {name:18} {value}")
+        print(f"  {name:20}{value}")
 
 
 def abstract_step(
