@@ -41,7 +41,7 @@ import jlora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import training
-from begin import LENGTH, ROWS, SCORED, prepare
+from begin import LENGTH, SCORED, prepare
 from evaluation import Apply, Job, compile_all, evaluate, make_apply
 from flags import parse as parse_job
 from flags import positive
@@ -139,7 +139,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings shared by all results of a file."""
     around, job = surroundings(), parse_job(flags_of(args, 0))
     shared = {k: getattr(job, k) for k in ("model", "data", "steps", "smoke")}
-    shared |= {"rows": ROWS, "length": LENGTH, "scored": SCORED}
+    shared |= {"rows": job.batch, "length": LENGTH, "scored": SCORED}
     shared["device"] = around["device"]
     return shared | {k: around["versions"][k] for k in LIBRARIES}
 

@@ -4,6 +4,7 @@ Invalid input raises here, before any file of the run is written.
 """
 
 import argparse
+import dataclasses
 import shutil
 import warnings
 from pathlib import Path
@@ -11,19 +12,22 @@ from typing import Any, NamedTuple
 
 import data
 import jax
+import llama
 import optax
 import report
 import states
 import training
 import weights
 from evaluation import SHOWN, Job
-from flags import SETTINGS
+from flags import ADAPTER, SETTINGS
+from merged import check_source
+from param_tree import stacked, stacked_layouts
 from training import State
 
 import jlora
 from jlora import peft
 
-ROWS, LENGTH = 2, 128  # packed rows a step, tokens a row
+LENGTH = 128  # tokens a row, if no example is longer
 SCORED = 256  # held-out words that are generated and scored
 # All that a run writes into its directory.
 WRITTEN = ("adapter", "metrics.jsonl", "loss.png", "report.json", "state")
@@ -34,10 +38,19 @@ def prepare(args: argparse.Namespace) -> Job:
     config, base, tokenizer, stop = load_model(args)
     params = adapt(args, base)
     dataset = data.load(args.data, tokenizer, stop, config.context)
-    longest = max(len(e.tokens) for e in dataset.train + dataset.held_out)
-    length = max(LENGTH, -(-longest // 64) * 64)
+    if args.length is None:
+        longest = max(len(e.tokens) for e in dataset.train + dataset.held_out)
+        length = max(LENGTH, -(-longest // 64) * 64)
+    elif args.length > config.context:
+        raise ValueError(
+            f"`--length {args.length}`: the model's context has {config.context} tokens."
+        )
+    else:
+        length, dataset = args.length, data.truncated(dataset, args.length)
     examples = data.shuffled(dataset.train, args.seed)
-    rows = data.pack(examples, length, args.steps * ROWS)
+    rows = data.pack(examples, length, args.steps * args.batch)
+    size = args.batch // args.accumulate
+    batches = data.batches(rows, size)
     scored = dataset.held_out[: 16 if args.smoke else SCORED]
     return Job(
         config=config,
@@ -45,9 +58,10 @@ def prepare(args: argparse.Namespace) -> Job:
         tokenizer=tokenizer,
         stop=stop,
         dataset=dataset,
-        batches=data.batches(rows, ROWS),
-        held_out=data.batches(data.pack(iter(scored), length), ROWS),
+        batches=data.joined(batches, args.accumulate) if args.accumulate > 1 else batches,
+        held_out=data.batches(data.pack(iter(scored), length), size),
         prompts=scored if dataset.phonemes else scored[:SHOWN],
+        accumulate=args.accumulate,
     )
 
 
@@ -59,27 +73,60 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
         except (ValueError, OSError) as error:
             raise ValueError(f"`--adapter {args.adapter}`: {error}") from error
     try:
-        spec = jlora.LoraSpec(rank=args.rank, alpha=args.alpha)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
-            return jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
+            return attach(args, base)
     except (ValueError, UserWarning) as error:
-        raise ValueError(f"`--rank {args.rank} --alpha {args.alpha}`: {error}") from error
+        targets = "" if args.targets == ADAPTER["targets"] else f" --targets {args.targets}"
+        flags = f"--rank {args.rank} --alpha {args.alpha}{targets}"
+        raise ValueError(f"`{flags}`: {error}") from error
+
+
+def attach(args: argparse.Namespace, base: Any) -> Any:
+    """Attach the new adapter that the flags describe."""
+    layouts = stacked_layouts() if args.scan else None
+    return jlora.attach(base, rules(args), key=jax.random.key(args.seed), layouts=layouts)
+
+
+def rules(args: argparse.Namespace) -> dict[str, jlora.LoraSpec]:
+    """The rules of the flags."""
+    spec = jlora.LoraSpec(
+        rank=args.rank,
+        alpha=args.alpha,
+        scaling="rslora" if args.rslora else "lora",
+        init=args.init and getattr(jlora.initializers, args.init),
+        dora=args.dora,
+        form=args.form,
+    )
+    return dict.fromkeys(args.targets, spec)
 
 
 def load_model(args: argparse.Namespace) -> weights.Model:
     """The plain model; for a smoke test, its first layers."""
-    return weights.load(args.model, 4 if args.smoke else None)
+    config, base, tokenizer, stop = weights.load(args.model, layers_of(args), args.dtype)
+    base = stacked(base, config.layers) if args.scan else base
+    return configured(args, config), base, tokenizer, stop
 
 
-# ----------------------------------------------------------------------------- beginning, resuming
+def layers_of(args: argparse.Namespace) -> int | None:
+    return 4 if args.smoke else None
+
+
+def configured(args: argparse.Namespace, config: llama.Config) -> llama.Config:
+    """The sizes, with what the flags say about memory."""
+    return dataclasses.replace(
+        config, dtype=args.dtype, remat=args.remat, chunk=args.chunk, scan=args.scan
+    )
 
 
 def check_folders(args: argparse.Namespace) -> None:
     """Raise if a directory that is to be written is a file."""
-    for flag, folder in (("--out", args.out), ("--export-peft", args.export_peft)):
+    folders = {"--out": args.out, "--export-peft": args.export_peft, "--merge": args.merge}
+    for flag, folder in folders.items():
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
+    if args.merge is not None:
+        check_source(weights.path_of(args.model), args.merge, args.resume)
 
 
 def check_run(args: argparse.Namespace, left: bool) -> None:
@@ -122,7 +169,7 @@ class Start(NamedTuple):
 def start(args: argparse.Namespace, job: Job) -> Start:
     """A new state or, with --resume, the last intact one."""
     trainable, _ = jlora.partition(job.params)
-    tx = training.make_optimizer(args.lr, args.steps)
+    tx = training.make_optimizer(args.lr, args.steps, args.lora_plus)
     state = State(trainable, tx.init(trainable), [], [])
     notes = {
         "settings": settings(args),

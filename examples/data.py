@@ -258,6 +258,31 @@ def batches(rows: Rows, size: int) -> list[dict[str, np.ndarray]]:
     ]
 
 
+def joined(parts: Sequence[dict[str, np.ndarray]], count: int) -> list[dict[str, np.ndarray]]:
+    """Join `count` batches at a time, along a new leading axis, as parts of one."""
+    groups = [parts[i : i + count] for i in range(0, len(parts), count)]
+    return [{name: np.stack([p[name] for p in group]) for name in group[0]} for group in groups]
+
+
+def truncated(dataset: Dataset, length: int) -> Dataset:
+    """Cut examples at `length` tokens, drop those with nothing left to learn, and say how many."""
+    every = [*dataset.train, *dataset.held_out]
+    longer = sum(len(e.tokens) > length for e in every)
+    dropped = sum(e.start >= length for e in every)
+    if longer:
+        print(
+            f"{longer} of {len(every)} examples have more than {length} tokens: {longer - dropped} "
+            f"are truncated, {dropped} are dropped, since nothing that is learned is left."
+        )
+    train, held_out = (
+        [e._replace(tokens=e.tokens[:length]) for e in part if e.start < length]
+        for part in (dataset.train, dataset.held_out)
+    )
+    if not train or not held_out:
+        raise ValueError(f"`--length {length}`: no example is left to train or to hold out.")
+    return dataset._replace(train=train, held_out=held_out)
+
+
 def pad_prompts(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
     """Right-pad prompts to one length: tokens and segments, both (B, T)."""
     prompts = [example.tokens[: example.given] for example in examples]

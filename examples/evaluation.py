@@ -30,6 +30,7 @@ class Job(NamedTuple):
     batches: list[training.Batch]
     held_out: list[training.Batch]
     prompts: list[data.Example]
+    accumulate: int = 1  # the parts of a training batch
 
 
 def make_apply(config: llama.Config) -> Apply:
@@ -54,8 +55,8 @@ def compile_all(
     `apply` is the adapted model, if it is more than `jlora.lora` of the plain one.
     """
     apply = apply or jlora.lora(make_apply(job.config))
-    loss = training.make_loss(apply)
-    step = training.make_step(loss, tx)
+    loss = training.make_loss(apply, chunked=job.config.chunk > 0)
+    step = training.make_step(loss, tx, job.accumulate)
     longest = max(len(e.tokens) - e.start for e in job.dataset.held_out)
     answer = functools.partial(
         llama.generate, apply, job.config, steps=min(64, longest + 4), stop=job.stop

@@ -8,6 +8,7 @@
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
     python examples/finetune.py --export-peft DIR       # write the adapter as PEFT files as well
     python examples/finetune.py --adapter DIR           # start from a PEFT adapter
+    python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
 `--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
 lines of {"prompt": ..., "completion": ...}, where only the completion is learned, or plain .txt.
@@ -29,9 +30,12 @@ import numpy as np
 import report
 import states
 import training
+import weights
 from begin import Start, adapt, check_folders, check_run, load_model, prepare, remove_run, start
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
 from flags import parse
+from merged import write_merged
+from plan import show_plan
 from states import write_beside
 from stopping import Stopping, stoppable
 from tqdm import tqdm
@@ -114,6 +118,9 @@ def run(args: argparse.Namespace, job: Job, begun: Start, asked: Stopping) -> in
         entries = {"base_model_name_or_path": args.model, "task_type": "CAUSAL_LM"}
         peft.save(args.export_peft, params, names=peft.llama_names, **entries)
         print(f"exported to {args.export_peft}")
+    if args.merge is not None:
+        write_merged(args.merge, weights.path_of(args.model), job.config, params)
+        print(f"merged into {args.merge}")
     found = {**report.results(state), **save_and_check(args, job, params)}
     found |= {**notes, "versions": report.versions()}
     report.plot(args.out / "loss.png", state)
@@ -193,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if args.generate is not None:
                 return continue_text(args)
+            if args.plan:
+                show_plan(args)
+                return 0
             check_folders(args)
             with states.only_run(args.out) as left:
                 check_run(args, left)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 # What the results of a run depend on, so --resume requires the same values.
 SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
-SETTINGS += ("eval_every", "patience")
+SETTINGS += ("eval_every", "patience", "batch", "length", "accumulate", "dtype", "remat", "chunk")
+SETTINGS += ("scan",)
+SETTINGS += ("targets", "form", "init", "dora", "rslora", "lora_plus")
+# The flags of a new adapter, and what they are by default.
+ADAPTER = {"rank": 8, "alpha": 16.0, "targets": [r".*_proj/kernel"], "form": "lora", "init": None}
+ADAPTER |= {"dora": False, "rslora": False}
+FORMS = ("lora", "lora_fa", "lora_xs", "mica")  # those that the optimizer of this job trains
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "milora")
+RESIDUAL = ("pissa", "olora", "milora")  # A and B start as a part of the weight
 
 
 def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
@@ -16,36 +24,63 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", help="a Hugging Face directory or a .gguf file (default: SmolLM2-135M-Instruct)")
     add("--data", help="a .jsonl or .txt file (default: CMUdict)")
-    add("--adapter", metavar="DIR", help="start from, or --generate with, a PEFT adapter")
-    add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT files")
-    add("--rank", type=positive, help="of a new adapter; default: 8")
-    add("--alpha", type=above_zero, help="of a new adapter; default: 16")
-    add("--steps", type=positive, help="default: 120, or 4 with --smoke")
-    add("--lr", type=above_zero, default=2e-3, help="the peak learning rate; default: 0.002")
-    add("--seed", type=not_below_zero, default=0, help="of A and the order of the data; default: 0")
     add("--out", type=Path, help="default: runs/finetune, or runs/smoke with --smoke")
     add("--smoke", action="store_true", help="the first 4 layers and 4 steps, to try the path")
-    add("--save-every", type=period, default=60.0, metavar="N", help="steps, or minutes as in 5min")
+    add("--seed", type=not_below_zero, default=0, help="of A and the order of the data; default: 0")
+    add = parser.add_argument_group("the adapter").add_argument
+    add("--rank", type=positive, help="default: 8")
+    add("--alpha", type=above_zero, help="default: 16")
+    add("--targets", nargs="+", metavar="REGEX", help="paths to adapt; default: .*_proj/kernel")
+    add("--form", choices=FORMS, help="the variant; default: lora")
+    add("--init", choices=INITS, help="how A and B start; default: the form's")
+    add("--dora", action="store_true", default=None, help="train magnitudes as well")
+    add("--rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank)")
+    add("--adapter", metavar="DIR", help="start from, or --generate with, a PEFT adapter")
+    add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT files")
+    add("--merge", type=Path, metavar="DIR", help="write the merged model there, for transformers")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive, help="default: 120, or 4 with --smoke")
+    add("--lr", type=above_zero, default=2e-3, help="the peak learning rate; default: 0.002")
+    add("--lora-plus", type=above_zero, metavar="RATIO", help="B's learning rate over A's, as 16")
+    add("--batch", type=positive, default=2, metavar="ROWS", help="of packed tokens; default: 2")
+    add("--length", type=positive, metavar="TOKENS", help="of a row; default: 128, or the longest")
+    add("--accumulate", type=positive, default=1, metavar="N", help="parts of a batch, one by one")
     add("--eval-every", type=positive, metavar="N", help="steps; keeps the best adapter")
     add("--patience", type=positive, metavar="N", help="stop after N evaluations without progress")
+    add = parser.add_argument_group("memory and time").add_argument
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
+    add("--remat", action="store_true", help="compute layers again instead of keeping their values")
+    add("--chunk", type=positive, default=0, metavar="N", help="rows of logits at once in the loss")
+    add("--scan", action="store_true", help="one program for all layers, which compiles sooner")
+    add("--plan", action="store_true", help="print what a step needs, from shapes; train nothing")
+    add = parser.add_argument_group("stopping and continuing").add_argument
+    add("--save-every", type=period, default=60.0, metavar="N", help="steps, or minutes as in 5min")
     add("--resume", action="store_true", help="continue a run that was stopped or killed")
     add("--overwrite", action="store_true", help="remove the run that is in --out")
+    add = parser.add_argument_group("generation").add_argument
     add("--generate", metavar="TEXT", help="continue TEXT instead of training")
     kinds = ("base", "adapted", "merged")
     add("--weights", choices=kinds, default="adapted", help="which model --generate runs")
     args = parser.parse_args(argv)
-    if args.adapter is not None and (args.rank or args.alpha):
-        parser.error("--rank and --alpha describe a new adapter; the one of --adapter has its own")
+    new = [name for name in ADAPTER if getattr(args, name) is not None]
+    if args.adapter is not None and new:
+        parser.error(f"--{new[0]} describes a new adapter; the one of --adapter has its own")
+    if args.export_peft is not None and args.init in RESIDUAL:
+        parser.error(f"--export-peft writes plain LoRA, and --init {args.init} changes the base")
+    if args.batch % args.accumulate:
+        parser.error(f"--batch {args.batch} is not a multiple of --accumulate {args.accumulate}")
     if args.patience is not None and args.eval_every is None:
         parser.error("--patience counts the evaluations of --eval-every: give both")
     if args.resume and args.overwrite:
         parser.error("--resume continues the run that --overwrite removes: give one of them")
-    if args.generate is not None and (args.resume or args.export_peft is not None):
-        parser.error("--generate trains nothing: leave --resume and --export-peft out")
-    args.rank, args.alpha = args.rank or 8, args.alpha or 16.0
+    exports = args.export_peft is not None or args.merge is not None
+    if args.generate is not None and (args.resume or exports):
+        parser.error("--generate trains nothing: leave --resume, --export-peft and --merge out")
+    for name, default in ADAPTER.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     args.steps = args.steps or (4 if args.smoke else 120)
     args.out = args.out or Path("runs/smoke" if args.smoke else "runs/finetune")
     return args

@@ -1,5 +1,6 @@
 """GGUF files (llama.cpp): dequantized weights, sizes and tokenizer from one file."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -11,19 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 GGML = "tokenizer.ggml"
 
 
-def read_gguf(path: Path, layers: int | None = None) -> Model:
+def read_gguf(path: Path, layers: int | None = None, dtype: str = "float32") -> Model:
     """Read a GGUF file of the architecture `llama`, whatever its quantization."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(
-            f"`--model {path}`: this is not a complete GGUF file ({error}); it may be truncated. "
-            "Download it again."
-        ) from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    fields, tensors = open_gguf(path)
     try:
         config, stop = gguf_config(path, fields, tensors, layers), fields[f"{GGML}.eos_token_id"]
+        config = dataclasses.replace(config, dtype=dtype)
         tokenizer = gguf_tokenizer(path, fields)
     except KeyError as error:
         raise ValueError(f"`--model {path}`: its metadata lacks the key {error}.") from error
@@ -37,6 +31,24 @@ def read_gguf(path: Path, layers: int | None = None) -> Model:
     # GGUF lists the dimensions from the innermost to the outermost.
     shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
     return config, build(config, shapes, read, 0, path), tokenizer, stop
+
+
+def read_gguf_sizes(path: Path, layers: int | None = None) -> Config:
+    """The sizes of the model, from the metadata alone."""
+    return gguf_config(path, *open_gguf(path), layers)
+
+
+def open_gguf(path: Path) -> tuple[dict, dict]:
+    """The metadata and the tensors, by name; their data are mapped, not read."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(
+            f"`--model {path}`: this is not a complete GGUF file ({error}); it may be truncated. "
+            "Download it again."
+        ) from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def gguf_config(path: Path, fields: dict, tensors: dict, layers: int | None) -> Config:

@@ -1,5 +1,6 @@
 """Hugging Face directories: config.json, *.safetensors (one file or shards) and tokenizer.json."""
 
+import dataclasses
 import json
 import reprlib
 from pathlib import Path
@@ -23,10 +24,11 @@ DTYPES = ("F32", "F16", "BF16")  # of weights; any other tensor is not read
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def read_directory(path: Path, layers: int | None = None) -> Model:
-    """Read a model of the Llama family; bfloat16 and float16 weights become float32."""
+def read_directory(path: Path, layers: int | None = None, dtype: str = "float32") -> Model:
+    """Read a model of the Llama family, in whatever dtype, and convert its weights to `dtype`."""
     entries = read_json(path / "config.json")
     config, stop = hf_config(path, entries, layers)
+    config = dataclasses.replace(config, dtype=dtype)
     places, shapes = {}, {}
     for file in shards(path):
         with open_shard(file) as shard:
@@ -41,6 +43,11 @@ def read_directory(path: Path, layers: int | None = None) -> Model:
             return np.asarray(shard.get_tensor(name)).astype(np.float32)
 
     return config, build(config, shapes, read, 1, path), tokenizer, stop
+
+
+def read_sizes(path: Path, layers: int | None = None) -> Config:
+    """The sizes of the model, from config.json alone."""
+    return hf_config(path, read_json(path / "config.json"), layers)[0]
 
 
 def shards(path: Path) -> list[Path]:

@@ -37,6 +37,10 @@ class Config:
     norm_eps: float = 1e-5
     tied: bool = True
     rope_llama3: tuple[float, float, float, float] | None = None  # factor, low, high, old context
+    dtype: str = "float32"  # of the weights and the cache
+    remat: bool = False  # compute a layer again in the backward pass instead of keeping its values
+    chunk: int = 0  # rows of logits at once, in the loss; 0 for all
+    scan: bool = False  # weights and cache have a leading axis of layers, and one program runs all
 
 
 def frequencies(c: Config) -> jax.Array:
@@ -126,6 +130,7 @@ class Llama(nn.Module):
         segments: jax.Array | None = None,
         cache: Cache | None = None,
         at: jax.Array | None = None,
+        target: jax.Array | None = None,
     ) -> Any:
         """Run the decoder.
 
@@ -136,9 +141,12 @@ class Llama(nn.Module):
             cache: from `init_cache` or an earlier call.
             at: (N,) indices into the flattened (B*T) tokens; the head, by far the largest matmul,
                 is then computed for these only.
+            target: (N,) the tokens that follow those at `at`, for their loss in place of logits;
+                `config.chunk` rows of logits exist at a time.
 
         Returns:
-            Logits in float32, (B, T, V), or (N, V) with `at`; with a cache, (logits, cache).
+            Logits in float32, (B, T, V), or (N, V) with `at`; with a cache, (logits, cache). With
+            `target`, losses, (N,).
         """
         c, (B, T) = self.config, tokens.shape
         if positions is None:
@@ -155,14 +163,15 @@ class Llama(nn.Module):
 
         embed = nn.Embed(c.vocab, c.width, name="embed")
         x: jax.Array = embed(tokens)  # (B, T, C)
-        layers: Cache = {}
-        for i in range(c.layers):
-            name = f"layers_{i}"
-            kv = None if cache is None else cache["layers"][name]
-            x, layers[name] = Block(c, name=name)(x, positions, mask, kv, slot)
+        kv = None if cache is None else cache["layers"]
+        x, layers = run_layers(c, x, positions, mask, kv, slot)
         if at is not None:
             x = x.reshape(B * T, c.width)[at]  # (N, C)
         x = nn.RMSNorm(epsilon=c.norm_eps, name="final_norm")(x)
+        if target is not None:
+            variables = self.variables["params"]
+            kernel = embed.embedding.T if c.tied else variables["lm_head"]["kernel"]  # (C, V)
+            return chunked_loss(x, kernel, target, c.chunk)
         head = embed.attend if c.tied else nn.Dense(c.vocab, use_bias=False, name="lm_head")
         logits = head(x).astype(jnp.float32)  # (B, T, V) or (N, V)
         if cache is None:
@@ -175,14 +184,75 @@ class Llama(nn.Module):
         }
 
 
-def init_cache(config: Config, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+def run_layers(
+    c: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None, slot: Any
+) -> tuple[jax.Array, Cache | None]:
+    """All layers, (B, T, C) -> (B, T, C), and their caches."""
+    block = nn.remat(Block, prevent_cse=not c.scan) if c.remat and cache is None else Block
+    if c.scan:
+        axes = (nn.broadcast, nn.broadcast, 0, nn.broadcast)  # of positions, mask, cache, slot
+        split: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        block = nn.scan(block, in_axes=axes, length=c.layers, **split)
+        return block(c, name="layers")(x, positions, mask, cache, slot)
+    layers: Cache = {}
+    for i in range(c.layers):
+        name = f"layers_{i}"
+        kv = None if cache is None else cache[name]
+        x, layers[name] = block(c, name=name)(x, positions, mask, kv, slot)
+    return x, layers
+
+
+@jax.custom_vjp
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target] of each row: (N, V) and (N,) -> (N,).
+
+    With a large vocabulary, the logits are by far the largest array of a step. JAX's autodiff would
+    also keep their exponentials. Here the gradient is one expression of the logits, the target and
+    the row's normalizer, and XLA writes it in place of the logits.
+    """
+    return _cross_entropy(logits, target)[0]
+
+
+def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, Any]:
+    total = jax.nn.logsumexp(logits, axis=1)  # (N,)
+    picked = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]  # (N,)
+    return total - picked, (logits, target, total)
+
+
+def _cross_entropy_gradient(kept: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    logits, target, total = kept
+    prob = jnp.exp(logits - total[:, None])  # (N, V), fused away
+    vocab = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]  # (1, V)
+    return jnp.where(vocab == target[:, None], prob - 1.0, prob) * g[:, None], None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
+
+
+def chunked_loss(x: jax.Array, kernel: jax.Array, target: jax.Array, chunk: int) -> jax.Array:
+    """cross_entropy(x @ kernel, target): (N, C), (C, V) and (N,) -> (N,).
+
+    Only `chunk` rows of logits exist at a time; the backward pass computes them again.
+    """
+    N, C = x.shape
+    fill = -N % chunk
+    rows = jnp.pad(x, ((0, fill), (0, 0))).reshape(-1, chunk, C)
+    targets = jnp.pad(target, (0, fill)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def loss(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return cross_entropy((part[0] @ kernel).astype(jnp.float32), part[1])
+
+    return lax.map(loss, (rows, targets)).reshape(-1)[:N]
+
+
+def init_cache(config: Config, batch: int, length: int) -> Cache:
     """An empty cache of `length` slots; a slot is padding until it is written."""
     c, kv = config, (batch, length, config.kv_heads, config.head_dim)
+    one = lambda *shape: {name: jnp.zeros(shape, c.dtype) for name in ("k", "v")}
+    every = {f"layers_{i}": one(*kv) for i in range(c.layers)}
     return {
-        "layers": {
-            f"layers_{i}": {"k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype)}
-            for i in range(c.layers)
-        },
+        "layers": one(c.layers, *kv) if c.scan else every,
         "positions": jnp.zeros((batch, length), jnp.int32),
         "segments": jnp.zeros((batch, length), jnp.int32),
         "slot": jnp.zeros((), jnp.int32),

@@ -69,8 +69,25 @@ def build(
         for part in [*parents, module]:
             node = node.setdefault(part, {})
         value = np.ascontiguousarray(value.T if leaf == "kernel" else value, dtype=np.float32)
-        node[leaf] = jnp.asarray(value)
+        node[leaf] = jnp.asarray(value, config.dtype)
     return params
+
+
+def stacked(params: Params, layers: int) -> Params:
+    """Join the trees of the layers along a new leading axis; empties `params` on the way."""
+
+    def join(nodes: list[Any]) -> Any:
+        if isinstance(nodes[0], dict):
+            return {name: join([node.pop(name) for node in nodes]) for name in [*nodes[0]]}
+        return jnp.stack(nodes)
+
+    trees = [params.pop(f"layers_{i}") for i in range(layers)]
+    return {**params, "layers": join(trees)}
+
+
+def stacked_layouts() -> dict[str, str]:
+    """The layouts of the kernels that `stacked` joins, for `jlora.attach`."""
+    return {f"layers/{path}": "io" for path in LAYER_NAMES if path.endswith("/kernel")}
 
 
 def expected(config: Config) -> Iterator[tuple[str, tuple[int, ...], str, str]]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from llama import cross_entropy
 from tqdm import tqdm
 
 import jlora
@@ -35,43 +36,24 @@ class State(NamedTuple):
         return len(self.losses)
 
 
-def make_loss(apply: Callable[..., jax.Array]) -> Callable[[Any, Batch], jax.Array]:
-    """The mean cross-entropy over the targets of a packed batch; only their logits are computed."""
+def make_loss(
+    apply: Callable[..., jax.Array], chunked: bool = False
+) -> Callable[[Any, Batch], jax.Array]:
+    """The mean cross-entropy over the targets of a packed batch; only their logits are computed.
+
+    `chunked`: the model computes the losses itself, some rows of logits at a time.
+    """
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-        logits = apply(params, tokens, positions, segments, None, batch["at"])  # (N, V)
-        each = cross_entropy(logits, batch["target"])  # (N,)
+        inputs = (tokens, positions, segments, None, batch["at"])
+        if chunked:
+            each = apply(params, *inputs, batch["target"])  # (N,)
+        else:
+            each = cross_entropy(apply(params, *inputs), batch["target"])  # (N,), from (N, V)
         return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
 
     return loss
-
-
-@jax.custom_vjp
-def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] of each row: (N, V) and (N,) -> (N,).
-
-    With a large vocabulary, the logits are by far the largest array of a step. JAX's autodiff would
-    also keep their exponentials. Here the gradient is one expression of the logits, the target and
-    the row's normalizer, and XLA writes it in place of the logits.
-    """
-    return _cross_entropy(logits, target)[0]
-
-
-def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, Any]:
-    total = jax.nn.logsumexp(logits, axis=1)  # (N,)
-    picked = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]  # (N,)
-    return total - picked, (logits, target, total)
-
-
-def _cross_entropy_gradient(kept: Any, g: jax.Array) -> tuple[jax.Array, None]:
-    logits, target, total = kept
-    prob = jnp.exp(logits - total[:, None])  # (N, V), fused away
-    vocab = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]  # (1, V)
-    return jnp.where(vocab == target[:, None], prob - 1.0, prob) * g[:, None], None
-
-
-cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
 
 
 def make_schedule(lr: float, steps: int) -> optax.Schedule:
@@ -80,26 +62,48 @@ def make_schedule(lr: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr * 0.02)
 
 
-def make_optimizer(lr: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with `make_schedule`'s learning rate and gradient clipping."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(lr, steps)))
+def make_optimizer(
+    lr: float, steps: int, lora_plus: float | None = None
+) -> optax.GradientTransformation:
+    """AdamW with `make_schedule`'s learning rate and gradient clipping.
+
+    `lora_plus` is how many times higher the learning rate of B is.
+    """
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(lr, steps)))
+    return tx if lora_plus is None else optax.chain(tx, jlora.optim.lora_plus(lora_plus))
 
 
 def make_step(
-    loss: Callable[[Any, Batch], jax.Array], tx: optax.GradientTransformation
+    loss: Callable[[Any, Batch], jax.Array], tx: optax.GradientTransformation, accumulate: int = 1
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss), jitted and donating.
 
-    Only the adapter is differentiated: frozen weights have no gradient and no optimizer state.
+    Only the adapter is differentiated: frozen weights have no gradient and no optimizer state. With
+    `accumulate`, the arrays of the batch have a leading axis of as many parts; the gradient is that
+    of the mean over the targets of all parts, as if they were one batch.
     """
+
+    def gradient(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        def of(part: Any) -> jax.Array:
+            return loss(jlora.combine(part, frozen), batch)
+
+        return jax.value_and_grad(of)(trainable)
+
+    def accumulated(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        share = batch["weight"].sum(axis=1) / batch["weight"].sum()  # of the targets, (parts,)
+
+        def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            found = gradient(trainable, frozen, part[1])
+            return jax.tree.map(lambda a, b: a + part[0] * b, total, found), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trainable))
+        return jax.lax.scan(add, zero, (share, batch))[0]
 
     def step(
         trainable: Any, opt_state: Any, frozen: Any, batch: Batch
     ) -> tuple[Any, Any, jax.Array]:
-        def of(part: Any) -> jax.Array:
-            return loss(jlora.combine(part, frozen), batch)
-
-        value, grads = jax.value_and_grad(of)(trainable)
+        compute = gradient if accumulate == 1 else accumulated
+        value, grads = compute(trainable, frozen, batch)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 

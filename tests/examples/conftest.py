@@ -54,11 +54,12 @@ class Run(NamedTuple):
     flags: list[str]
     out: Path
     exported: Path
+    merged: Path
 
 
 # What changes neither the programs nor the shapes of a run, with the number of its values.
 NEUTRAL = {"--out": 1, "--resume": 0, "--overwrite": 0, "--save-every": 1, "--export-peft": 1}
-NEUTRAL |= {"--eval-every": 1, "--patience": 1, "--seed": 1}
+NEUTRAL |= {"--merge": 1, "--eval-every": 1, "--patience": 1, "--seed": 1}
 
 
 def programs_of(flags: Sequence[str]) -> tuple[str, ...]:
@@ -108,6 +109,7 @@ def finished(
 ) -> Run:
     """A run of six steps that was never interrupted, with evaluations and an export."""
     folder = tmp_path_factory.mktemp("finished")
-    out, exported = folder / "out", folder / "peft"
-    assert job(out, "--eval-every", "2", "--export-peft", str(exported)) == 0
-    return Run(job_flags(tiny_path, sums), out, exported)
+    out, exported, merged = folder / "out", folder / "peft", folder / "merged"
+    flags = ["--eval-every", "2", "--export-peft", str(exported), "--merge", str(merged)]
+    assert job(out, *flags) == 0
+    return Run(job_flags(tiny_path, sums), out, exported, merged)

@@ -12,7 +12,10 @@ import pytest
 import torch
 import transformers
 import weights
-from begin import prepare
+from begin import attach, load_model, prepare
+from flags import parse
+from merged import write_merged
+from safetensors.flax import load_file, save_file
 
 import jlora
 from jlora import checkpoint
@@ -32,6 +35,9 @@ def test_export_and_back(finished: Any, tiny_path: Path, tmp_path: Path, capsys:
         before = model(torch.tensor(tokens).long()).logits.numpy()
         model = peft.PeftModel.from_pretrained(model, str(exported)).eval()
         theirs = model(torch.tensor(tokens).long()).logits.numpy()
+        plain = transformers.LlamaForCausalLM.from_pretrained(finished.merged, dtype=torch.float32)
+        merged = plain(torch.tensor(tokens).long()).logits.numpy()
+    assert np.linalg.norm(ours - merged) < 1e-5 * np.linalg.norm(merged)
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
     assert np.linalg.norm(ours - before) > 0.01 * np.linalg.norm(before), "nothing was learned"
 
@@ -46,3 +52,44 @@ def test_export_and_back(finished: Any, tiny_path: Path, tmp_path: Path, capsys:
     begun = prepare(args).params
     for got, want in zip(jax.tree.leaves(begun), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_merged_model_has_the_dtypes_and_files_of_its_source(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    """A stacked tree gives the same file; bfloat16 weights are rounded once."""
+    tensors = {k: np.asarray(v) for k, v in load_file(tiny_dir / "model.safetensors").items()}
+    half = {k: jax.numpy.asarray(v, "bfloat16") for k, v in tensors.items()}
+    save_file(half, tiny_dir / "model.safetensors")
+    (tiny_dir / "chat_template.jinja").write_text("{{ messages }}")
+    written = []
+    for more in ((), ("--scan",)):
+        args = parse(["--model", str(tiny_dir), *more])
+        config, base, *_ = load_model(args)
+        params = attach(args, base)
+        folder = tmp_path / "".join(("merged", *more))
+        write_merged(folder, tiny_dir, config, params)
+        written.append(load_file(folder / "model.safetensors"))
+        names = {"chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
+        assert {path.name for path in folder.iterdir()} == names
+    for found in written:  # B is zero, so the merged weights are those of the source
+        assert found.keys() == half.keys()
+        for name, value in found.items():
+            assert value.dtype == half[name].dtype
+            np.testing.assert_array_equal(value, half[name])
+
+
+def test_where_a_merged_model_cannot_be_written(
+    tiny_path: Path, sums: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis").touch()
+    (tmp_path / "m.gguf").touch()
+    for model, folder, match in (
+        (tiny_path, "full", "there are files in it. Name a new directory"),
+        (tmp_path / "m.gguf", "new", "m.gguf is a GGUF file, without the config.json"),
+    ):
+        flags = ["--model", str(model), "--data", str(sums), "--merge", str(tmp_path / folder)]
+        assert finetune.main([*flags, "--out", str(tmp_path / "out")]) == 2
+        assert match in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()

@@ -18,8 +18,10 @@ import kills
 import numpy as np
 import pytest
 import states
+import stopping
 import training
 from safetensors import safe_open
+from tiny_llama import TINY, write_model
 
 ROOT = Path(kills.__file__).parents[1]
 FILES = ["adapter", "loss.png", "metrics.jsonl", "report.json", "state"]
@@ -32,6 +34,8 @@ def raise_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     def signaled(function: Any, state: Any, *rest: Any) -> Any:
         if state.step + 1 == step:
             signal.raise_signal(number)
+            # The next one ends the process at once.
+            assert {signal.getsignal(each) for each in stopping.SIGNALS} == {signal.SIG_DFL}
         return advance(function, state, *rest)
 
     monkeypatch.setattr(training, "advance", signaled)
@@ -248,10 +252,11 @@ def run_killed(folder: Path, flags: list[str], kills_: Sequence[Any], timeout: f
     return json.loads(done.stdout)
 
 
-def same_export(finished: Any, folder: Path) -> None:
-    name = "adapter_model.safetensors"
-    assert sorted(path.name for path in folder.iterdir()) == ["out", "peft"]
-    assert (folder / "peft" / name).read_bytes() == (finished.exported / name).read_bytes()
+def same_exports(a: Path, b: Path) -> None:
+    """Assert that two folders have the same exported and merged weights, and nothing else."""
+    assert sorted(path.name for path in b.iterdir()) == ["merged", "out", "peft"]
+    for name in ("peft/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
 def test_killed_within_a_save(finished: Any, flags: list[str], tmp_path: Path) -> None:
@@ -260,29 +265,30 @@ def test_killed_within_a_save(finished: Any, flags: list[str], tmp_path: Path) -
     killed = [{"bytes": size - 20_000}, None]
     assert run_killed(tmp_path, flags, killed, 300) == [-signal.SIGXFSZ, 0]
     same_run(finished.out, tmp_path / "runs" / "0" / "out")
-    same_export(finished, tmp_path / "runs" / "0")
+    same_exports(finished.out.parent, tmp_path / "runs" / "0")
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_anywhere(finished: Any, flags: list[str], tmp_path: Path, seed: int) -> None:
-    """Half before an operation on files, the others within a write or at any time."""
-    draw = random.Random(seed)
-    size = max(path.stat().st_size for path in (finished.out / "state").iterdir())
-    made = []
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_anywhere(sums: Path, tmp_path: Path, seed: int) -> None:
+    """Twenty kills: half before an operation on files, the others within a write or at any time."""
+    model = write_model(tmp_path / "model", TINY | {"num_hidden_layers": 1})
+    flags = ["--model", str(model), "--data", str(sums), "--rank", "2", "--steps", "6"]
+    flags += ["--lr", "0.02", "--eval-every", "2", "--save-every", "1"]
+    draw, made = random.Random(seed), [None]
     for k in range(20):
         kinds = [
-            {"event": draw.randrange(120)},
-            {"bytes": draw.randrange(size)},
-            {"event": draw.randrange(400)},
-            {"seconds": draw.uniform(0.0, 12.0)},
+            {"event": draw.randrange(60)},
+            {"bytes": draw.randrange(30_000)},
+            {"event": draw.randrange(200)},
+            {"seconds": draw.uniform(0.0, 8.0)},
         ]
         made += [kinds[k % 4], *([None] if k % 5 == 4 else [])]
     statuses = run_killed(tmp_path, flags, made, 3600)
-    assert set(statuses) <= {0, -signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGALRM}
     print(statuses)
-    assert sum(status < 0 for status in statuses) >= 10 and statuses[-1] == 0
-    for number in range(statuses.count(0)):
-        folder = tmp_path / "runs" / str(number)
-        same_run(finished.out, folder / "out")
-        same_export(finished, folder)
+    assert set(statuses) <= {0, -signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGALRM}
+    assert sum(status < 0 for status in statuses) >= 15 and statuses[-1] == 0
+    first, *others = (tmp_path / "runs" / str(n) for n in range(statuses.count(0)))
+    for folder in others:
+        same_run(first / "out", folder / "out")
+        same_exports(first, folder)

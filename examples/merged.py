@@ -1,0 +1,73 @@
+"""Write the adapted model as a Hugging Face directory, which transformers loads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from hf_directory import open_shard, shards
+from llama import Config
+from param_tree import names
+from safetensors.flax import save_file
+
+import jlora
+
+WEIGHTS = "model.safetensors"
+# The files of the source that are copied, where it has them.
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+COPIED += ("special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+
+
+def check_source(source: Path, folder: Path, again: bool) -> None:
+    """Raise if the directory has something in it, or the model no Hugging Face files to copy.
+
+    `again`: a merged model that the interrupted run had written is replaced.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = again and found <= {WEIGHTS, *COPIED} and folder.resolve() != source.resolve()
+    if found and not ours:
+        raise ValueError(f"`--merge {folder}`: there are files in it. Name a new directory.")
+    if not source.is_dir():
+        raise ValueError(
+            f"`--merge {folder}`: {source.name} is a GGUF file, without the config.json and the "
+            "tokenizer of a Hugging Face directory. Give a directory as --model."
+        )
+
+
+def write_merged(folder: Path, source: Path, config: Config, params: Any) -> None:
+    """Merge, and write the weights in the dtypes of `source`, with its other files.
+
+    They are written to a temporary sibling directory, which is renamed.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    dtypes = {}
+    for file in shards(source):
+        with open_shard(file) as shard:
+            dtypes |= {name: shard.get_slice(name).get_dtype() for name in list(shard.keys())}
+    tree, tensors = jlora.merge(params), {}
+    for path, _, name in names(config):
+        value = leaf(tree, path)
+        value = value.T if path.endswith("/kernel") else value
+        kinds = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+        tensors[name] = jnp.asarray(np.ascontiguousarray(value.astype(kinds[dtypes[name]])))
+    save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copy(source / name, part / name)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    part.rename(folder)
+
+
+def leaf(tree: Any, path: str) -> Any:
+    """The weight at a path of unstacked layers, in a tree that may be stacked."""
+    layer, _, rest = path.partition("/")
+    index = layer.removeprefix("layers_")
+    stacked = index != layer and "layers" in tree
+    node = tree["layers" if stacked else layer]
+    for key in rest.split("/"):
+        node = node[key]
+    return node[int(index)] if stacked else node
