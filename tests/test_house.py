@@ -24,6 +24,7 @@ from jlora import (
     forms,
     gguf,
     initializers,
+    mlx,
     optim,
     peft,
     quant,
@@ -53,9 +54,9 @@ PUBLIC = {
     *("quant", "quantize", "dequantize", "shardings"),
 }
 SPACES = [jlora, arithmetic, bank, forms, initializers, optim, quant, transform]
-SPACES += [bitsandbytes, checkpoint, gguf, peft]
+SPACES += [bitsandbytes, checkpoint, gguf, mlx, peft]
 # `import jlora` does not import them.
-APART = {"jlora.bitsandbytes", "jlora.checkpoint", "jlora.gguf", "jlora.peft"}
+APART = {"jlora.bitsandbytes", "jlora.checkpoint", "jlora.gguf", "jlora.mlx", "jlora.peft"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -172,7 +173,7 @@ def imported():
 
 def test_the_export_list():
     exported = {n for n in vars(jlora) if not n.startswith("_")} - {
-        *("bitsandbytes", "transform", "checkpoint", "gguf", "peft"),
+        *("bitsandbytes", "transform", "checkpoint", "cli", "gguf", "mlx", "peft"),
         "jaxtyping",  # the import hook of the tests puts it there
     }
     assert exported == PUBLIC and set(jlora.__all__) == PUBLIC | {"transform"}
