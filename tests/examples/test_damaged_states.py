@@ -94,6 +94,7 @@ def test_the_state_before_is_used(copied: Path, how: str, capsys: Any) -> None:
     assert said.startswith("the state of step 6 is damaged (") and said.count("\n") == 1
     assert said.endswith("); using that of step 3\n") and len(said) < 300
     save(copied, 5)  # as training does from there
+    assert states.saved_steps(copied) == [5, 3]
     assert is_state(states.load_state(copied, state(1)), 5)
 
 
