@@ -77,6 +77,11 @@ def is_stored(x: object) -> bool:
     return hasattr(type(x), "dequantize")
 
 
+def stored_as(x: PyTree) -> str:
+    """Name how a stored weight is stored: by its format, if it has one, or by its type."""
+    return str(getattr(x, "format", type(x).__name__))
+
+
 class Step(NamedTuple):
     """One output of one operation, compared by value so that equal layers share one trace."""
 
@@ -246,6 +251,20 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
         return out
     first = out.ndim - len(free)
     return lax.transpose(out, (*range(first, out.ndim), *range(first)))
+
+
+def how(eqn: JaxprEqn, weight: PyTree) -> str:
+    """Say how an equation uses a stored weight, for reports: built, or by the format's product."""
+    if not isinstance(weight, Deferred):
+        return ""
+    root: Any = weight
+    while isinstance(root, Deferred):
+        root = next((x for x in root.operands if isinstance(x, Deferred)), root.operands[0])
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    at = next((k for k, x in enumerate(avals) if tuple(x.shape) == weight.shape), None)
+    operands = [weight if k == at else lax.full(x.shape, 0, x.dtype) for k, x in enumerate(avals)]
+    own = NotImplemented if at is None else _own_product(eqn, operands)
+    return f"{stored_as(root)}, {'built here' if own is NotImplemented else 'used as stored'}"
 
 
 def peel(x: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:

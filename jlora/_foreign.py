@@ -4,7 +4,7 @@ import sys
 from typing import NoReturn
 
 # Modules that `import jlora` does not import, and the library that each needs.
-_APART = {"checkpoint": "Orbax", "peft": "safetensors"}
+_APART = {"checkpoint": "Orbax", "gguf": "gguf-py", "peft": "safetensors"}
 # Names, lower-case and without "_".
 _INSTEAD = {
     "attach an adapter with `jlora.attach(params, rules, key=key)`": (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
@@ -27,7 +28,8 @@ def summary(params: PyTree) -> str:
         params: a tree with `LoraArray` and `FullArray` nodes, of arrays or `ShapeDtypeStruct`s.
 
     Returns:
-        One line. "all params" counts base weights and adapters, without scalings.
+        One line. "all params" counts base weights and adapters, without scalings; a stored weight
+        counts as the weight that it stands for, and its bytes follow.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,7 +55,21 @@ def summary(params: PyTree) -> str:
         for tree in (trainable, counted)
     )
     percent = 100 * trained / total if total else 0.0
-    return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {percent:.4f}"
+    line = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {percent:.4f}"
+    return line + _of_stored(params)
+
+
+def _of_stored(params: PyTree) -> str:
+    """Count the bytes of the stored weights; nothing if there are none."""
+    stored = [x for x in jax.tree.leaves(params, is_leaf=is_stored) if is_stored(x)]
+    if not stored:
+        return ""
+
+    def size(x: PyTree) -> int:
+        return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+
+    held = sum(size(leaf) for x in stored for leaf in jax.tree.leaves(x))
+    return f" || stored weights: {held:,} bytes, {sum(map(size, stored)):,} as arrays"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +95,8 @@ class Explanation:
             (
                 use.name,
                 use.primitive,
-                "factored" if use.factored else f"materialized: {use.why}",
+                ("factored" if use.factored else f"materialized: {use.why}")
+                + (f" ({use.base})" if use.base else ""),
                 f"{use.flops:,}",
                 use.line,
             )
@@ -114,7 +131,7 @@ def explain(fn: Callable[..., Any], params: PyTree, *args: PyTree, **kwargs: PyT
     Returns:
         An `Explanation`; `print` it for the table. For each parameter and use it has the primitive,
         whether the use is factored or why it is materialized, the extra FLOPs of the adapter, and
-        the source line.
+        the source line; for a stored weight also its format, and whether it is built there.
 
     Example:
         >>> import jax.numpy as jnp

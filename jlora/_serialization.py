@@ -7,7 +7,7 @@ types is filled as soon as Flax is loaded and a node is made (see `register_with
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,15 @@ STATIC = "static"
 _KINDS: dict[type, tuple[str, ...]] = {}
 
 
-def register(kind: type, static: Sequence[str] = ()) -> None:
+def register(
+    kind: type, static: Sequence[str] = (), decode: Callable[[Any], Any] = lambda values: values
+) -> None:
     """Let `jax.export` and Flax serialize a dataclass that is a pytree node.
 
     Args:
         kind: the class.
         static: the fields that are no leaves, in the order of the node's auxiliary data.
+        decode: makes the auxiliary data of what JSON keeps of it.
     """
     _KINDS[kind] = tuple(static)
     leaves = len(static) < len(dataclasses.fields(kind))
@@ -35,10 +38,10 @@ def register(kind: type, static: Sequence[str] = ()) -> None:
         values = auxiliary
         if isinstance(auxiliary, kind):  # a node without leaves is its own auxiliary data
             values = [getattr(auxiliary, name) for name in static]
-        return json.dumps(values).encode()
+        return json.dumps(values, default=_plain).encode()
 
     def read(data: bytes | bytearray) -> Any:
-        values = _tuples(json.loads(bytes(data)))
+        values = decode(_tuples(json.loads(bytes(data))))
         return values if leaves else kind(*values)
 
     export.register_pytree_node_serialization(
@@ -63,6 +66,11 @@ def register_with_flax() -> None:
             enter(kind, _state_dict, _from_state_dict)
 
 
+def _plain(format: Any) -> Any:
+    """Return what JSON keeps of a storage format: see `jlora.quant.Format`."""
+    return [format.name, format.settings]
+
+
 def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
@@ -71,7 +79,7 @@ def _fields(node: Any) -> tuple[list[str], str]:
     """Return the names of the fields that are leaves, and the others as JSON."""
     static = _KINDS[type(node)]
     names = [f.name for f in dataclasses.fields(node) if f.name not in static]
-    return names, json.dumps({name: getattr(node, name) for name in static})
+    return names, json.dumps({name: getattr(node, name) for name in static}, default=_plain)
 
 
 def _state_dict(node: Any) -> dict[str, Any]:
@@ -80,7 +88,7 @@ def _state_dict(node: Any) -> dict[str, Any]:
     names, static = _fields(node)
 
     def part(x: PyTree) -> Any:
-        if is_stored(x):
+        if is_stored(x) and type(x) not in _KINDS:
             return {str(k): leaf for k, leaf in enumerate(jax.tree.leaves(x))}
         return flax.to_state_dict(x)
 
@@ -107,7 +115,7 @@ def _from_state_dict(node: Any, state: Any) -> Any:
     def part(name: str) -> Any:
         like, saved = getattr(node, name), state[name]
         leaves, tree = jax.tree.flatten(like)
-        if is_stored(like) and isinstance(saved, dict):
+        if is_stored(like) and type(like) not in _KINDS and isinstance(saved, dict):
             saved = tree.unflatten([saved.get(str(k)) for k in range(len(leaves))])
         elif not isinstance(like, dict) or set(like) == set(saved):  # Flax drops what is not there
             saved = flax.from_state_dict(like, saved, name=name)

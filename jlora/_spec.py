@@ -11,12 +11,14 @@ from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from jlora import forms
-from jlora._paths import brief, near_misses, quoted
+from jlora._paths import brief, describe, is_doubtful, near_misses, quoted
 
 Slices = tuple[tuple[int, int], ...] | None
 Class = TypeVar("Class", bound=type)
+_DEFAULT_LAYOUTS = {2: "io", 4: "iiio"}
 
 # The entries of PEFT's `LoraConfig` that have another name or another place here.
 _PEFT = {
@@ -198,30 +200,68 @@ def check_layout(layout: str, call: str) -> None:
         )
 
 
+def layout_of(path: str, leaf: PyTree, given: str | None, call: str, instead: str) -> str:
+    """Return the layout of a weight: the one given for it, or else that of Flax's kernels.
+
+    `instead` is what an error tells to write, apart from `layouts=`.
+    """
+    default = None if is_doubtful(path) else _DEFAULT_LAYOUTS.get(len(leaf.shape))
+    layout = given or default
+    if layout is None:
+        why = (
+            "Equinox and PyTorch store weights of this name (out, in). "
+            if is_doubtful(path)
+            else ""
+        )
+        raise ValueError(
+            f"`{call}`: it is not known which axes of {describe(path, leaf)} are input and which "
+            f"output. {why}Pass `layouts=jlora.layouts(fn, params, x)`, which reads it from the "
+            f"model, or {instead}; leading stack dimensions have no letter."
+        )
+    check_layout(layout, f"{call}: layout {layout!r} of {path!r}")
+    if len(layout) > len(leaf.shape):
+        raise ValueError(
+            f"`{call}`: the layout {layout!r} has {len(layout)} letters, but "
+            f"{describe(path, leaf)} has {len(leaf.shape)} dimensions. Give one letter per "
+            "dimension."
+        )
+    return layout
+
+
 def resolve(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[str, Any]:
     """Return the value of the first matching rule per path; refuse a rule that decides none."""
-    if not isinstance(rules, Mapping):
-        raise TypeError(
-            f"`{call}`: pass a mapping from regular expressions to specs, e.g. "
-            f'`{{r".*/kernel": jlora.LoraSpec(rank=8)}}`; got {brief(rules)}.'
-        )
-    compiled = {key: _compile(key, call) for key in rules}
+    check_rules(rules, call, "specs", 'r".*/kernel": jlora.LoraSpec(rank=8)')
     for key, value in rules.items():
         if not (value is None or value == "full" or isinstance(value, LoraSpec)):
             raise TypeError(
                 f"`{call}`: the rule {quoted(key)} has the value {brief(value)}; "
                 'give a `LoraSpec`, "full" (train it in full) or None (leave it unchanged).'
             )
+    return decided(rules, paths, call)
+
+
+def check_rules(rules: object, call: str, values: str, example: str) -> None:
+    """Refuse rules that are no mapping."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f"`{call}`: pass a mapping from regular expressions to {values}, e.g. "
+            f"`{{{example}}}`; got {brief(rules)}."
+        )
+
+
+def decided(rules: Mapping[str, Any], paths: Sequence[str], call: str) -> dict[str, Any]:
+    """Return the value of the first rule that matches each path; refuse a rule without a path."""
+    compiled = {key: _compile(key, call) for key in rules}
     chosen: dict[str, Any] = {}
-    decided: set[str] = set()
+    used: set[str] = set()
     first = _first_match(compiled)
     for path in paths:
         key = first(path)
         if key is not None:
             chosen[path] = rules[key]
-            decided.add(key)
+            used.add(key)
     for key, pattern in compiled.items():
-        if key in decided:
+        if key in used:
             continue
         if any(pattern.fullmatch(path) for path in paths):
             raise ValueError(

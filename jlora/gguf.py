@@ -1,151 +1,171 @@
-"""Write adapters as GGUF files for llama.cpp: `llama-cli -m model.gguf --lora adapter.gguf`.
+"""GGUF files (llama.cpp): their quantized blocks as stored weights, byte for byte.
 
-    <tensor>.lora_a  (r, in)        <tensor>.lora_b  (out, r)        s = alpha / r, per tensor
-
-One alpha scales all tensors, so s is multiplied into B and alpha is left out, which llama.cpp reads
-as a scale of 1. The rows of q and k of Llama's family are in another order in GGUF, those of
-interleaved rotary embeddings, and so are the rows of their B.
+The library `gguf` is needed: `pip install gguf`.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from jlora._modules import Module
-from jlora._paths import near_misses
+from jlora._paths import brief, quoted
+from jlora.quant import QuantArray
+from jlora.quant._formats import GGML
+from jlora.quant.ggml import Ggml, fields_of, records
 
-__all__ = ["save"]
+__all__ = ["blocks", "read"]
 
-# transformers' model_type: GGUF's architecture, and whether q and k are permuted.
-_ARCHITECTURES: dict[str, tuple[Any, bool]] = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, True),
-    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
-    "gemma": (gguf.MODEL_ARCH.GEMMA, False),
-    "gemma2": (gguf.MODEL_ARCH.GEMMA2, False),
-    "gemma3_text": (gguf.MODEL_ARCH.GEMMA3, False),
-}
-_DTYPES = ("float32", "float16")
+_FORMATS = {x.name.upper(): x for x in GGML}
+_ARRAYS = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4"}
+# llama.cpp's converter reorders the rows of q and k of these architectures.
+_PERMUTED = ("llama",)
+_ARCHITECTURE = "general.architecture"
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Array | QuantArray]:
+    """Read the tensors of a GGUF file without dequantizing them.
+
+    Of the architecture "llama", the rows of `attn_q` and `attn_k` are put back in the order of the
+    model before conversion, the two halves of a head that RoPE rotates; blocks are along rows, so
+    they move as they are. All other tensors are as in the file. Memory is that of the file.
+
+    Args:
+        path: a file.
+
+    Returns:
+        A mapping from the name of each tensor, "blk.0.attn_q.weight", to an array, if the file has
+        plain numbers, or to a `jlora.quant.QuantArray` of its format: (out, in), with the layout
+        "oi"; experts are stacks of such. `QuantArray.as_layout` gives the weight of a model that
+        stores (in, out).
+
+    Raises:
+        ValueError: the file is no GGUF file, truncated or damaged, or has a type of tensor that
+            jlora does not read.
+        FileNotFoundError: there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = gguf.GGUFWriter(folder + "/a.gguf", "llama")
+        ...     rows = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+        ...     data = gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0)
+        ...     writer.add_tensor("w", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        ...     writer.write_header_to_file(), writer.write_kv_data_to_file()
+        ...     writer.write_tensors_to_file()
+        ...     writer.close()
+        ...     found = read(folder + "/a.gguf")
+        (None, None)
+        >>> found["w"].format, found["w"].shape
+        (Q8_0, (2, 64))
+    """
+    call = f"jlora.gguf.read({str(path)!r})"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`{call}`: there is no such file.")
+    try:
+        reader = gguf.GGUFReader(path)
+        wanted = [k for k in reader.fields if k == _ARCHITECTURE or ".attention.head_count" in k]
+        metadata = {name: reader.fields[name].contents() for name in wanted}
+    except Exception as error:  # a damaged header may fail anywhere in the library
+        raise ValueError(
+            f"`{call}`: this is not a complete GGUF file "
+            f"({type(error).__name__}: {brief(str(error))}); it may be truncated. Copy it again."
+        ) from error
+    return {x.name: _tensor(x, _heads(x.name, metadata, call), call) for x in reader.tensors}
+
+
+def _tensor(tensor: Any, heads: int | None, call: str) -> Array | QuantArray:
+    """Return one tensor, with its rows in the order of the model."""
+    shape = tuple(map(int, tensor.shape[::-1]))  # GGUF lists them from the innermost
+    kind, data = tensor.tensor_type.name, np.asarray(tensor.data)
+    where = f"{quoted(tensor.name)} {kind}[{','.join(map(str, shape))}]"
+    order = _order(shape, heads, where, call)
+    if kind in _ARRAYS or kind == "BF16":
+        dtype = jnp.bfloat16 if kind == "BF16" else _ARRAYS[kind]
+        values = data.reshape(-1).view(np.uint8).view(dtype).reshape(shape)
+        return jnp.asarray(values if order is None else values[..., order, :])
+    if kind not in _FORMATS or len(shape) < 2:
+        raise ValueError(
+            f"`{call}`: {where} is of a type that jlora does not read. It reads "
+            f"{', '.join([*_FORMATS, *_ARRAYS, 'BF16'])}. Convert the file with llama.cpp's "
+            "`llama-quantize --allow-requantize`, or build the weight with `gguf.dequantize`."
+        )
+    format = _FORMATS[kind]
+    rows = data.reshape(*shape[:-1], shape[-1] // format.block * format.record)
+    parts = fields_of(format, rows if order is None else rows[..., order, :])
+    for name, type_, _ in format.fields:
+        if type_ == "<f2" and not np.isfinite(np.asarray(parts[name])).all():
+            raise ValueError(
+                f"`{call}`: the scales {name!r} of {where} are not finite, so the file is damaged. "
+                "Copy it again."
+            )
+    return QuantArray(parts, format, "oi", shape[-2:], "float32")
+
+
+def _heads(name: str, metadata: Mapping[str, Any], call: str) -> int | None:
+    """Return the number of heads whose rows the converter reordered; None for other tensors."""
+    architecture = metadata.get(_ARCHITECTURE)
+    part = name.split(".")[-2] if name.endswith(".weight") else ""
+    if architecture not in _PERMUTED or part not in ("attn_q", "attn_k"):
+        return None
+    count = metadata.get(f"{architecture}.attention.head_count")
+    if part == "attn_k":
+        count = metadata.get(f"{architecture}.attention.head_count_kv", count)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"`{call}`: the order of the rows of {quoted(name)} depends on the number of heads, "
+            f"but the metadata has {brief(count)} for it. The file is damaged; copy it again."
+        )
+    return count
+
+
+def _order(shape: tuple[int, ...], heads: int | None, where: str, call: str) -> Any:
+    """Return the rows in the order of the model; None to leave them."""
+    if heads is None:
+        return None
+    if shape[-2] % (2 * heads):
+        raise ValueError(
+            f"`{call}`: the rows of {where} do not divide into {heads} heads of even width. The "
+            "file is damaged; copy it again."
+        )
+    return np.arange(shape[-2]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def blocks(weight: QuantArray, heads: int | None = None) -> np.ndarray:
+    """Return the bytes of a stored weight as in a GGUF file, the inverse of `read`.
+
+    Args:
+        weight: in one of the formats of GGUF, of any layout.
+        heads: for `attn_q` and `attn_k` of the architecture "llama", the number of heads: rows are
+            put in llama.cpp's order, the two numbers that RoPE rotates next to each other.
+
+    Returns:
+        `(*stack, out, bytes)` of uint8, for `gguf.GGUFWriter.add_tensor(name, blocks,
+        raw_dtype=gguf.GGMLQuantizationType.Q4_1)`.
+
+    Raises:
+        ValueError: the weight is stored in another format; the rows do not divide into heads.
+
+    Example:
+        >>> import jlora
+        >>> w = jlora.quantize({"w": jnp.ones((64, 3))}, {"w": "q4_1"})["w"]
+        >>> blocks(w).shape, blocks(w)[0, :4].view(np.float16).tolist()
+        ((3, 40), [0.0, 1.0])
+    """
+    call = "jlora.gguf.blocks(weight)"
+    if not isinstance(weight.format, Ggml):
+        raise ValueError(
+            f"`{call}`: the weight is stored as {weight.format}, which is no format of GGUF. Store "
+            f'it in one first: `jlora.quantize({{"w": weight.dequantize()}}, {{"w": "q8_0"}})`.'
+        )
+    rows = records(weight.format, weight.parts)
+    order = _order((*rows.shape[:-1], 0), heads, f"the weight {brief(weight)}", call)
+    return rows if order is None else rows[..., np.argsort(order), :]
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-def save(
-    file: str | os.PathLike[str],
-    modules: Sequence[Module],
-    config: Mapping[str, Any],
-    dtype: str = "float32",
-) -> None:
-    """Write a LoRA as a GGUF adapter, with s in B.
-
-    Args:
-        file: the file to write, adapter.gguf.
-        modules: the updates, with Hugging Face's names.
-        config: the base's config.json: `model_type`, `num_hidden_layers`, `num_attention_heads`,
-            `num_key_value_heads`, `tie_word_embeddings`.
-        dtype: "float32" or "float16", of A and B.
-
-    Raises:
-        ValueError: the architecture is not known; a module has no tensor in it; DoRA; a head that
-            is tied to the embedding; heads that do not divide q or k.
-
-    Example:
-        >>> import tempfile
-        >>> config = {"model_type": "qwen2", "num_hidden_layers": 1}
-        >>> a, b = np.ones((2, 4), np.float32), np.ones((6, 2), np.float32)
-        >>> module = Module("model.layers.0.mlp.up_proj", a, b, 0.5)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(f"{folder}/adapter.gguf", [module], config)
-        ...     reader = gguf.GGUFReader(f"{folder}/adapter.gguf")
-        ...     [tensor.name for tensor in reader.tensors]
-        ['blk.0.ffn_up.weight.lora_a', 'blk.0.ffn_up.weight.lora_b']
-
-    Reference: llama.cpp's `convert_lora_to_gguf.py` and `llama-adapter.cpp`.
-    """
-    call = f"jlora.gguf.save({os.fspath(file)!r}, modules, config)"
-    kind = config.get("model_type")
-    if kind not in _ARCHITECTURES:
-        raise ValueError(
-            f"`{call}`: the order of the weights of model_type {kind!r} in GGUF is not known here. "
-            f"Known are {', '.join(_ARCHITECTURES)}. Merge the adapter, `jlora merge`, and convert "
-            "the result with llama.cpp's `convert_hf_to_gguf.py`."
-        )
-    if dtype not in _DTYPES:
-        raise ValueError(f"`{call}`: dtype={dtype!r}; it must be one of {', '.join(_DTYPES)}.")
-    tensors: dict[str, np.ndarray] = {}
-    for module in modules:
-        name = _name(module, config, call)
-        a, b = _factors(module, config, call)
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.astype(dtype))
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(b.astype(dtype))
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[kind][0]])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    for name, x in sorted(tensors.items()):
-        writer.add_tensor(name, x)
-    writer.write_header_to_file(Path(file))
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _name(module: Module, config: Mapping[str, Any], call: str) -> str:
-    """Return the base tensor's name in GGUF."""
-    if module.magnitude is not None:
-        raise ValueError(
-            f'`{call}`: "{module.name}" has a magnitude (DoRA), for which llama.cpp has no form. '
-            "Merge the adapter, `jlora merge`, and convert the result."
-        )
-    tied = config.get("tie_word_embeddings", False)
-    if tied and module.name.rpartition(".")[2] in ("lm_head", "embed_out"):
-        raise ValueError(
-            f'`{call}`: "{module.name}" is the embedding in this model, and GGUF has one tensor '
-            "for both. Merge the adapter, `jlora merge`, which gives the head its own weights."
-        )
-    architecture, _ = _ARCHITECTURES[config["model_type"]]
-    names = gguf.get_tensor_name_map(architecture, int(config.get("num_hidden_layers", 0)))
-    found = names.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
-    if found is None:
-        known = [name for name in names.mapping if name.startswith("model.")]
-        raise ValueError(
-            f'`{call}`: "{module.name}" is no tensor of {config["model_type"]} in GGUF. '
-            f"{near_misses(module.name, known)}"
-        )
-    return found
-
-
-def _factors(module: Module, config: Mapping[str, Any], call: str) -> tuple[Any, Any]:
-    """Return A and `s B`, with the rows of B in GGUF's order."""
-    a, b = module.a.astype(np.float32), module.b.astype(np.float32) * np.float32(module.scaling)
-    if module.kind == "embedding":
-        return a.T, b  # llama.cpp looks rows of A up
-    if module.kind != "linear":
-        raise ValueError(
-            f'`{call}`: "{module.name}" is a convolution, which llama.cpp does not adapt. Merge '
-            "the adapter, `jlora merge`, and convert the result."
-        )
-    last = module.name.rpartition(".")[2]
-    if not _ARCHITECTURES[config["model_type"]][1] or last not in ("q_proj", "k_proj"):
-        return a, b
-    heads = config.get("num_attention_heads")
-    if last == "k_proj":
-        heads = config.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or heads < 1 or len(b) % (2 * heads):
-        raise ValueError(
-            f'`{call}`: "{module.name}" has {len(b)} outputs, which {heads} heads do not divide. '
-            "Is this the base's config.json?"
-        )
-    return a, permuted(b, heads)
-
-
-def permuted(b: np.ndarray, heads: int) -> np.ndarray:
-    """Interleave the two halves of every head: of rows `(out, r)`."""
-    halves = b.reshape(heads, 2, len(b) // heads // 2, *b.shape[1:])
-    return halves.swapaxes(1, 2).reshape(b.shape)

@@ -28,10 +28,11 @@ class Case:
     materialized: int = 0
     dora: bool = False
     form: Any = "lora"
-    stored: bool = False  # over int8 rows: see stored.py
+    stored: bool | str = False  # over int8 rows, or a format of `jlora.quant`: see stored.py
 
     def __repr__(self) -> str:
-        return f"stored_{self.name}" if self.stored else self.name
+        how = "stored" if self.stored is True else self.stored
+        return f"{how}_{self.name}" if how else self.name
 
     def layouts(self, params: Any) -> dict[str, str]:
         """Infer the layouts. The weights are called "w", which does not tell heads from experts."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -59,8 +60,10 @@ def base_of(case: Any) -> Any:
         case.params, {case.rules: jlora.LoraSpec(rank=1)}, key=jax.random.key(0), layouts=layouts
     )
     node = lambda x: isinstance(x, jlora.LoraArray)
-    own = {path: len(x.layout) for path, x in leaves_with_paths(params, node) if node(x)}
-    return map_with_paths(lambda p, x: pack(x, own[p]) if p in own else x, case.params)
+    own = {path: x.layout for path, x in leaves_with_paths(params, node) if node(x)}
+    if isinstance(case.stored, str):
+        return jlora.quantize(case.params, {re.escape(p): case.stored for p in own}, layouts=own)
+    return map_with_paths(lambda p, x: pack(x, len(own[p])) if p in own else x, case.params)
 
 
 def over(params: Any, base: Any) -> Any:

@@ -19,23 +19,28 @@ from jlora import (
     _foreign,
     arithmetic,
     bank,
+    bitsandbytes,
     checkpoint,
     forms,
+    gguf,
+    gguf_adapter,
     initializers,
+    mlx,
     optim,
     peft,
+    quant,
     transform,
 )
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
-    {"_paths", "_compat", "_disk", "_foreign"},
+    {"_paths", "_compat", "_disk", "_foreign", "_processes"},
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
-    {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers"},
-    {"_adapt", "_adapters", "_attach", "_modules", "_placed", "_report", "_sharding"}
+    {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
+    {"_adapt", "_adapters", "_attach", "_begin", "_modules", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
-    {"checkpoint", "gguf", "mlx", "peft"},
+    {"bitsandbytes", "checkpoint", "gguf", "gguf_adapter", "mlx", "peft"},
     {"cli", "__main__"},
     {"__init__"},
 ]
@@ -47,8 +52,15 @@ PUBLIC = {
     *("arithmetic", "bank", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates", "specs"),
+    *("quant", "quantize", "dequantize", "shardings"),
 }
-SPACES = [jlora, arithmetic, bank, forms, initializers, optim, checkpoint, peft, transform]
+SPACES = [jlora, arithmetic, bank, forms, initializers, optim, quant, transform]
+SPACES += [bitsandbytes, checkpoint, gguf, gguf_adapter, mlx, peft]
+# `import jlora` does not import them.
+APART = {
+    *("jlora.bitsandbytes", "jlora.checkpoint", "jlora.gguf", "jlora.gguf_adapter", "jlora.mlx"),
+    "jlora.peft",
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -165,7 +177,7 @@ def imported():
 
 def test_the_export_list():
     exported = {n for n in vars(jlora) if not n.startswith("_")} - {
-        *("transform", "checkpoint", "peft"),
+        *("bitsandbytes", "transform", "checkpoint", "gguf", "peft"),
         "jaxtyping",  # the import hook of the tests puts it there
     }
     assert exported == PUBLIC and set(jlora.__all__) == PUBLIC | {"transform"}
@@ -176,7 +188,7 @@ def test_completion_shows_the_public_names(imported):
     for space, (shown, listed) in imported[1].items():
         submodules = {n for n in shown if inspect.ismodule(getattr(space, n))} - set(listed)
         assert set(shown) - submodules == set(listed) == set(space.__all__), space
-        assert {f"{space.__name__}.{n}" for n in submodules} <= {"jlora.checkpoint", "jlora.peft"}
+        assert {f"{space.__name__}.{n}" for n in submodules} <= APART
         assert all(getattr(space, name) is not None for name in listed)
 
 

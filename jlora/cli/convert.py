@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _gguf(args: Any, adapter: Adapter, tree: Tree, kinds: Any, call: str) -> None:
-    gguf = _bridge("gguf", call)
+    gguf = _bridge("gguf_adapter", call)
     config = _config(args.base, call)
     if args.out.exists() and (args.out.is_dir() or not args.overwrite):
         raise ValueError(f"`{call}`: {args.out} exists. Give another file, or `--overwrite`.")

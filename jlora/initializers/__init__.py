@@ -10,7 +10,7 @@ new array, and marks the node `residual`.
 
 Initializers of a specific form (`vera`, `lora_xs`, ...) are defined with the form in `jlora.forms`.
 `eva`, `corda` and `lora_ga` use data and are called after `attach`: they are functions of its tree
-and of the moments of the inputs, or of a gradient.
+and of the moments of the inputs, or of a gradient. So is `loftq`, of the weights before quantizing.
 """
 
 from jlora.forms import Factors as Factors
@@ -27,6 +27,7 @@ from jlora.initializers._decomposed import olora as olora
 from jlora.initializers._decomposed import pissa as pissa
 from jlora.initializers._eva import eva as eva
 from jlora.initializers._gradient import lora_ga as lora_ga
+from jlora.initializers._loftq import loftq as loftq
 from jlora.initializers._random import a_zero as a_zero
 from jlora.initializers._random import gaussian as gaussian
 from jlora.initializers._random import kaiming_rank as kaiming_rank
@@ -35,6 +36,6 @@ from jlora.initializers._random import uniform as uniform
 
 __all__ = [
     *("a_zero", "adalora", "corda", "eva", "Factors", "gaussian", "Initializer", "kaiming"),
-    *("kaiming_rank", "lora_ga", "lora_xs", "mica", "milora", "olora", "orthogonal", "pissa"),
-    *("Split", "uniform", "vera"),
+    *("kaiming_rank", "loftq", "lora_ga", "lora_xs", "mica", "milora", "olora", "orthogonal"),
+    *("pissa", "Split", "uniform", "vera"),
 ]

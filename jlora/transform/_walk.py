@@ -37,6 +37,7 @@ class Use(NamedTuple):
     contracted: tuple[int, ...] = ()  # for a probe: the axes that are summed over or indexed
     free: tuple[int, ...] = ()  # for a probe: the axes that the result keeps
     looked_up: bool = False  # for a probe: whether it is a matrix for each token
+    base: str = ""  # how a stored weight is used: see `_base.how`
 
 
 @dataclasses.dataclass(eq=False)
@@ -138,8 +139,9 @@ class Walk:
             each = any(isinstance(role, frozenset) and row in role for role in view.roles)
             if any(row in group for group in origins):
                 continue  # rows of an embedding, an activation
+            primitive, base = eqn.primitive.name, _base.how(eqn, view.base)
             use = Use(
-                name, eqn.primitive.name, self.line(eqn), True, "", cost, sides[0], sides[1], each
+                name, primitive, self.line(eqn), True, "", cost, sides[0], sides[1], each, base
             )
             self.settings.observe(eqn, use)
 
@@ -258,7 +260,8 @@ class Walk:
         cost = 2 * math.prod(view.shape) * view.rank
         if self.settings.observe is not None:
             for name in view.names:
-                self.settings.observe(eqn, Use(name, primitive, line, False, why, cost))
+                base = _base.how(eqn, view.base)
+                self.settings.observe(eqn, Use(name, primitive, line, False, why, cost, base=base))
             return
         if self.settings.fallback == "materialize" or (primitive, line) in self.settings.warned:
             return

@@ -9,7 +9,7 @@ import safetensors.numpy
 from checkpoints import VOCAB, D, adapter, drawn, pair
 from helpers import says
 
-import jlora.gguf
+import jlora.gguf_adapter
 import jlora.mlx
 from jlora._modules import Module
 from jlora.cli import main
@@ -142,14 +142,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("module", "config", "part"), REFUSED.values(), ids=REFUSED)
 def test_refused(tmp_path, module, config, part):
-    with pytest.raises(ValueError, match=says("`jlora.gguf.save(", part)):
-        jlora.gguf.save(tmp_path / "a.gguf", [module], config)
+    with pytest.raises(ValueError, match=says("`jlora.gguf_adapter.save(", part)):
+        jlora.gguf_adapter.save(tmp_path / "a.gguf", [module], config)
     assert not (tmp_path / "a.gguf").exists()
 
 
 def test_a_dtype_that_is_not_one(tmp_path):
     with pytest.raises(ValueError, match="it must be one of float32, float16"):
-        jlora.gguf.save(tmp_path / "a.gguf", [Module(Q, A, B, 1.0)], LLAMA, "int8")
+        jlora.gguf_adapter.save(tmp_path / "a.gguf", [Module(Q, A, B, 1.0)], LLAMA, "int8")
 
 
 def test_refused_folders(tmp_path, capsys):
@@ -262,4 +262,4 @@ def test_a_bridge_without_its_library(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jlora.cli.convert.import_module", fails)
     _, path = two_ranks(tmp_path)
     run(path, tmp_path / "out", "--to", "gguf", "--base", base(tmp_path), code=2)
-    assert "needs gguf: `pip install 'jlora[gguf]'`" in capsys.readouterr().err
+    assert "needs gguf: `pip install gguf`" in capsys.readouterr().err

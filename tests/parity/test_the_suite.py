@@ -45,5 +45,5 @@ def test_the_test_command_installs_what_is_compared_with():
     assert command.startswith("pip install -e '.[test]'") and "python -m pytest" in command
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(x.split("==") for x in extras["optional-dependencies"]["test"] if "==" in x)
-    for name in ("torch", "peft", "loralib", "transformers"):
+    for name in ("torch", "peft", "bitsandbytes", "loralib", "transformers"):
         assert metadata.version(name).partition("+")[0] == pins[name]

@@ -1,0 +1,157 @@
+"""`QuantArray`: a weight in a storage format, as a pytree node in place of the array."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jlora import _serialization
+from jlora._arrays import Geometry
+from jlora._node import Node
+from jlora._spec import check_layout
+from jlora.quant._format import Format
+from jlora.quant._formats import read_format
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("parts",),
+    meta_fields=("format", "layout", "dims", "kind"),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantArray(Node):
+    """Hold a weight in a storage format: what `jlora.quantize` puts in place of an array.
+
+    Everything treats it as the weight that it stands for. `jlora.lora(fn)` builds it where it is
+    multiplied and drops it, or multiplies with the codes.
+
+    Attributes:
+        parts: the stored arrays by name, as `format` defines them; each begins with the stack axes.
+        format: how they are stored, such as `jlora.quant.NF4()`.
+        layout: one letter per non-stack dimension, `i` (input) or `o` (output). Blocks and groups
+            are runs of inputs.
+        dims: the shape without stack dimensions.
+        kind: the dtype of the weight, as text.
+
+    Example:
+        >>> import jlora
+        >>> w = jlora.quantize({"w": jnp.ones((64, 4), jnp.bfloat16)}, {"w": "nf4"})["w"]
+        >>> w.shape, str(w.dtype), w.dequantize().dtype.name
+        ((64, 4), 'bfloat16', 'bfloat16')
+    """
+
+    parts: Any
+    format: Any
+    layout: str
+    dims: tuple[int, ...]
+    kind: str
+
+    def __post_init__(self) -> None:
+        _serialization.register_with_flax()
+
+    @property
+    def stack(self) -> int:
+        """The number of leading stack dimensions, which every part has."""
+        return max(x.ndim for x in self.parts.values()) - 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        longest = max(self.parts.values(), key=lambda x: x.ndim)
+        return (*longest.shape[: longest.ndim - 2], *self.dims)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return jnp.dtype(self.kind)
+
+    def dequantize(self) -> Array:
+        """Build the weight: in float32, then cast to its dtype."""
+        rows = self.format.unpack(self.parts).astype(self.dtype)
+        return Geometry.of(self.shape, self.layout).from_matrix(jnp.swapaxes(rows, -1, -2))
+
+    def as_layout(self, layout: str, dims: Sequence[int]) -> "QuantArray":
+        """Return the same rows as a weight of another layout and shape; no byte changes.
+
+        Args:
+            layout: one letter per dimension, `i` (input) or `o` (output).
+            dims: the shape, without stack dimensions: the inputs in their order, and the outputs.
+
+        Returns:
+            A node that shares its arrays with this one.
+
+        Raises:
+            ValueError: the inputs or outputs are not as many.
+
+        Example:
+            >>> import jlora
+            >>> w = jlora.quantize({"w": jnp.ones((6, 64))}, {"w": "nf4"}, layouts={"w": "oi"})["w"]
+            >>> w.as_layout("io", (64, 6)).shape, w.as_layout("ioo", (64, 2, 3)).shape
+            ((64, 6), (64, 2, 3))
+        """
+        check_layout(layout, f"QuantArray.as_layout({layout!r}, ...)")
+        own, dims = Geometry.of(self.dims, self.layout), tuple(dims)
+        new = Geometry.of(dims, layout) if len(dims) == len(layout) else None
+        if new is None or (new.fan_in, new.fan_out) != (own.fan_in, own.fan_out):
+            raise ValueError(
+                f"`QuantArray.as_layout({layout!r}, {dims})`: the weight has {own.fan_in} inputs "
+                f"and {own.fan_out} outputs, in the shape {self.dims} with layout {self.layout!r}. "
+                "Give dimensions with these products."
+            )
+        return dataclasses.replace(self, layout=layout, dims=dims)
+
+    def dot(self, x: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike) -> Any:
+        """Return the format's own product with x, if it has one: see `jlora._base.StoredWeight`."""
+        wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
+        if self.stack or not (wide and hasattr(self.format, "dot")):
+            return NotImplemented
+        of_x, of_w = (list(side) for side in axes)
+        sides = {side: [k for k, c in enumerate(self.layout) if c == side] for side in "io"}
+        for side, other, product in (
+            ("i", "o", self.format.dot),
+            ("o", "i", self.format.dot_transposed),
+        ):
+            if sorted(of_w) == sides[side]:
+                free = [k for k in range(x.ndim) if k not in of_x]
+                order = [of_x[of_w.index(k)] for k in sides[side]]
+                last = lax.transpose(x, (*free, *order))
+                last = last.reshape(*last.shape[: len(free)], -1)
+                out = product(self.parts, last, dtype)
+                return out.reshape(*out.shape[:-1], *(self.dims[k] for k in sides[other]))
+        return NotImplemented
+
+
+def _decode(values: Any) -> tuple[Any, ...]:
+    (name, settings), *rest = values
+    return (read_format(name, settings), *rest)
+
+
+_serialization.register(QuantArray, ("format", "layout", "dims", "kind"), _decode)
+
+
+def pack(weight: Array, format: Format, layout: str) -> QuantArray:
+    """Store a weight, `(*stack, *dims)`, in a format."""
+    geometry = Geometry.of(weight.shape, layout)
+    if getattr(format, "on_host", False):
+        parts = format.pack(_rows(weight, layout))
+    else:
+        parts = _packed(weight, format, layout)
+    dims = tuple(weight.shape[len(geometry.stack) :])
+    return QuantArray(parts, format, layout, dims, jnp.dtype(weight.dtype).name)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _rows(weight: Array, layout: str) -> Array:
+    """Arrange a weight as float32 rows, `(*stack, out, in)`."""
+    matrix = Geometry.of(weight.shape, layout).to_matrix(weight)
+    return jnp.swapaxes(matrix, -1, -2).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "layout"))
+def _packed(weight: Array, format: Format, layout: str) -> dict[str, Array]:
+    return format.pack(_rows(weight, layout))
