@@ -1,6 +1,7 @@
 """The best approximation of an adapter by a lower rank, from its factors."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -125,14 +126,16 @@ def needed(s: Array, allowed: float) -> int:
     return max(1, int((rest > allowed * rest[:, :1] + noise).sum(-1).max()))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _kept(values: list[Array], rank: int) -> Array:
     total = sum(jnp.sum(s * s, -1) for s in values)
     some = sum(jnp.sum(jnp.square(s[..., :rank]), -1) for s in values)
     return jnp.where(total > 0, jnp.sqrt(some / jnp.where(total > 0, total, 1)), 1)
 
 
-def _rebuilt(node: LoraArray, triples: list[Any], rank: int) -> LoraArray:
-    """Return a node of this rank; slices with fewer singular values are padded with zeros."""
+@functools.partial(jax.jit, static_argnums=1)
+def _halves(triples: list[Any], rank: int) -> tuple[Array, Array]:
+    """Return A and B of this rank; slices with fewer singular values are padded with zeros."""
     parts_a, parts_b = [], []
     for u, s, vt in triples:
         root = jnp.sqrt(s[..., :rank])
@@ -140,13 +143,18 @@ def _rebuilt(node: LoraArray, triples: list[Any], rank: int) -> LoraArray:
         lacking, no = rank - a.shape[-1], [(0, 0)] * (a.ndim - 2)
         parts_a.append(jnp.pad(a, [*no, (0, 0), (0, lacking)]))
         parts_b.append(jnp.pad(b, [*no, (0, lacking), (0, 0)]))
+    return jnp.concatenate(parts_a, -1), jnp.concatenate(parts_b, -1)
+
+
+def _rebuilt(node: LoraArray, triples: list[Any], rank: int) -> LoraArray:
+    a, b = _halves(triples, rank)
     ins, outs = node.layout.count("i"), node.layout.count("o")
     stack = node.lora_a.shape[: node.lora_a.ndim - ins - 1]
     in_dims, out_dims = node.lora_a.shape[len(stack) : -1], node.lora_b.shape[-outs:]
     return dataclasses.replace(
         node,
-        lora_a=jnp.concatenate(parts_a, -1).reshape(*stack, *in_dims, -1),
-        lora_b=jnp.concatenate(parts_b, -1).reshape(*stack, rank, *out_dims),
+        lora_a=a.reshape(*stack, *in_dims, -1),
+        lora_b=b.reshape(*stack, rank, *out_dims),
         scaling=jnp.ones(stack, jnp.float32),
         extra={name: x for name, x in node.extra.items() if name == MAGNITUDE},
         form="lora",

@@ -72,19 +72,31 @@ def _overlaps(path: str, nodes: Sequence[Any], call: str) -> Array:
         shape = shape_among(path, nodes, call)
         nodes = [forms.as_lora(x, shape) for x in nodes]
     triples = [decomposed(*matrices(x)[0]) for x in nodes]
-    ranks, ins, outs = [], [], []
-    for u, s, vt in triples:
-        real = s > s[..., :1] * float(jnp.finfo(s.dtype).eps) * s.shape[-1]
-        ranks.append(jnp.maximum(real.sum(-1), 1))
-        ins.append(jnp.where(real[..., None, :], u, 0))
-        outs.append(jnp.where(real[..., None], vt, 0))
+    most = max(s.shape[-1] for _, s, _ in triples)
 
-    def overlap(i: int, j: int) -> Array:
-        ui = jnp.matmul(jnp.swapaxes(ins[i], -1, -2), ins[j], precision=_EXACT)
-        vi = jnp.matmul(outs[i], jnp.swapaxes(outs[j], -1, -2), precision=_EXACT)
-        least = jnp.minimum(ranks[i], ranks[j]).astype(ui.dtype)
-        return jnp.stack([jnp.mean(jnp.sum(x * x, (-2, -1)) / least) for x in (ui, vi)])
+    def padded(x: Array, axis: int) -> Array:
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, most - x.shape[axis])
+        return jnp.pad(x, width)
 
-    n = len(nodes)
-    rows = [jnp.stack([overlap(i, j) for j in range(n)], -1) for i in range(n)]
-    return jnp.stack(rows, 1)
+    u, s, v = (
+        jnp.stack([padded(triple[k], axis) for triple in triples])
+        for k, axis in ((0, -1), (1, -1), (2, -2))
+    )
+    return _shared(u, s, jnp.swapaxes(v, -1, -2))
+
+
+@jax.jit
+def _shared(u: Array, s: Array, v: Array) -> Array:
+    """Return the mean overlaps of the spaces of all pairs, of columns whose value is not zero."""
+    real = s > s[..., :1] * float(jnp.finfo(s.dtype).eps) * s.shape[-1]
+    rank = jnp.maximum(real.sum(-1), 1).astype(s.dtype)
+    least = jnp.minimum(rank[:, None], rank[None])
+
+    def overlap(x: Array) -> Array:
+        x = jnp.where(real[..., None, :], x, 0)
+        inner = jnp.einsum("n...ir,m...is->nm...rs", x, x, precision=_EXACT)
+        part = jnp.sum(inner * inner, (-2, -1)) / least
+        return jnp.mean(part.reshape(*part.shape[:2], -1), -1)
+
+    return jnp.stack([overlap(u), overlap(v)])

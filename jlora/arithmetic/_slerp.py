@@ -125,6 +125,7 @@ def _difference(path: str, node: Any, shape: tuple[int, ...], call: str) -> Arra
     return node.value.astype(jnp.float32) - built(node.base).astype(jnp.float32)
 
 
+@jax.jit
 def _inner(x: tuple[Array, Array], y: tuple[Array, Array]) -> Array:
     """Return `⟨A₀ B₀, A₁ B₁⟩ = Σ (A₀ᵀ A₁) ∘ (B₀ B₁ᵀ)`."""
     wide = jnp.float64 if jnp.float64 in (x[0].dtype, y[0].dtype) else jnp.float32

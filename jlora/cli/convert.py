@@ -103,7 +103,7 @@ def _bridge(name: str, call: str) -> Any:
     try:
         return import_module(f"jlora.{name}")
     except ModuleNotFoundError as error:
-        raise ValueError(f"`{call}` needs {error.name}: `pip install 'jlora[{name}]'`.") from None
+        raise ValueError(f"`{call}` needs {error.name}: `pip install {error.name}`.") from None
 
 
 def _config(base: Path | None, call: str) -> dict[str, Any]:

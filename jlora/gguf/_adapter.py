@@ -136,10 +136,10 @@ def _factors(module: Module, config: Mapping[str, Any], call: str) -> tuple[Any,
             f'`{call}`: "{module.name}" has {len(b)} outputs, which {heads} heads do not divide. '
             "Is this the base's config.json?"
         )
-    return a, permuted(b, heads)
+    return a, _permuted(b, heads)
 
 
-def permuted(b: np.ndarray, heads: int) -> np.ndarray:
+def _permuted(b: np.ndarray, heads: int) -> np.ndarray:
     """Interleave the two halves of every head: of rows `(out, r)`."""
     halves = b.reshape(heads, 2, len(b) // heads // 2, *b.shape[1:])
     return halves.swapaxes(1, 2).reshape(b.shape)

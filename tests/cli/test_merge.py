@@ -327,12 +327,19 @@ def test_the_disk_is_asked_first(tmp_path, monkeypatch, capsys):
 
 
 SCRIPT = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from jlora.cli import main
+
+
+def peak():  # not `getrusage`, whose maximum a process inherits from the one that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 main(["merge", sys.argv[1], sys.argv[2], sys.argv[3] + "_small"])  # what JAX and the CLI need
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 assert main(["merge", *sys.argv[4:]]) == 0
-print("KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print("KB", peak() - before)
 """
 
 
@@ -353,7 +360,7 @@ def large(folder, count, rows):
 
 @pytest.mark.parametrize(
     ("count", "rows", "most"),
-    [(6, 16384, 96), pytest.param(160, 32768, 96, marks=pytest.mark.nightly)],
+    [(6, 16384, 120), pytest.param(160, 32768, 120, marks=pytest.mark.nightly)],
     ids=["200MB", "10GB"],
 )
 def test_the_peak_of_memory(tmp_path, count, rows, most):
@@ -371,7 +378,7 @@ def test_the_peak_of_memory(tmp_path, count, rows, most):
         [sys.executable, "-c", SCRIPT, *map(str, words)], capture_output=True, text=True, check=True
     )
     grown = int(done.stdout.rpartition("KB")[2]) / 1024
-    assert grown < most + 4 * factors, f"{grown:.0f} MB, of which factors {factors:.0f} MB"
+    assert 0 < grown < most + 3 * factors, f"{grown:.0f} MB, of which factors {factors:.0f} MB"
 
 
 @pytest.mark.nightly
