@@ -120,9 +120,10 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 def train(kind: str, model: str | None) -> dict[str, float]:
     """Train a few steps of the examples' job, and return the peak memory after each phase."""
-    import finetune
     import training
+    from begin import prepare
     from evaluation import make_apply
+    from flags import parse
 
     peaks = {}
 
@@ -131,7 +132,7 @@ def train(kind: str, model: str | None) -> dict[str, float]:
         peaks[phase] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     flags = ["--steps", str(STEPS), *(["--model", model] if model else [])]
-    job = finetune.prepare(finetune.parse(flags))
+    job = prepare(parse(flags))
     config, batches, params = job.config, job.batches, job.params
     trainable, frozen = jlora.partition(params)
     if kind == "full":  # all plain weights train

@@ -40,9 +40,12 @@ from tqdm import tqdm
 import jlora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import finetune
 import training
+from begin import LENGTH, ROWS, SCORED, prepare
 from evaluation import Apply, Job, compile_all, evaluate, make_apply
+from flags import parse as parse_job
+from flags import positive
+from states import write_beside
 from variants import VARIANTS, Variant
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
@@ -92,13 +95,11 @@ def begin(variant: Variant, job: Job, args: argparse.Namespace) -> Run:
 
 def train(name: str, flags: list[str]) -> dict[str, Any]:
     """Train one variant on one seed and evaluate it."""
-    args = finetune.parse(flags)
-    job, frozen, state, tx, apply = begin(VARIANTS[name], finetune.prepare(args), args)
+    args = parse_job(flags)
+    job, frozen, state, tx, apply = begin(VARIANTS[name], prepare(args), args)
     trained, adapter = nbytes(state.trainable), nbytes(jlora.detach(job.params)[1])
     programs = compile_all(job, tx, state, frozen, apply)
     state = training.fit(programs.step, state, frozen, job.batches)
-    if state.step < args.steps:
-        raise KeyboardInterrupt
     score = evaluate(job, programs, jlora.combine(state.trainable, frozen))
     return {
         "loss": score["loss"],
@@ -136,9 +137,9 @@ def flags_of(args: argparse.Namespace, seed: int) -> list[str]:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings shared by all results of a file."""
-    around, job = surroundings(), finetune.parse(flags_of(args, 0))
+    around, job = surroundings(), parse_job(flags_of(args, 0))
     shared = {k: getattr(job, k) for k in ("model", "data", "steps", "smoke")}
-    shared |= {"rows": finetune.ROWS, "length": finetune.LENGTH, "scored": finetune.SCORED}
+    shared |= {"rows": ROWS, "length": LENGTH, "scored": SCORED}
     shared["device"] = around["device"]
     return shared | {k: around["versions"][k] for k in LIBRARIES}
 
@@ -169,7 +170,7 @@ def load(path: Path, common: dict[str, Any], names: list[str]) -> dict[str, Any]
 def save(path: Path, found: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=2) + "\n"
-    finetune.write_beside(path, lambda part: part.write_text(text))
+    write_beside(path, text)
 
 
 def run(args: argparse.Namespace, found: dict[str, Any]) -> int:
@@ -199,8 +200,8 @@ def run(args: argparse.Namespace, found: dict[str, Any]) -> int:
 
 def measure_time(args: argparse.Namespace, found: dict[str, Any]) -> int:
     """Time a step of each variant, interleaved, over one base model."""
-    job_args = finetune.parse(flags_of(args, 0))
-    job, runs = finetune.prepare(job_args), {}
+    job_args = parse_job(flags_of(args, 0))
+    job, runs = prepare(job_args), {}
     for name in tqdm(args.only, desc="compile", unit="variant"):
         runs[name] = stepper(VARIANTS[name], job, job_args)
     load = round(os.getloadavg()[0], 2)
@@ -246,13 +247,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Argument
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    add("--steps", type=finetune.positive, help="default: the job's, 120, or 4 with --smoke")
+    add("--steps", type=positive, help="default: the job's, 120, or 4 with --smoke")
     add("--smoke", action="store_true", help="4 layers and 4 steps, to try the path")
     add("--model", help="as of examples/finetune.py")
     add("--data", help="as of examples/finetune.py")
     add("--json", type=Path, help=f"default: benchmarks/results/{RESULTS.name}, or {SMOKE}")
     add("--time", action="store_true", help="time a step of each variant; train nothing")
-    add("--rounds", type=finetune.positive, default=5, help="of --time (default: 5)")
+    add("--rounds", type=positive, default=5, help="of --time (default: 5)")
     add("--table", action="store_true", help="print the results as Markdown; run nothing")
     args = parser.parse_args(argv)
     args.json = args.json or (SMOKE if args.smoke else RESULTS)

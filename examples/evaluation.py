@@ -70,20 +70,30 @@ def compile_all(
     return Programs(*(lower().compile() for lower in tqdm(work, desc="compile", unit="program")))
 
 
-def evaluate(job: Job, programs: Programs, params: Any) -> dict[str, Any]:
-    """The held-out loss, the generated text and, for CMUdict, the phoneme error rate."""
+def evaluate(
+    job: Job, programs: Programs, params: Any, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
+    """The held-out loss, the generated text and, for CMUdict, the phoneme error rate.
+
+    None if `stopped()` became true meanwhile.
+    """
     tokens, segments = data.pad_prompts(job.prompts)
     group = min(GROUP, len(tokens))
     short = -len(tokens) % group  # pad the last group, so that one program serves all groups
     tokens, segments = (np.pad(a, ((0, short), (0, 0)), mode="edge") for a in (tokens, segments))
     total = weight = 0.0
     said: list[str] = []
-    with tqdm(total=len(job.held_out) + len(tokens) // group, desc="evaluate") as bar:
+    count = len(job.held_out) + len(tokens) // group
+    with tqdm(total=count, desc="evaluate", leave=False) as bar:
         for batch in job.held_out:
+            if stopped():
+                return None
             total += float(programs.loss(params, batch)) * batch["weight"].sum()
             weight += batch["weight"].sum()
             bar.update()
         for i in range(0, len(tokens), group):
+            if stopped():
+                return None
             ids = programs.generate(params, tokens[i : i + group], segments[i : i + group])
             said += job.tokenizer.decode_batch(np.asarray(ids).tolist())
             bar.update()
@@ -93,10 +103,11 @@ def evaluate(job: Job, programs: Programs, params: Any) -> dict[str, Any]:
     return {"loss": float(total / weight), "rate": rate, "said": said[:SHOWN]}
 
 
-def show(job: Job, score: dict[str, Any], when: str) -> None:
+def show(job: Job, score: dict[str, Any]) -> None:
     """Print an evaluation."""
     rate = "" if score["rate"] is None else f", phoneme error rate {score['rate']:.3f}"
-    print(f"\n{when}: held-out loss {score['loss']:.3f}{rate}")
+    lines = [f"\nstep {score['step']}: held-out loss {score['loss']:.3f}{rate}"]
     for example, said in zip(job.prompts, score["said"], strict=False):
-        print(f"  {example.prompt}{(said.splitlines() or [''])[0]}")
-        print(f"  {'(should be)':>{len(example.prompt)}}{example.completion}")
+        lines.append(f"  {example.prompt}{(said.splitlines() or [''])[0]}")
+        lines.append(f"  {'(should be)':>{len(example.prompt)}}{example.completion}")
+    tqdm.write("\n".join(lines))

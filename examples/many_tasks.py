@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import finetune
 import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
 import weights
 from evaluation import make_apply
+from flags import positive
 
 import jlora
 
@@ -137,11 +137,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", help="as in finetune.py")
-    add("--layers", type=finetune.positive, help="only the first layers")
-    add("--adapters", type=finetune.positive, default=8)
-    add("--slots", type=finetune.positive, default=4, help="of the bank, and requests in a batch")
-    add("--requests", type=finetune.positive, default=32)
-    add("--tokens", type=finetune.positive, default=24, help="to generate for each request")
+    add("--layers", type=positive, help="only the first layers")
+    add("--adapters", type=positive, default=8)
+    add("--slots", type=positive, default=4, help="of the bank, and requests in a batch")
+    add("--requests", type=positive, default=32)
+    add("--tokens", type=positive, default=24, help="to generate for each request")
     args = parser.parse_args(argv)
     config, base, tokenizer, stop = weights.load(args.model, args.layers)
     draw = np.random.default_rng(0)

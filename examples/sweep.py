@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import finetune
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import training
+from begin import prepare
 from evaluation import Job, make_apply
+from flags import above_zero, parse, positive
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -71,8 +72,8 @@ def plot(path: Path, rates: Sequence[float], held_out: np.ndarray) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=finetune.above_zero, nargs="+", default=RATES)
-    parser.add_argument("--steps", type=finetune.positive, default=60)
+    parser.add_argument("--rates", type=above_zero, nargs="+", default=RATES)
+    parser.add_argument("--steps", type=positive, default=60)
     parser.add_argument("--model", help="as in finetune.py")
     parser.add_argument("--data", help="as in finetune.py")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = ["--smoke", "--steps", str(args.steps)]
     for name in ("model", "data"):
         flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    history, held_out = sweep(finetune.prepare(finetune.parse(flags)), args.rates)
+    history, held_out = sweep(prepare(parse(flags)), args.rates)
     for rate, last, loss in zip(args.rates, history[-1], held_out, strict=True):
         print(f"learning rate {rate:8.2g}: last training loss {last:.3f}, held-out loss {loss:.3f}")
     args.out.mkdir(parents=True, exist_ok=True)

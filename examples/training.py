@@ -1,21 +1,14 @@
-"""Training: the loss, a jitted step over the adapter, an interruptible loop, a resumable state."""
+"""Training: the loss, a jitted step over the adapter, and the state that steps change."""
 
-import contextlib
-import hashlib
-import json
-import re
-import signal
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import jlora
@@ -24,12 +17,18 @@ Batch = dict[str, np.ndarray]
 
 
 class State(NamedTuple):
-    """All that training changes. The step number is also the position in the data."""
+    """All that training changes. The step number is also the position in the data.
+
+    `evals` are the evaluations so far, {"step", "loss", ...}; `best` is the adapter of the one with
+    the lowest held-out loss, if it is kept.
+    """
 
     trainable: Any
     opt_state: Any
-    losses: list[float]
-    seconds: list[float]
+    losses: Sequence[float]
+    seconds: Sequence[float]
+    evals: tuple[dict[str, Any], ...] = ()
+    best: Any = None
 
     @property
     def step(self) -> int:
@@ -107,137 +106,47 @@ def make_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+def advance(
+    step: Callable[..., tuple[Any, Any, jax.Array]], state: State, frozen: Any, batch: Batch
+) -> State:
+    """Take one step. It donates the arrays of `state`, so only the new state can be used."""
+    start = time.perf_counter()
+    trainable, opt_state, value = step(state.trainable, state.opt_state, frozen, batch)
+    loss = float(value)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of step {state.step + 1} is {loss}. Lower the learning rate."
+        )
+    losses = [*state.losses, loss]
+    seconds = [*state.seconds, time.perf_counter() - start]
+    return state._replace(trainable=trainable, opt_state=opt_state, losses=losses, seconds=seconds)
+
+
+def scored(state: State, score: dict[str, Any], keep_best: bool) -> State:
+    """Add an evaluation; with `keep_best`, keep the adapter if no other has a lower loss."""
+    state = state._replace(evals=(*state.evals, {"step": state.step, **score}))
+    if keep_best and state.step > 0 and best(state) is state.evals[-1]:
+        return state._replace(best=jax.tree.map(jnp.copy, state.trainable))  # steps donate theirs
+    return state
+
+
+def best(state: State) -> dict[str, Any]:
+    """The first evaluation with the lowest held-out loss after training began."""
+    return min(state.evals[1:], key=lambda score: score["loss"])
+
+
+def stale(state: State) -> int:
+    """How many evaluations there have been since the best one."""
+    return len(state.evals) - 1 - state.evals.index(best(state)) if state.evals[1:] else 0
+
+
 def fit(
     step: Callable[..., tuple[Any, Any, jax.Array]],
     state: State,
     frozen: Any,
     batches: Sequence[Batch],
 ) -> State:
-    """Train from `state` to the last batch or the first Ctrl-C; see the step of the result."""
-    trainable, opt_state, losses, seconds = state
-    losses, seconds = [*losses], [*seconds]
-    with interruptible() as asked, tqdm(total=len(batches), desc="train", unit="step") as bar:
-        bar.update(len(losses))
-        for batch in batches[len(losses) :]:
-            start = time.perf_counter()
-            trainable, opt_state, loss = step(trainable, opt_state, frozen, batch)
-            losses.append(float(loss))
-            seconds.append(time.perf_counter() - start)
-            speed = int((batch["segments"] > 0).sum() / seconds[-1])
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed} tokens/s")
-            bar.update()
-            if asked.is_set():
-                break
-    return State(trainable, opt_state, losses, seconds)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Make the first Ctrl-C a request: a step that donates its inputs must run to its end."""
-    asked = threading.Event()
-
-    def ask(*_: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)  # the second Ctrl-C interrupts as usual
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def save_state(folder: Path, state: State, notes: dict[str, Any]) -> None:
-    """Save under `folder` with Orbax, which renames it into place; the state before it is kept."""
-    leaves = jax.tree.leaves((state.trainable, state.opt_state))
-    arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
-    notes = {**notes, "losses": state.losses, "seconds": state.seconds}
-    notes["sha256"] = checksum(notes, arrays)  # Orbax has none
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
-        for step in manager.all_steps():
-            if step >= state.step:  # damaged: training has begun from one before it
-                manager.delete(step)
-        arguments = {"arrays": ocp.args.StandardSave(arrays), "notes": ocp.args.JsonSave(notes)}
-        manager.save(state.step, args=ocp.args.Composite(**arguments))
-
-
-def checksum(notes: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    """The SHA-256 of the notes and the arrays of a state."""
-    content = {name: value for name, value in notes.items() if name != "sha256"}
-    code = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for name, array in sorted(arrays.items()):
-        code.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return code.hexdigest()
-
-
-def load_notes(folder: Path) -> dict[str, Any] | None:
-    """The notes of the last state that has readable ones, or None if nothing was saved.
-
-    Raises ValueError if none of the states has.
-    """
-    steps = saved_steps(folder)
-    for step in steps:
-        with contextlib.suppress(Exception):
-            return read_notes(folder / str(step))
-    if steps:
-        raise ValueError(
-            f"`--resume`: no state in {folder} can be read: their notes are damaged. Start again "
-            "without --resume."
-        )
-    return None
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """The notes of one state; raises if they are not notes."""
-    notes = json.loads((folder / "notes" / "metadata").read_text(encoding="utf-8"))
-    if not isinstance(notes, dict) or not isinstance(notes.get("settings"), dict):
-        raise ValueError("its notes are not those of a state")
-    return notes
-
-
-def load_state(folder: Path, like: State) -> tuple[State, dict[str, Any]] | None:
-    """The last intact state that `save_state` wrote, in the structure of `like`, and its notes.
-
-    None if nothing was saved. Says so if it passes over a damaged state; raises ValueError if all
-    of them are.
-    """
-    leaves, treedef = jax.tree.flatten((like.trainable, like.opt_state))
-    shapes = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in enumerate(leaves)}
-    damaged = {}
-    for step in saved_steps(folder):
-        try:
-            arrays, notes = read_state(folder / str(step), shapes)
-        except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-            damaged[step] = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            continue
-        for other, why in damaged.items():
-            print(f"the state of step {other} is damaged ({why}); using that of step {step}")
-        trainable, opt_state = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in arrays])
-        return State(trainable, opt_state, notes["losses"], notes["seconds"]), notes
-    if damaged:
-        step, why = next(iter(damaged.items()))
-        raise ValueError(
-            f"`--resume`: no state in {folder} can be read; that of step {step} is damaged: {why}. "
-            "Start again without --resume."
-        )
-    return None
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a folder, the last one first; folders with other names are not states."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if re.fullmatch(r"0|[1-9]\d*", name)), reverse=True)
-
-
-def read_state(folder: Path, shapes: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """The arrays and notes of one state, verified."""
-    notes = read_notes(folder)
-    with ocp.StandardCheckpointer() as checkpointer:
-        target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        arrays = checkpointer.restore(folder.resolve() / "arrays", target)
-    code = checksum(notes, arrays)
-    # States written before there were checksums have none.
-    if notes.get("sha256", code) != code or len(notes["losses"]) != int(folder.name):
-        raise ValueError("its checksum differs")
-    return [arrays[name] for name in shapes], notes
+    """Train from `state` to the last batch, and do nothing else meanwhile."""
+    for batch in tqdm(batches[state.step :], desc="train", unit="step"):
+        state = advance(step, state, frozen, batch)
+    return state

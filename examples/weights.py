@@ -32,7 +32,7 @@ def load(model: str | None, layers: int | None = None) -> Model:
 
     `layers` keeps only the first layers, for a smoke test with real weights.
     """
-    path = fetch() if model is None else Path(model)
+    path = path_of(model)
     if not path.exists():
         raise FileNotFoundError(
             f"`--model {path}`: there is no such file or directory. Give a directory with "
@@ -52,6 +52,11 @@ def load(model: str | None, layers: int | None = None) -> Model:
             f"or does not fit the others ({type(error).__name__}: {str(error)[:200]})."
         ) from error
     return model
+
+
+def path_of(model: str | None) -> Path:
+    """Where `--model` is; the default is downloaded the first time."""
+    return fetch() if model is None else Path(model)
 
 
 def check_sizes(path: Path, model: Model) -> None:

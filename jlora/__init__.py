@@ -25,6 +25,7 @@ from jlora._partition import value_and_grad as value_and_grad
 from jlora._report import Explanation as Explanation
 from jlora._report import explain as explain
 from jlora._report import summary as summary
+from jlora._sharding import shardings as shardings
 from jlora._sharding import specs as specs
 from jlora._spec import LoraSpec as LoraSpec
 from jlora._tie import tie as tie
@@ -41,8 +42,8 @@ __all__ = [
     *("apply_updates", "arithmetic", "attach", "bank", "bind", "capture", "combine", "dequantize"),
     *("detach", "explain", "Explanation", "forms", "freeze", "FullArray", "initializers"),
     *("labels", "layouts", "lora", "LoraArray", "LoraSpec", "merge", "Moments", "optim"),
-    *("partition", "quant", "quantize", "specs", "summary", "tie", "transform", "unmerge"),
-    *("untie", "value_and_grad"),
+    *("partition", "quant", "quantize", "shardings", "specs", "summary", "tie", "transform"),
+    *("unmerge", "untie", "value_and_grad"),
 ]
 
 _foreign.hint_in(__name__)

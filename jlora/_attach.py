@@ -3,22 +3,22 @@
 import collections
 import functools
 import warnings
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora import forms
-from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
-from jlora._base import built, is_stored, stored_as
+from jlora._arrays import Geometry, is_adapted, is_leaf
+from jlora._base import is_stored, stored_as
+from jlora._begin import adapted, in_full
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_key, check_mapping, check_tree
 from jlora._nnx import Opened
 from jlora._paths import describe, is_bias, near_misses
+from jlora._placed import check_replicate
 from jlora._spec import LoraSpec, layout_of, resolve
 
 
@@ -28,6 +28,7 @@ def attach(
     *,
     key: PRNGKeyArray,
     layouts: Mapping[str, str] | None = None,
+    replicate: Sequence[str] = (),
 ) -> PyTree:
     """Replace each weight that a rule selects by a `LoraArray`: `W + s · A B`, initially W.
 
@@ -37,6 +38,13 @@ def attach(
     The key of a leaf is `key` folded with its path, so changing one rule never changes the A and B
     of another leaf. Where A B starts as part of W (`pissa`, `olora`, `milora`), the node's `base`
     is a new array, the residual `W - s · A B` in W's dtype; `detach` returns the residual.
+
+    On a mesh, A, B and the other parts are created where the weight is, sharded along the same axes
+    as it: stack axes in both, input axes in A, output axes in B; the rank is not sharded, nor are
+    the outputs of a B with slices, or an axis that its mesh axes do not divide. Their values do not
+    depend on the sharding. The weight is not copied, moved or gathered, except by initializers
+    that read it. A base of `ShapeDtypeStruct`s gives an adapter of `ShapeDtypeStruct`s, for
+    `jit(step).lower(...)`, and allocates nothing. See `jlora.shardings` for the training step.
 
     Flax's boxes (`nn.Partitioned`): each part of a node gets its own, with the names of the axes
     that it has, so `nn.get_partition_spec` and the like are right. In NNX, see `jlora.specs`.
@@ -52,6 +60,9 @@ def attach(
             layout in the spec takes precedence. Without either, 2-D weights are "io" and 4-D
             weights "iiio", as in Flax's Dense and Conv. Leaves named "weight", which Equinox
             stores (out, in), require a layout.
+        replicate: axes of the mesh along which A, B and the other parts are replicated, such as
+            `("fsdp",)`: usually those that the batch is sharded along. Without it, they are
+            sharded as the weight, which takes the least memory and the most (small) collectives.
 
     Returns:
         A tree of the same structure, with nodes in place of the selected leaves. A rank above
@@ -61,8 +72,9 @@ def attach(
         ValueError: a rule applies to no leaf; the initializer does not support the rank; a layout
             does not fit or is not known; a selected leaf is a vector or already adapted; two
             leaves have the same path; the initializer changes the base but the form's initial
-            update is zero.
-        TypeError: a selected leaf is not a floating-point array; `rules` is not a mapping.
+            update is zero; `replicate` names an axis that the mesh does not have.
+        TypeError: a selected leaf is not a floating-point array; `rules` is not a mapping;
+            `replicate` is not a tuple of names.
         KeyError: `layouts` has a path that is not in `params`.
 
     Example:
@@ -76,6 +88,7 @@ def attach(
     check_tree(params, "jlora.attach(params, rules)")
     if layouts is not None:
         check_mapping(layouts, "jlora.attach(layouts=...)", "jlora.layouts(fn, params, x)")
+    check_replicate(replicate, "jlora.attach(replicate=...)")
     layouts, opened = layouts or {}, Opened(params)
     leaves = leaves_with_paths(opened.tree, is_leaf)
     paths = [path for path, _ in leaves]
@@ -107,43 +120,10 @@ def attach(
             return leaf
         planned = plan[path]
         if planned is None:
-            # A real copy: the same buffer must not be donated twice.
-            return FullArray(leaf, jnp.array(leaf, copy=True))
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return _node(path, leaf_key, leaf, *planned)
+            return in_full(leaf)
+        return adapted(path, key, leaf, *planned, replicate)
 
     return opened.closed(map_with_paths(replace, opened.tree, is_leaf))
-
-
-def _node(path: str, key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str) -> LoraArray:
-    """Adapt one weight; the model is unchanged at first."""
-    lora_a, lora_b, *rest = _factors(key, weight, spec, layout)
-    if rest and is_stored(weight):
-        raise ValueError(
-            f"`jlora.attach`: the initializer of {describe(path, weight)} subtracts A B from the "
-            f"weight, but the weight is stored as `{stored_as(weight)}` and cannot change. "
-            "Omit `init`, or pass the array itself, `leaf.dequantize()`."
-        )
-    why = forms.named(spec.form).refusal("residual")
-    if rest and why is not None:
-        raise ValueError(
-            f'`jlora.attach`: the initializer of "{path}" subtracts A B from the weight, but with '
-            f'`form="{spec.form}"` {why}. Omit `init`, or pass an initializer that does not change '
-            "the weight."
-        )
-    geometry = Geometry.of(weight.shape, layout)
-    base, scaling = rest[0] if rest else weight, jnp.full(geometry.stack, spec.s, jnp.float32)
-    node = LoraArray(
-        base,
-        lora_a,
-        lora_b,
-        scaling,
-        layout,
-        spec.slices,
-        residual=bool(rest),
-        form=spec.form,
-    )
-    return forms.begun(node, spec.dora, jnp.dtype(spec.dtype))
 
 
 def _plan(
@@ -233,46 +213,3 @@ def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str
     if above:
         more = f" (also for {len(above) - 1} more leaves)" if len(above) > 1 else ""
         warnings.warn(f"{above[0]}{more}.", stacklevel=3)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _factors(
-    key: PRNGKeyArray, weight: PyTree, spec: LoraSpec, layout: str
-) -> tuple[ArrayLike, ...]:
-    """Call the initializer on `(in, out)` matrices, one per stack element, and reshape.
-
-    Returns A and B and, if the initializer changes the base, the residual.
-    """
-    geometry = Geometry.of(weight.shape, layout)
-    chosen = spec.init or forms.named(spec.form).init
-    init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
-    matrices, keys = geometry.to_matrix(built(weight)), key
-    if geometry.stack:
-        keys = jax.random.split(key, geometry.stack)
-    if spec.slices is not None:
-        init = _sliced(init, spec.slices, geometry)
-    for _ in geometry.stack:
-        init = jax.vmap(init)
-    shapes = forms.factor_shapes(geometry, spec.rank, spec.slices)
-    a, b, *rest = init(keys, matrices)
-    return a.reshape(shapes[0]), b.reshape(shapes[1]), *map(geometry.from_matrix, rest)
-
-
-def _sliced(
-    init: Callable[..., tuple[Array, ...]], slices: tuple[tuple[int, int], ...], geometry: Geometry
-) -> Callable[[PRNGKeyArray, Array], tuple[Array, ...]]:
-    """Initialize each range of outputs as a separate weight."""
-    per = geometry.fan_out // geometry.out_dims[0]  # columns per element of the sliced dimension
-
-    def run(key: PRNGKeyArray, matrix: Array) -> tuple[Array, ...]:
-        keys = jax.random.split(key, len(slices))
-        columns = [slice(start * per, stop * per) for start, stop in slices]
-        parts = [init(k, matrix[:, some]) for k, some in zip(keys, columns, strict=True)]
-        a, b = (jnp.concatenate([p[k] for p in parts], axis=1) for k in (0, 1))
-        if len(parts[0]) == 2:
-            return a, b
-        for some, part in zip(columns, parts, strict=True):
-            matrix = matrix.at[:, some].set(part[2])
-        return a, b, matrix
-
-    return run

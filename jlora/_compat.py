@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Primitive
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
@@ -97,6 +98,25 @@ def in_mesh_of(x: ArrayLike) -> Any:
     if AxisType.Explicit in mesh.axis_types and mesh != jax.sharding.get_abstract_mesh():
         return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext()
+
+
+def is_explicit(x: ArrayLike) -> bool:
+    """Whether the type of an array has a sharding, along explicit axes of a mesh."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def sharded_like(x: Any, like: ArrayLike) -> Any:
+    """Give an array the sharding of another that it has the shape of, or is broadcast to.
+
+    It is returned as it is unless the types of arrays have shardings.
+    """
+    if not is_explicit(like):
+        return x
+    sharding = jax.typeof(like).sharding
+    sizes = zip(x.shape, jnp.shape(like), sharding.spec, strict=True)
+    spec = PartitionSpec(*(names if size == full else None for size, full, names in sizes))
+    to = NamedSharding(sharding.mesh, spec)
+    return x if jax.typeof(x).sharding == to else jax.reshard(x, to)
 
 
 def manual_axes(params: dict[str, Any]) -> Any:

@@ -34,8 +34,7 @@ def replacing(target: Path) -> Generator[Path]:
     removed at the end.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}-saving-", dir=target.parent))
-    lock = _locked(hidden, wait=True)
+    hidden, lock = _hidden(target)
     try:
         new = hidden / _NEW  # has default permissions; `hidden` is accessible to its owner only
         new.mkdir()
@@ -46,6 +45,17 @@ def replacing(target: Path) -> Generator[Path]:
         if not (hidden / _OLD).exists():  # otherwise it is the only copy
             shutil.rmtree(hidden, ignore_errors=True)
         _unlock(lock)
+
+
+def _hidden(target: Path) -> tuple[Path, int | None]:
+    """Make and lock a hidden directory; another one if the first is removed before it is locked."""
+    while True:
+        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}-saving-", dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = _locked(hidden, wait=True)
+            if hidden.exists():
+                return hidden, lock
+            _unlock(lock)
 
 
 def _exchange(new: Path, target: Path) -> None:
@@ -70,12 +80,7 @@ def _clear(target: Path, own: Path) -> None:
             continue
         with contextlib.suppress(OSError):
             lock = _locked(folder, wait=False)
-            # An empty directory may be about to be locked.
-            if lock is not None and {p.name for p in folder.iterdir()} in (
-                {_NEW},
-                {_OLD},
-                {_NEW, _OLD},
-            ):
+            if lock is not None and {p.name for p in folder.iterdir()} <= {_NEW, _OLD}:
                 shutil.rmtree(folder, ignore_errors=True)
             _unlock(lock)
 

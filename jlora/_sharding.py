@@ -1,22 +1,139 @@
-"""Partition specs of adapted parameters: those of the base, for each part by the axes it has."""
+"""Shardings and partition specs of adapted parameters, and of what is shaped like them."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey, keystr
 from jaxtyping import PyTree
 
-from jlora._arrays import FullArray, LoraArray, Tied, is_leaf
-from jlora._boxes import of_parts, unboxed
+from jlora._arrays import FullArray, LoraArray, Tied, is_adapted, is_leaf
+from jlora._boxes import unboxed
+from jlora._check import check_tree
 from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._placed import at_base, check_replicate, names_of_parts, sharding_of
+
+
+def shardings(params: PyTree, replicate: Sequence[str] = (), *, of: PyTree = None) -> PyTree:
+    """Return the sharding of each leaf, as `jlora.attach(base, ..., replicate=...)` chooses it.
+
+    A frozen weight has its own sharding. The parts of its update have that of the weight along the
+    axes that they share with it: stack axes in all, input axes in A, output axes in B; the rank,
+    the outputs of a B with slices and axes that do not divide evenly are not sharded.
+
+    What is shaped like parameters, such as gradients or the state of an optimizer, is sharded like
+    the parameters that it is `of`; the rest of it, such as a count of steps, is replicated. A
+    training step that is compiled once, for `jlora.freeze(tx)`, on any mesh:
+
+        params = jlora.attach(base, rules, key=key)
+        state = jax.eval_shape(tx.init, params)
+        at = jlora.shardings(params), jlora.shardings(state, of=params)
+        state = jax.jit(tx.init, out_shardings=at[1])(params)
+        step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*at, None))
+
+    With `trainable, frozen = jlora.partition(params)` replace the first `params` of the pair and
+    the argument of `tx.init` by `trainable`: `jlora.shardings(trainable, of=params)`.
+
+    Args:
+        params: a tree of arrays, or of `ShapeDtypeStruct`s with shardings, on one mesh. A leaf that
+            is not on the mesh is replicated over it. Without a mesh each leaf has its device.
+        replicate: axes of the mesh along which the parts of the update are replicated.
+        of: adapted parameters. With it, the leaves of `params` may be anywhere. A leaf belongs to
+            the parameter of the same shape whose path its own path ends with.
+
+    Returns:
+        A tree like `params` of `jax.sharding.Sharding`s, for `jax.device_put`, `in_shardings` and
+        `out_shardings` of `jax.jit`, and the structs that Orbax restores.
+
+    Raises:
+        ValueError: it is not known where a leaf is; `replicate` names an axis that the mesh does
+            not have.
+        TypeError: `replicate` is not a tuple of names.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from jlora import LoraSpec, attach, freeze
+        >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+        >>> at = NamedSharding(mesh, PartitionSpec("data", "model"))
+        >>> w = jax.device_put(jnp.ones((4, 6)), at)
+        >>> params = attach({"w": w}, {"w": LoraSpec(2)}, key=jax.random.key(0))
+        >>> [tuple(x.spec) for x in shardings(params)["w"].parts.values()]
+        [('data', None), (None, 'model')]
+        >>> state = freeze(optax.sgd(0.1, momentum=0.9)).init(params)
+        >>> tuple(shardings(state, ("data",), of=params)[0].trace["w"].lora_a.spec)
+        (None, None)
+    """
+    call = "jlora.shardings(params)"
+    check_replicate(replicate, call)
+    check_tree(params if of is None else of, call, "params" if of is None else "of")
+    known = params if of is None else of
+    found = _of_params(unboxed(known), replicate, call)
+    if of is None:
+        return found
+    leaves = zip(_leaves(unboxed(of)), jax.tree.leaves(found), strict=True)
+    places = {path: (x.shape, at) for (path, x), at in leaves}
+    everywhere = _everywhere(unboxed(of))
+
+    def like(path: tuple[str, ...], leaf: Any) -> Any:
+        ends = (path[k:] for k in range(len(path)))
+        shape, at = next((places[end] for end in ends if end in places), (None, None))
+        return at if shape == getattr(leaf, "shape", ()) else everywhere
+
+    return jax.tree.structure(params).unflatten([like(*pair) for pair in _leaves(params)])
+
+
+def _leaves(tree: PyTree) -> list[tuple[tuple[str, ...], Any]]:
+    """Return the path and the value of each leaf; the `value` of a box has the path of the box."""
+    return [
+        (tuple(keystr((key,), simple=True) for key in path if key != GetAttrKey("value")), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _of_params(params: PyTree, replicate: Sequence[str], call: str) -> PyTree:
+    everywhere = _everywhere(params)
+
+    def own(path: str, leaf: Any) -> Any:
+        found = sharding_of(leaf)
+        if everywhere is not None and not isinstance(found, NamedSharding):
+            return everywhere
+        found = getattr(leaf, "sharding", None) if found is None else found
+        if found is None:
+            raise ValueError(
+                f"`{call}`: {describe(path, leaf)} is on no device, and no other leaf is on a mesh "
+                "that it could follow. Put the weights there first: `jax.device_put(base, "
+                "NamedSharding(mesh, spec))`, or `jax.ShapeDtypeStruct(..., sharding=...)`."
+            )
+        return found
+
+    def node(path: str, leaf: Any) -> Any:
+        if not is_adapted(leaf) or leaf.base is None:
+            return map_with_paths(lambda _, x: own(path, x), leaf)
+        at = sharding_of(leaf.base)
+        if at is None:
+            return map_with_paths(lambda _, x: own(path, x), leaf)
+        base = map_with_paths(lambda _, x: own(path, x), leaf.base)
+        parts = dataclasses.replace(leaf, base=None)
+        return dataclasses.replace(at_base(parts, leaf.shape, at, replicate, call), base=base)
+
+    return map_with_paths(node, params, is_leaf)
+
+
+def _everywhere(params: PyTree) -> NamedSharding | None:
+    """Return the replicated sharding on the mesh of the parameters; None without a mesh."""
+    found = (sharding_of(x) for x in jax.tree.leaves(params))
+    mesh = next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> PyTree:
     """Derive the `PartitionSpec`s of adapted parameters from those of the base weights.
 
-    Stack axes go to A and B, input axes to A, output axes to B; the rank and the scaling are not
-    sharded. In trees with Flax's boxes, `nn.get_partition_spec(params)` gives the same. In NNX,
+    Stack axes go to A, B and the scaling, input axes to A, output axes to B; the rank and the
+    outputs of a B with slices are not sharded. `jlora.shardings` gives the same for weights that
+    are on a mesh. In trees with Flax's boxes, so does `nn.get_partition_spec(params)`. In NNX,
     `nnx.get_partition_spec(params)` gives the base's spec for all parts of a node, so pass that of
     the base here.
 
@@ -34,6 +151,7 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
     Raises:
         KeyError: a parameter has no spec.
         ValueError: a spec has more entries than its weight has axes.
+        TypeError: `replicate` is not a tuple of names.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -44,6 +162,7 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
         (('data', None), (None, 'model'))
     """
     call = "jlora.specs(params, base_specs)"
+    check_replicate(replicate, call)
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or _is_names(x)
     known = dict(leaves_with_paths(base_specs, is_spec))
 
@@ -77,16 +196,10 @@ def _is_names(x: object) -> bool:
 def _of_node(node: LoraArray, spec: Any, replicate: Sequence[str]) -> LoraArray:
     """Return the specs of all parts of a node, in the type of `spec`."""
     kind = PartitionSpec if isinstance(spec, PartitionSpec) else lambda *names: names
-    kept = [_without(entry, replicate) for entry in spec]
-    names = of_parts(node, (*kept, *(None,) * (len(node.shape) - len(kept))))
+    names = names_of_parts(node, (*spec, *(None,) * (len(node.shape) - len(spec))), replicate)
     parts = {
         name: value if value is None or isinstance(value, Tied) else kind(*names[name])
         for name, value in node.parts.items()
     }
-    return dataclasses.replace(node, base=spec, scaling=kind()).with_parts(parts)
-
-
-def _without(entry: Any, replicate: Sequence[str]) -> Any:
-    if isinstance(entry, tuple):
-        return tuple(name for name in entry if name not in replicate) or None
-    return None if entry in replicate else entry
+    scaling = kind(*names["scaling"])
+    return dataclasses.replace(node, base=spec, scaling=scaling).with_parts(parts)

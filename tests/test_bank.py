@@ -32,14 +32,14 @@ AXES = {
     **dict.fromkeys(("traced_index", "switch", "chosen_layer", "scaled_columns"), ((0, None), 0)),
     "short_axes": ((0, None), 0),
 }
-# Without an axis of examples, or with one of a fixed size. XLA on CPUs has no bfloat16 product for
-# the norm of DoRA's weights under `vmap` (dora_bfloat16).
+# Without an axis of examples, or with one of a fixed size.
 WITHOUT = {
     *("vector_input", "one_row", "broadcast", "scan_rows", "ragged", "two_of_one_shape"),
     "contracted_stack",
 }
 SAMPLE = {
     *("matmul", "weight_on_the_left", "tied", "conv_2d", "jit", "custom_vjp_weight", "dora_tied"),
+    "dora_bfloat16",
     *("product_of_weights", "nnx_linear", "lora_xs_scan_stacked", "vera_tied"),
 }
 STORED = {"matmul"}
@@ -57,7 +57,7 @@ def batched():
     """The cases with an axis of examples; what CI does not run of them, nightly does."""
     for case in CASES:
         name = plain_name(case)
-        if name in WITHOUT or name.startswith("shard_map") or case.name == "dora_bfloat16":
+        if name in WITHOUT or name.startswith("shard_map"):
             continue
         marks = () if case.name in SAMPLE else pytest.mark.nightly
         yield pytest.param(case, marks=marks, id=case.name)
@@ -92,6 +92,7 @@ def spread(axes, count):
     return axes if isinstance(axes, tuple) else (axes,) * count
 
 
+@pytest.mark.sample(4)
 @pytest.mark.filterwarnings("ignore:A rank above:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*rank.*min:UserWarning")
 @pytest.mark.parametrize("case", list(batched()))
@@ -160,6 +161,7 @@ def alone(fn, adapters, n, base=BASE):
 IDS = np.array([1, 0, -1, 2, 1, 0])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 @pytest.mark.parametrize("make", [unlike, with_dora])
 def test_unlike_adapters_in_one_batch(x, make):
@@ -186,6 +188,7 @@ def squares(fn):
     return lambda *args: (fn(*args) ** 2).sum()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 def test_gradients_are_those_of_the_adapters_alone(x):
     adapters, made = unlike(), bank.stack(unlike(), slots=5)
@@ -358,6 +361,7 @@ def weights_only():
     return found, bank.stack(found, slots=4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_an_id_for_each_token(weights_only, wrap):
     adapters, many = weights_only
@@ -402,6 +406,7 @@ def test_an_id_for_each_token_in_a_scanned_and_rearranged_model(weights_only):
 MIXED = ("matmul", "conv_2d", "product_of_weights")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", MIXED)
 def test_a_mixture_is_the_sum_of_the_updates(name):
     case = PLAIN[name]

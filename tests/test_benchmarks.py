@@ -71,6 +71,7 @@ def no_peers(monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("no_peers")
 def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY)
@@ -87,6 +88,7 @@ def test_step_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert rows["limit"]["ratio"] == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 def test_quant_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY._replace(blocks=1))
@@ -118,6 +120,7 @@ def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert found["training 2, 8 tokens each"]["map"]["memory over one"] > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("no_peers")
 def test_plots_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "TOKENS", [TINY, TINY._replace(time=32)])
@@ -129,6 +132,7 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("library", ["peft", "qwix"])
@@ -192,6 +196,7 @@ def test_qwix_is_judged():
     assert "without an adapter, silently: embedding" in found["tied"]["reason"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize("case", ["matmul", "scan_stacked", "cond", "nnx_linear", "scan_carried"])
 def test_a_dense_update_is_seen_and_a_wrong_one(case):
@@ -216,6 +221,7 @@ def test_a_dense_update_is_seen_and_a_wrong_one(case):
     assert not row["right"] and row["reason"].startswith("differs from the merged model")
 
 
+@pytest.mark.nightly
 def test_decode_runs():
     rows = decode.measure(llama.Config(64, 16, 32, 2, 2, 1, 8, 128), rounds=1)
     assert list(rows) == ["base", "jlora", "merged"] and rows["base"]["ratio"] == 1
@@ -231,6 +237,7 @@ def test_every_form_computes_the_same():
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     for name, value in {"TOKENS": (8,), "SHAPES": ((5, 7),), "RANKS": (2, 3)}.items():
         monkeypatch.setattr(forms, name, value)
@@ -246,6 +253,7 @@ def test_forms_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert "jlora over the best factored form: " in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_tracing_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracing, "LAYERS", 1)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests keep theirs
@@ -281,6 +289,7 @@ def test_the_default_variant_is_the_main_jobs():
     assert (spec.rank, spec.alpha, variant.lr) == (args.rank, args.alpha, args.lr)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Optax counts in integers
 def test_quality_does_what_is_missing(tmp_path, capsys):
     model = tiny_llama.write_model(tmp_path / "tiny", tiny_llama.TINY)

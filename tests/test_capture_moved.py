@@ -50,6 +50,7 @@ MOVED = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", MOVED)
 def test_what_is_done_to_a_weight_first(name):
     fn, params, seen = MOVED[name]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -140,11 +141,28 @@ def test_the_next_save_removes_what_a_killed_one_left(renames, tmp_path):
     mine = tmp_path / "x" / ".run-notebook"  # a folder of somebody's
     mine.mkdir()
     (mine / "new").mkdir()
+    (tmp_path / "x" / ".run-saving-begun").mkdir()  # killed as soon as it was made
     (tmp_path / "x" / ".run-saving-energy").mkdir()
     (tmp_path / "x" / ".run-saving-energy" / "thesis").mkdir()
     checkpoint.save(tmp_path / "x" / "run", adapted())
     assert {p.name for p in (tmp_path / "x").iterdir()} == {"run", mine.name, ".run-saving-energy"}
     assert outcome(tmp_path / "x" / "run", numbers(adapted()))
+
+
+def test_a_directory_that_another_save_removes_is_made_again(tmp_path, monkeypatch):
+    """Before it is locked it is empty, as one that a killed process left."""
+    make, made = tempfile.mkdtemp, []
+
+    def removed_once(**given):
+        made.append(Path(make(**given)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_once)
+    checkpoint.save(tmp_path / "run", adapted())
+    assert len(made) > 1 and [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert outcome(tmp_path / "run", numbers(adapted()))
 
 
 def test_what_another_save_is_writing_stays(tmp_path):

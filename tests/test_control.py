@@ -76,6 +76,7 @@ def test_a_carried_weight_that_becomes_another_thing_is_reported_and_right():
     agree(fn, params(), "materialize")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("carried", ["closed over", "handed on", "changed"])
 def test_each_lane_of_a_mapped_while_has_its_own_condition(carried):
     def fn(p, x):
@@ -238,6 +239,7 @@ def test_a_jitted_layer_is_walked_once_for_all_layers():
     assert len(traced) == 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("init", ["kaiming", "kaiming_rank", "gaussian", "a_zero"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("layout", ["io", "oi"])

@@ -62,6 +62,7 @@ RULES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", RULES)
 def test_a_custom_vjp_keeps_its_rule(name):
     agree(straight_through(RULES[name]), "materialize" if name == "of the weight" else "error")

@@ -93,6 +93,7 @@ def within_rounding(y, want, node, x):
     assert (np.abs(np.float64(y) - np.float64(want)) <= most).all()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_starts_unchanged(case, method):
@@ -120,6 +121,7 @@ def test_a_bfloat16_model_moves_by_roundings_only(seed):
     within_rounding(jlora.lora(dense)(begun, x), dense(base, x), begun["w"], x)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["ipm", "lora_ga"])
 def test_back_to_the_original_weights(case, method):

@@ -71,6 +71,7 @@ def paper(x):
     return jnp.expand_dims(x.extra["magnitude"], inputs(x)) * v / norm
 
 
+@pytest.mark.sample(4)
 @dtypes
 @every
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
@@ -90,6 +91,7 @@ def test_the_norm_makes_nothing_of_the_weights_shape():
     assert (3, 7) in made and (3, 11, 7) not in made
 
 
+@pytest.mark.sample(4)
 @every
 def test_the_gradient_is_the_papers(layout):
     x = node(LAYOUTS[layout], layout)
@@ -272,6 +274,7 @@ def test_slices_have_a_magnitude_for_every_output():
     np.testing.assert_allclose(got, X @ want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_inside_a_shard_map_the_norm_is_of_all_shards():
     """A weight split along its inputs has its columns on several devices."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
@@ -347,6 +350,7 @@ def test_a_magnitude_of_another_shape():
         jlora.merge(x)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["columns", "rows", "replicated"])
 @pytest.mark.parametrize("factors", [True, False], ids=["as_the_weight", "everywhere"])
 def test_explicit_shardings(name, factors):

@@ -145,6 +145,7 @@ def test_there_are_39_of_which_38_are_factored():
     assert len(NAMES) == 39 and materialized == ["r_weight_elementwise"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", sorted(FROM_THE_TABLE))
 def test_a_program_of_the_table_is_factored(name: str) -> None:
     """That it equals the merged model, in output and gradients, is held by the laws."""
@@ -153,6 +154,7 @@ def test_a_program_of_the_table_is_factored(name: str) -> None:
     assert report.materialized == case.materialized and not report.unused, f"\n{report}"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", sorted(MADE))
 def test_an_everyday_program(name: str) -> None:
     """Factored, and equal to the merged model in output and gradients."""

@@ -77,6 +77,7 @@ def close(got, want):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * max(1.0, float(jnp.abs(y).max())))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("fn", [by_helper, by_hand])
 def test_the_law(matmul, fn):
     register, call = matmul

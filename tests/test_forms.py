@@ -71,6 +71,7 @@ def papers(node):
     return 1.5 * a @ d @ b @ np.stack([np.diag(x) for x in of_b])
 
 
+@pytest.mark.sample(4)
 @every
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,6 +96,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.sample(3)
 @every
 def test_what_trains(form):
     node = attached(form)
@@ -123,6 +125,7 @@ def test_what_trains(form):
         assert bool((before == after).all()) == (name not in TRAINED[form]), name
 
 
+@pytest.mark.sample(4)
 @every
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 def test_the_first_step_moves_the_model(form, dora):
@@ -150,6 +153,7 @@ def test_veras_factors_have_the_papers_bounds():
         np.testing.assert_allclose(x.var(), bound**2 / 3, rtol=0.03)
 
 
+@pytest.mark.sample(2)
 @every
 def test_a_checkpoint_is_exact(form, tmp_path):
     node = moved(attached(form, (3, 11, 7), dora=True))
@@ -159,6 +163,7 @@ def test_a_checkpoint_is_exact(form, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, got, node)
 
 
+@pytest.mark.sample(4)
 @every
 def test_vmap_over_adapters(form):
     base, one = jlora.detach({"w": moved(attached(form))})

@@ -32,6 +32,7 @@ def zero(tree):
     return bool(leaves) and not any(np.any(np.asarray(x, np.float64)) for x in leaves)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", EACH, ids=repr)
 def test_gradients_are_the_merged_models_where_it_trains_and_zero_elsewhere(case):
     params = adapted(case)

@@ -32,13 +32,14 @@ from jlora import (
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
-    {"_paths", "_compat", "_disk", "_foreign"},
+    {"_paths", "_compat", "_disk", "_foreign", "_processes"},
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
-    {"_adapt", "_attach", "_placed", "_report", "_sharding"}
+    {"_adapt", "_adapters", "_attach", "_begin", "_placed", "_report", "_sharding"}
     | {"arithmetic", "bank", "optim", "transform"},
     {"bitsandbytes", "checkpoint", "gguf", "peft"},
+    {"cli", "__main__"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"} | {
@@ -49,7 +50,7 @@ PUBLIC = {
     *("arithmetic", "bank", "optim", "forms", "Moments", "capture"),
     *("bind", "merge", "unmerge", "partition", "combine", "labels", "freeze", "lora", "layouts"),
     *("summary", "explain", "tie", "untie", "value_and_grad", "apply_updates", "specs"),
-    *("quant", "quantize", "dequantize"),
+    *("quant", "quantize", "dequantize", "shardings"),
 }
 SPACES = [jlora, arithmetic, bank, forms, initializers, optim, quant, transform]
 SPACES += [bitsandbytes, checkpoint, gguf, peft]

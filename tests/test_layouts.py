@@ -90,6 +90,7 @@ LOOKUPS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_a_matrix_for_each_token_is_a_stack_of_experts(name):
     fn, base = LOOKUPS[name], {"w": w(3, 8, 4)}

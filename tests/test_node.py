@@ -42,6 +42,7 @@ def test_the_repr_of_a_node_is_short():
     assert repr(jlora.detach(params)[1]["w"]).startswith("LoraArray(base=None, lora_a=")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", ["lora", "vera", "lora_xs", "adalora"])
 def test_whatever_a_node_holds(form):
     """Shapes, tracers, labels, halves, ties, objects and arrays that were donated."""

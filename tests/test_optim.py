@@ -114,6 +114,7 @@ def moved(after, before):
 # Geometry: a stack, a slice, a layout are bookkeeping only.
 
 
+@pytest.mark.sample(4)
 @weights
 @optimizers
 def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices):
@@ -128,6 +129,7 @@ def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices)
         whole, alone = optax.apply_updates(whole, updates), optax.apply_updates(alone, each)
 
 
+@pytest.mark.sample(4)
 @weights
 @optimizers
 def test_no_array_of_the_deltas_shape(make, shape, layout, slices):
@@ -169,6 +171,7 @@ BOTH = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("given", BOTH.values(), ids=BOTH)
 @optimizers
 def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):
@@ -192,6 +195,7 @@ def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):
     close(got["freeze"], got["partition"], 1e-4)
 
 
+@pytest.mark.sample(3)
 @optimizers
 def test_the_state_is_in_float32_and_updates_in_the_gradients_dtype(make):
     params = jlora.partition(attached(dtype=jnp.bfloat16))[0]
@@ -205,6 +209,7 @@ def test_the_state_is_in_float32_and_updates_in_the_gradients_dtype(make):
     close(jax.tree.map(lambda x: x.astype(jnp.float32), updates), exact, 0.02)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["lora_plus", "riemannian", "lora_rite"])
 def test_all_else_goes_to_adam(name):
     params = attached(dora=True)

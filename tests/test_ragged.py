@@ -65,6 +65,7 @@ def test_over_adapters_and_their_bases(dora, mode):
 WRAPS = {"eager": lambda f: f, "jit": jax.jit, "grad": lambda f: jax.grad(lambda a: f(a).sum())}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("fn", [layer, two_layers])
 def test_a_base_is_not_repeated(fn, wrap):

@@ -65,6 +65,7 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.sample(4)
 @every
 @weights
 def test_residual_and_factors_are_the_weight(init, shape, layout, slices):
@@ -78,6 +79,7 @@ def test_residual_and_factors_are_the_weight(init, shape, layout, slices):
         np.testing.assert_array_equal(node.base[:, 5:10], base["w"][:, 5:10])
 
 
+@pytest.mark.sample(4)
 @every
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32_factors", "bfloat16_factors"])
 def test_a_bfloat16_weight_costs_one_rounding_of_the_residual(init, narrow):
@@ -131,6 +133,7 @@ def trained(params):
     return jlora.combine(moved, frozen)
 
 
+@pytest.mark.sample(3)
 @every
 def test_the_model_starts_as_it_was_and_only_the_factors_train(init):
     base = {"up": drawn((6, 9)), "layers": drawn((2, 9, 9)) / 3}
@@ -158,6 +161,7 @@ def test_the_model_starts_as_it_was_and_only_the_factors_train(init):
         assert not np.array_equal(after[path].lora_b, params[path].lora_b)
 
 
+@pytest.mark.sample(4)
 @every
 @weights
 def test_conversion_to_plain_lora(init, shape, layout, slices):

@@ -136,6 +136,7 @@ def test_an_inner_jit_keeps_its_shardings(where):
         assert got.sharding.is_equivalent_to(want.sharding, 3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("split", [P(None, "model"), P("model")])
 def test_shards_that_are_sent_around(split, check):

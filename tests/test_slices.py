@@ -26,6 +26,7 @@ def tree(layout, shape, slices=SLICES):
     return base, jax.tree.map(lambda x: x + 0.1, params)
 
 
+@pytest.mark.sample(3)
 @every
 def test_only_the_slices_are_updated(layout, shape, formula):
     _, params = tree(layout, shape)
@@ -40,6 +41,7 @@ def test_only_the_slices_are_updated(layout, shape, formula):
     assert trained == f"{stack * (11 * 4 + 2 * 11 * rest):,}"
 
 
+@pytest.mark.sample(3)
 @every
 def test_the_law_and_its_gradient(layout, shape, formula):
     _, params = tree(layout, shape)
@@ -82,6 +84,7 @@ def test_one_slice_over_all_is_the_plain_update():
     assert jnp.array_equal(jlora.merge(node), jlora.merge(plain))
 
 
+@pytest.mark.sample(3)
 @every
 def test_a_checkpoint_keeps_them(layout, shape, formula, tmp_path):
     _, params = tree(layout, shape)

@@ -33,6 +33,7 @@ CHANGED = (
 )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "case",
     [
@@ -262,6 +263,7 @@ PRODUCTS: dict[str, tuple[Callable[[Any, Any], Any], tuple[int, ...], Any]] = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_format_owns_its_product(name):
     fn, shape, asked = PRODUCTS[name]

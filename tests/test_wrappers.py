@@ -101,6 +101,18 @@ OUTSIDE = {
         optax.chain(optax.add_decayed_weights(0.1), jlora.freeze(optax.sgd(0.05))),
         INSIDE["decay"],
     ),
+    "linesearch": (
+        chain(jlora.freeze(optax.sgd(1.0)), optax.scale_by_backtracking_linesearch(5)),
+        INSIDE["linesearch"],
+    ),
+    "sam": (
+        optax.contrib.sam(
+            jlora.freeze(optax.sgd(0.05)),
+            chain(optax.contrib.normalize(), optax.sgd(0.02)),
+            opaque_mode=True,
+        ),
+        INSIDE["sam"],
+    ),
 }
 
 
@@ -123,6 +135,7 @@ def same(got, want, before):
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (got, before)), strict=True))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_of_freeze_it_trains_the_adapter_as_alone(name):
     params, loss = program()
@@ -130,6 +143,7 @@ def test_inside_of_freeze_it_trains_the_adapter_as_alone(name):
     same(got, alone(name, INSIDE[name], params, loss), params)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_outside_of_freeze_it_trains_the_adapter_as_alone(name):
     params, loss = program()

@@ -87,6 +87,7 @@ TABLE = {
         "jlora.attach(base, spec, key=key)": "pass a mapping from regular expressions to specs",
         "jlora.attach(base, base, key=key)": "has the value {'bias': float32[6], 'kernel",
         "jlora.attach(base, rules, key=0)": "the key is 0. Pass one PRNG key, `key=jax.random.key(",
+        "jlora.arithmetic.dare([params], [1.0], density=0.5, key=0)": "the key is 0. Pass one PRNG",
         "jlora.attach(base, rules, key=jax.random.split(key))": "the key is key<fry>[2]. Pass one",
         "jlora.attach(base, rules, key=key, layouts='io')": "got 'io'. Pass a mapping, such as `jl",
         "jlora.quantize(base, 'nf4')": "pass a mapping from regular expressions to formats, e.g. `",

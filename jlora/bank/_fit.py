@@ -7,19 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from jlora import _compat, forms
-from jlora._arrays import Adapted, FullArray, LoraArray, Tied, is_adapted
-from jlora._paths import leaves_with_paths, near_misses
+from jlora._arrays import FullArray, LoraArray
+from jlora._paths import near_misses
 from jlora.forms.dora import MAGNITUDE
 
 Nodes = Mapping[str, Any]
-
-
-def is_slot(x: object) -> bool:
-    """Whether `x` is one leaf of an adapter: a node, or None where nothing is adapted."""
-    return x is None or is_adapted(x)
 
 
 def module(*arrays: Any) -> Any:
@@ -27,34 +21,6 @@ def module(*arrays: Any) -> Any:
     if any(map(_compat.is_traced, arrays)):
         return jnp
     return np if all(getattr(x, "is_fully_addressable", True) for x in arrays) else jnp
-
-
-def nodes_of(adapter: PyTree, call: str) -> dict[str, Adapted]:
-    """Return an adapter's nodes by path; refuse those that no other adapter's base fits."""
-    nodes = {p: x for p, x in leaves_with_paths(adapter, is_adapted) if is_adapted(x)}
-    if not nodes:
-        raise ValueError(
-            f"`{call}`: there is no `LoraArray` or `FullArray` in it. Pass an adapter: "
-            "`base, adapter = jlora.detach(params)`."
-        )
-    for path, node in nodes.items():
-        parts = {"value": node.value} if isinstance(node, FullArray) else node.parts
-        if any(isinstance(x, Tied) for x in parts.values()):
-            raise ValueError(
-                f'`{call}`: "{path}" is tied: a part of it is another node\'s. Pass the adapter '
-                "of `jlora.untie(params)`."
-            )
-        if any(x is None for x in parts.values()) or getattr(node, "scaling", 0) is None:
-            raise ValueError(
-                f'`{call}`: parts of "{path}" are missing. Put them back first: '
-                "`jlora.combine(trainable, frozen)`."
-            )
-        if isinstance(node, LoraArray) and node.residual:
-            raise ValueError(
-                f'`{call}`: the base of "{path}" is a residual, which no other adapter has. '
-                "Convert it first: `jlora.arithmetic.residual_to_lora(params, initial, base)`."
-            )
-    return nodes
 
 
 def template(nodes: Sequence[Any], rank: int | None) -> Any:

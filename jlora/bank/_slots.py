@@ -15,12 +15,13 @@ from jaxtyping import Array, PyTree
 
 from jlora import _compat, forms
 from jlora._adapt import detach, same_paths
+from jlora._adapters import is_slot, nodes_of
 from jlora._arrays import FullArray, is_adapted
 from jlora._base import built, is_stored
 from jlora._boxes import leaves_with_paths, map_with_paths, unboxed
 from jlora._partition import has_adapted
 from jlora._paths import describe
-from jlora.bank._fit import fitted, is_slot, module, nodes_of, resized, template, without_gain
+from jlora.bank._fit import fitted, module, resized, template, without_gain
 from jlora.forms.dora import MAGNITUDE
 
 

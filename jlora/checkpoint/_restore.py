@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,28 @@ from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._disk import digest, unseal
 from jlora._paths import describe, near_misses
-from jlora._placed import placed
+from jlora._placed import check_replicate, placed
 from jlora._tie import untie
-from jlora.checkpoint._save import ARRAYS, INDEX
+from jlora.checkpoint._save import ARRAYS, INDEX, alone
 
 
-def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
+def restore(
+    directory: str | os.PathLike[str], params: PyTree, replicate: Sequence[str] = ()
+) -> PyTree:
     """Restore a saved adapter onto base weights, bit for bit, verified by checksums.
+
+    In a program of several processes each of them reads and verifies the files, and puts its own
+    shards on its devices.
 
     Args:
         directory: what `save` wrote.
         params: base parameters, plain or adapted (their adapter is ignored). An adapter over a
             residual requires that residual: recreate the initial parameters of the training run.
+        replicate: as for `jlora.attach`.
 
     Returns:
-        The adapted parameters. Base weights are not copied. Each A and B is on the devices of its
-        base and, on a mesh, sharded as the base: input axes in A, output axes in B, stack axes in
-        both.
+        The adapted parameters. Base weights are not copied. A, B and the other parts are placed as
+        by `jlora.attach(base, ..., replicate=...)`.
 
     Raises:
         FileNotFoundError: `directory` is not a checkpoint.
@@ -47,6 +52,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
     check_directory(directory, "jlora.checkpoint.restore(directory, params)")
     call = f"jlora.checkpoint.restore({str(directory)!r}, params)"
     check_tree(params, call)
+    check_replicate(replicate, call)
     source = Path(directory).absolute()
     index, checked = _read_index(source, call)
     base = detach(params)[0]
@@ -60,7 +66,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
         )
     _same_bases(index, dict(leaves_with_paths(params, is_adapted)), call)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             metadata = checkpointer.metadata(source / ARRAYS).item_metadata.tree
             _verify_shapes(metadata, checked)  # before anything is allocated
             target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metadata)
@@ -72,7 +78,7 @@ def restore(directory: str | os.PathLike[str], params: PyTree) -> PyTree:
         ) from error
     _verify_values(arrays, checked, index, call)
     nodes = {
-        path: placed(_node(path, leaves[path], entry, arrays, call), leaves[path])
+        path: placed(_node(path, leaves[path], entry, arrays, call), leaves[path], replicate, call)
         for path, entry in index.items()
     }
     adapter = map_with_paths(lambda path, _: nodes.get(path), base, is_leaf)

@@ -1,6 +1,7 @@
 """Save an adapter: its arrays, and an index with their paths, kinds, layouts and checksums."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jlora._arrays import Adapted, LoraArray, Tied, is_adapted
 from jlora._boxes import leaves_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._disk import digest, replacing, seal
+from jlora._processes import gathered, in_first
 
 INDEX = "jlora.json"
 ARRAYS = "arrays"
@@ -20,6 +22,9 @@ ARRAYS = "arrays"
 
 def save(directory: str | os.PathLike[str], params: PyTree) -> None:
     """Save the adapter of `params`, without the base weights.
+
+    In a program of several processes each of them calls `save`. Arrays that are sharded over
+    processes are gathered one by one, and process 0 writes.
 
     Args:
         directory: the target; an existing checkpoint is replaced by a rename once the new one is
@@ -30,6 +35,7 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         ValueError: nothing is adapted; a part of a node is missing (`jlora.partition`);
             `directory` contains something other than a checkpoint, is a file or is the current
             directory.
+        RuntimeError: in the other processes, if process 0 raises.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -54,7 +60,7 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
             f"`{call}`: nothing in `params` is adapted. "
             "Pass what `jlora.attach` returned, not the merged or the base weights."
         )
-    _refuse_target(target, call)
+    in_first(lambda: _refuse_target(target, call), call)
     for path, node in nodes.items():
         _refuse_part(path, node, call)
     arrays, index = {}, {}
@@ -73,11 +79,22 @@ def save(directory: str | os.PathLike[str], params: PyTree) -> None:
         else:
             index[path] = {"kind": "full", "leaf": str(n)}
             arrays[str(n)] = {"value": node.value}
+    arrays = gathered(arrays)
+    in_first(lambda: _write(target, arrays, index), call)
+
+
+def _write(target: Path, arrays: Mapping[str, Any], index: Mapping[str, Any]) -> None:
     checked = {leaf: {p: _entry(x) for p, x in parts.items()} for leaf, parts in arrays.items()}
     with replacing(target) as new:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             checkpointer.save(new / ARRAYS, arrays)
         (new / INDEX).write_text(seal({"version": 2, "leaves": index, "arrays": checked}))
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """Return the options under which Orbax does not wait for other processes."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, {own}, f"jlora-{own}")
 
 
 def _entry(x: Array | np.ndarray) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def gain(node: LoraArray) -> Float[Array, "..."]:
         square, size = lax.psum((square, size), sorted(split))
     norm = _root(square, size)
     has = norm > 0
-    m = jnp.asarray(node.extra[MAGNITUDE], norm.dtype)
+    m = _compat.sharded_like(jnp.asarray(node.extra[MAGNITUDE], norm.dtype), norm)
     return jnp.where(has, m / jnp.where(has, norm, 1.0), 1.0)
 
 
@@ -92,13 +92,19 @@ def _squares(w: PyTree, a: Array, b: Array, s: Array, layout: str) -> tuple[Arra
         )
 
     wide_a, b = a.astype(wide), b.astype(wide)
-    # W comes first: XLA on CPUs does not support bfloat16 products whose second operand has
-    # several free axes.
-    wa = [dot(f"{dims},{of_a}->{out}R", w, x) for x in _in_dtype(a, w.dtype)]
+    terms = _in_dtype(a, w.dtype)
+    # XLA on CPUs does not support bfloat16 products whose second operand has several free axes:
+    # those of outputs in heads, or of A under a `vmap` over adapters. There W comes second, and the
+    # rank before the outputs: a transpose is folded into the product by swapping its operands.
+    if len(along("o")) > 1:
+        turned, wa = f"{out}R", [dot(f"{dims},{of_a}->{out}R", w, x) for x in terms]
+    else:
+        turned = f"{stack}R{along('o')}"
+        wa = [dot(f"{of_a},{dims}->{turned}", x, w) for x in terms]
     aa = dot(f"{of_a},{along(AXES['lora_a'], rank='S')}->{stack}RS", wide_a, wide_a)
     aab = dot(f"{stack}RS,{along(AXES['lora_b'], rank='S')}->{of_b}", aa, b)
     ww = dot(f"{dims},{dims}->{out}", w, w)
-    cross = dot(f"{of_b},{out}R->{out}", b, functools.reduce(lax.add, wa))
+    cross = dot(f"{of_b},{turned}->{out}", b, functools.reduce(lax.add, wa))
     abab = dot(f"{of_b},{of_b}->{out}", b, aab)
     s = s.astype(wide)
     s = s.reshape(*s.shape, *(1,) * (ww.ndim - s.ndim)) if s.ndim else s

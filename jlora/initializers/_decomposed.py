@@ -84,11 +84,11 @@ def pissa(
     if niter is None:
         u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
     else:
-        u, s, vt = _svd_of_a_range(key, wide, rank, niter)
+        u, s, vt = svd_of_a_range(key, wide, rank, niter)
     return share(weight, u[:, :rank], s[:rank], vt[:rank], scaling, dtype)
 
 
-def _svd_of_a_range(
+def svd_of_a_range(
     key: PRNGKeyArray, weight: Array, rank: int, niter: int
 ) -> tuple[Array, Array, Array]:
     """Compute a randomized SVD of W, with `niter` subspace iterations."""

@@ -7,13 +7,13 @@ loralib's Conv2d    W = B A read as (out, in, k, k), A (r·k, in·k), B (out·k,
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import forms
-from jlora._arrays import FullArray, Geometry, LoraArray
+from jlora._arrays import Geometry, LoraArray
 from jlora._spec import LoraSpec
 from jlora.peft._names import Place
 from jlora.peft._tensors import in_torch_order, shapes
@@ -125,21 +125,6 @@ class Shaped:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape, self.ndim, self.dtype = shape, len(shape), ""
-
-
-def shape_of(node: Any) -> tuple[int, ...]:
-    """Return the shape of a weight, also for a detached adapter."""
-    if not isinstance(node, LoraArray):
-        return tuple(np.shape(node.value if isinstance(node, FullArray) else node))
-    if node.slices is not None:  # B is narrower than the weight
-        return tuple(node.base.shape)
-    ins, outs = node.layout.count("i"), node.layout.count("o")
-    stack = node.lora_a.shape[: node.lora_a.ndim - ins - 1]
-    sides = {
-        "i": iter(node.lora_a.shape[len(stack) : len(stack) + ins]),
-        "o": iter(node.lora_b.shape[node.lora_b.ndim - outs :]),
-    }
-    return (*stack, *(next(sides[letter]) for letter in node.layout))
 
 
 def unrolled(node: LoraArray, depth: int) -> LoraArray:

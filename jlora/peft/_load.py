@@ -16,7 +16,7 @@ from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import brief
-from jlora._placed import placed
+from jlora._placed import check_replicate, placed
 from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import (
     CONFIG,
@@ -50,6 +50,7 @@ def load(
     target_parameters: Collection[str] | None = None,
     alpha: Alpha | None = None,
     dtype: DTypeLike | None = jnp.float32,
+    replicate: Sequence[str] = (),
 ) -> PyTree:
     """Attach an adapter in PEFT's format to base weights: `W + s · A B` with `A = lora_A.weightᵀ`.
 
@@ -86,10 +87,11 @@ def load(
         alpha: α for files without adapter_config.json, such as loralib's; "rank" for α equal to
             each module's rank, so that s is 1.
         dtype: the dtype of A, B and m; None keeps the file's.
+        replicate: as for `jlora.attach`.
 
     Returns:
         The adapted parameters. The base weights are the same arrays as in `params`, except
-        residuals. Each A and B is on the devices of its base, sharded along the same axes.
+        residuals. A and B are placed as by `jlora.attach(base, ..., replicate=...)`.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -106,6 +108,7 @@ def load(
     check_directory(directory, "jlora.peft.load(directory, params)")
     call = f"jlora.peft.load({str(directory)!r}, params)"
     check_tree(params, call)
+    check_replicate(replicate, call)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"`{call}`: dtype={jnp.dtype(dtype).name} is not a floating type, and A and B train. "
@@ -142,7 +145,7 @@ def load(
     nodes |= {path: _full(parts, by_path[path]) for path, parts in plan.full.items()}
     nodes |= with_tokens(plan.tokens, by_path)
     nodes |= _biases(plan, by_path, nodes)
-    nodes = {path: placed(node, by_path[path]) for path, node in nodes.items()}
+    nodes = {p: placed(node, by_path[p], replicate, call) for p, node in nodes.items()}
     adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base)
     return bind(base, adapter_tree)
 

@@ -1,9 +1,7 @@
 """Save adapters in PEFT's format; every tensor and key is checked before a file is touched."""
 
 import dataclasses
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,15 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora import forms
+from jlora._adapters import shape_of
 from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import near_misses
-from jlora.peft._config import CONFIG, PICKLE, TENSORS, alpha_of
+from jlora._processes import gathered, in_first
+from jlora.peft._config import alpha_of
 from jlora.peft._describe import Adapted, describe_adapter
-from jlora.peft._forms import Shaped, equal_ranges, shape_of, unrolled
+from jlora.peft._forms import Shaped, equal_ranges, unrolled
 from jlora.peft._keys import BIAS, Found, declare, in_order, order_of
 from jlora.peft._methods import bare, of_lora
 from jlora.peft._names import (
@@ -36,8 +36,9 @@ from jlora.peft._names import (
     refuse_variants,
 )
 from jlora.peft._spell import PREFIX
-from jlora.peft._tensors import full_to_torch, in_dtype, parts_of, to_torch, write
+from jlora.peft._tensors import full_to_torch, in_dtype, parts_of, to_torch
 from jlora.peft._tokens import take_tokens
+from jlora.peft._write import write
 
 
 def save(
@@ -55,7 +56,8 @@ def save(
     """Save an adapter in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
     PEFT and transformers load these files. They are written to a temporary directory, then renamed
-    into place. An existing adapter is replaced; other files in the folder are kept.
+    into place. An existing adapter is replaced; other files in the folder are kept. In a program of
+    several processes each of them calls `save`, and process 0 writes.
 
     Variants that PEFT's LoRA lacks are written as LoRA with the same update: slices become one A
     and B, and matrices or scales between A and B (`LoraSpec(form="lora_xs")`, "vera", "adalora")
@@ -118,7 +120,8 @@ def save(
     check_kinds(kinds or {}, call)
     for path, node in adapted.items():
         _check(path, node, call)
-    attached = adapted
+    leaves = [(path, _gathered(node)) for path, node in leaves]
+    attached = adapted = {path: node for path, node in leaves if is_adapted(node)}
     if peft_type != "LORA":
         leaves = [(path, bare(path, node, peft_type, call)) for path, node in leaves]
     leaves = [(path, _as_peft(path, node, (kinds or {}).get(path), call)) for path, node in leaves]
@@ -139,8 +142,7 @@ def save(
     }
     known = dict(layouts or {})
     known |= {path: x.layout for path, x in adapted.items() if isinstance(x, LoraArray)}
-    order = order_of(names, declared, found)
-    where = Found(found, known, dict(kinds or {}), declared=order)
+    where = Found(found, known, dict(kinds or {}), declared=order_of(names, declared, found))
     parts = _parts(where, adapted, config, call)
     fulls = _fulls(where, adapted, call)
     if config.get("lora_bias"):
@@ -158,7 +160,15 @@ def save(
     }
     tensors |= {PREFIX + spelled[place.name]: x for place, x in fulls.items()}
     tensors |= {PREFIX + name: x for name, x in rows.items()}
-    _write(Path(directory), in_dtype(tensors, dtype, call), entries)
+    written = in_dtype(tensors, dtype, call)
+    in_first(lambda: write(Path(directory), written, entries), call)
+
+
+def _gathered(node: Any) -> Any:
+    """Gather what is sharded over several processes, except the base of a `LoraArray`."""
+    if not isinstance(node, LoraArray):
+        return gathered(node) if is_adapted(node) else node
+    return dataclasses.replace(gathered(dataclasses.replace(node, base=None)), base=node.base)
 
 
 def _check(path: str, node: LoraArray | FullArray, call: str) -> None:
@@ -315,16 +325,3 @@ def _with_biases(
         made[place] = one._replace(tensors={**one.tensors, BIAS: ((value - base) / s).reshape(-1)})
         left.pop(of)
     return made, left
-
-
-def _write(folder: Path, tensors: Mapping[str, np.ndarray], entries: Mapping[str, Any]) -> None:
-    """Write to a temporary directory and rename; a configuration never meets other tensors."""
-    text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=folder) as temporary:
-        write(Path(temporary) / TENSORS, tensors)
-        (Path(temporary) / CONFIG).write_text(text, encoding="utf-8")
-        (folder / CONFIG).unlink(missing_ok=True)
-        (Path(temporary) / TENSORS).replace(folder / TENSORS)
-        (Path(temporary) / CONFIG).replace(folder / CONFIG)
-        (folder / PICKLE).unlink(missing_ok=True)

@@ -7,7 +7,6 @@ lora_magnitude_vector (out,) = m, of DoRA's; a convolution's is (1, out, 1...)
 E experts:    A (E·r, in) expert by expert, B (out, r·E) with the expert running fastest
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,12 +85,6 @@ def _cast(key: str, x: np.ndarray, dtype: DTypeLike, call: str) -> np.ndarray:
             "`dtype=jnp.bfloat16`, which has float32's, or leave it out."
         )
     return y
-
-
-def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors as PEFT does, made contiguous because the writer ignores strides."""
-    contiguous = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
-    safetensors.numpy.save_file(contiguous, os.fspath(file), metadata={"format": "pt"})
 
 
 def shapes(geometry: Geometry, rank: int, kind: str, groups: int = 1) -> dict[str, tuple[int, ...]]:

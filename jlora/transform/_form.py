@@ -11,8 +11,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
+from jlora import _compat
 from jlora._arrays import accumulator
-from jlora.transform._labeled import AnyArray, Labels, contract, expanded, flops
+from jlora.transform._labeled import AnyArray, Labels, Places, contract, expanded, flops
 from jlora.transform._view import RANK, narrowed, plus, scaled
 
 TOKENS = "tokens"
@@ -87,14 +88,36 @@ def _product(form: Form, base: AnyArray, x: AnyArray, parts: tuple[Any, ...]) ->
         narrowed(k, form.dtype)
         for k in (lax.reshape(x, form.x_shape), pair[form.first], pair[1 - form.first])
     )
-    z = contract(x, form.x, one, labels[form.first], form.between, form.precision)
+    narrow, wide = places(base, x, form)
+    z = contract(x, form.x, one, labels[form.first], form.between, form.precision, narrow)
     if s and not form.turned:
         stack = [k for k in labels[0] if k in labels[1] and k != RANK]
         z = z * narrowed(expanded(s[0], stack[: s[0].ndim], form.between), z.dtype)
-    last, names = in_terms if form.terms else contract, labels[1 - form.first]
-    z = narrowed(z, form.dtype)
-    update = last(z, form.between, other, names, form.out, form.precision)
+    z, rest = narrowed(z, form.dtype), (labels[1 - form.first], form.out, form.precision)
+    if form.terms:
+        update = in_terms(z, form.between, other, *rest)
+    else:
+        update = contract(z, form.between, other, *rest, wide)
     return plus(base, lax.reshape(update, base.shape))
+
+
+def places(base: AnyArray, x: AnyArray, form: Form) -> tuple[Places | None, Places | None]:
+    """Return how both products are sharded on a mesh with explicit axes: as x, and as the base's.
+
+    The rank is not sharded. A product whose contracted axes are sharded, as in a row-parallel
+    layer, has no sharding of its own: it must be told.
+    """
+    if not _compat.is_explicit(base):
+        return None, None
+    sharding = jax.typeof(base).sharding
+    of_x = jax.typeof(x).sharding.spec or (None,) * x.ndim
+    merged = len(sharding.spec) - len(form.out)  # all token axes are one, sharded as the first
+    first = form.out.index(TOKENS) + 1 if merged else 0
+    of_base = (*sharding.spec[:first], *sharding.spec[first + merged :])
+    return (
+        Places(sharding.mesh, dict(zip(form.x, of_x, strict=True)) | {RANK: None}),
+        Places(sharding.mesh, dict(zip(form.out, of_base, strict=True))),
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
@@ -185,17 +208,13 @@ def choose(
     shape = tuple(sizes[k] for k in x_labels)
     middle = tuple(between(first))
     summed = [k for k in labels[1 - first] if k not in out_labels]
-    terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not _explicit(x)
+    explicit = AxisType.Explicit in x.sharding.mesh.axis_types
+    terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not explicit
     # With at most `rank` tokens, transposing A costs more than it saves in the gradient.
     many = math.prod(sizes[k] for k in tokens)
     turned = not isinstance(many, int) or many > sizes[RANK]  # symbolic in a `jax.export`
     how = (first, middle, out_labels, jnp.dtype(dtype), precision, turned, terms)
     return Form(x_labels, shape, labels, *how), cost(first)
-
-
-def _explicit(x: Any) -> bool:
-    """Whether some mesh axis is explicit, so that shardings are part of the types."""
-    return any(kind == AxisType.Explicit for kind in x.sharding.mesh.axis_types)
 
 
 def _as_one(labels: tuple[Any, ...], tokens: list[Any]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 from jax.typing import DTypeLike
 
+from jlora import _compat
 from jlora._arrays import accumulator
 from jlora.transform._labeled import AnyArray, Label, expanded
 from jlora.transform._view import GAIN, View, narrowed
@@ -34,6 +35,7 @@ def times(x: AnyArray, gain: AnyArray | None) -> Any:
     if gain is None:
         return x
     wide = accumulator(x.dtype)
+    gain = _compat.sharded_like(gain, x) if jnp.ndim(gain) else gain
     return narrowed(narrowed(x, wide) * narrowed(gain, wide), x.dtype)
 
 

@@ -1,11 +1,13 @@
 """Arrays with labeled axes: their products, and the cost of those."""
 
+import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jlora._arrays import accumulator
 
@@ -13,6 +15,18 @@ from jlora._arrays import accumulator
 AnyArray = Array | np.ndarray | np.number | np.bool_
 Label = Hashable  # the name of an axis
 Labels = tuple[Label, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Along which axes of a mesh each label is sharded; those that are not listed are not."""
+
+    mesh: AbstractMesh
+    axes: Mapping[Label, Any]
+
+    def of(self, labels: Sequence[Label]) -> NamedSharding:
+        """Return the sharding of an array with these labels."""
+        return NamedSharding(self.mesh, PartitionSpec(*(self.axes.get(k) for k in labels)))
 
 
 def expanded(x: AnyArray, labels: Sequence[Label], among: Sequence[Label]) -> AnyArray:
@@ -30,8 +44,12 @@ def contract(
     y_labels: Sequence[Label],
     out_labels: Sequence[Label],
     precision: lax.PrecisionLike = None,
+    places: Places | None = None,
 ) -> Array:
-    """Multiply two labeled arrays and sum over the labels missing in `out_labels`: an einsum."""
+    """Multiply two labeled arrays and sum over the labels missing in `out_labels`: an einsum.
+
+    On a mesh with explicit axes, `places` says along which of them each label is sharded.
+    """
     batch = [k for k in x_labels if k in y_labels and k in out_labels]
     summed = [k for k in x_labels if k in y_labels and k not in out_labels]
     made = batch + [k for k in (*x_labels, *y_labels) if (k in x_labels) != (k in y_labels)]
@@ -45,6 +63,7 @@ def contract(
         (at(summed), at(batch)),
         precision=precision,
         preferred_element_type=accumulator(x.dtype),
+        out_sharding=None if places is None else places.of(made),
     )
     if made != list(out_labels):
         out = lax.transpose(out, [made.index(k) for k in out_labels])

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
 from jlora.transform import _registry
-from jlora.transform._form import TOKENS, Form
+from jlora.transform._form import TOKENS, Form, places
 from jlora.transform._labeled import AnyArray, Labels, contract, expanded
 from jlora.transform._view import RANK, View, narrowed, plus
 from jlora.transform._walk import Settings, Walk
@@ -77,13 +77,15 @@ def _low_rank(
     pair, s = [narrowed(k, form.dtype) for k in parts[:2]], parts[2:]
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
     of, last = form.factors[form.first], form.factors[1 - form.first]
-    z = contract(x, form.x, pair[form.first], of, form.between, form.precision)
+    narrow, wide = places(base, x, form)
+    z = contract(x, form.x, pair[form.first], of, form.between, form.precision, narrow)
     z = z * expanded(narrowed(m, z.dtype), labels, form.between)
     if s:
         stack = [k for k in of if k in last and k != RANK]
         z = z * narrowed(expanded(s[0], stack[: s[0].ndim], form.between), z.dtype)
     z = narrowed(z, form.dtype)
-    update = contract(z, form.between, pair[1 - form.first], last, form.out, form.precision)
+    other, how = pair[1 - form.first], (last, form.out, form.precision, wide)
+    update = contract(z, form.between, other, *how)
     return plus(base, lax.reshape(update, base.shape))
 
 

@@ -230,7 +230,7 @@ def scaled(b: AnyArray, s: AnyArray) -> Array:
 
 def plus(base: AnyArray, delta: AnyArray) -> Array:
     """Add the delta in the base output's dtype: a bfloat16 layer stays bfloat16."""
-    return lax.add(base, narrowed(delta, base.dtype))
+    return lax.add(base, _compat.sharded_like(narrowed(delta, base.dtype), base))
 
 
 def narrowed(x: AnyArray, dtype: DTypeLike) -> Any:

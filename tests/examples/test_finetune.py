@@ -1,11 +1,10 @@
 """The whole job on a tiny model, its errors, and (slow) on the real one."""
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import begin
 import data
 import finetune
 import jax
@@ -13,30 +12,33 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
+import states
 import training
+import weights
+from evaluation import make_apply
 
 import jlora
+from jlora import checkpoint
 
 KEYS = [
     "loss_before",
     "loss_after",
     "phoneme_error_rate_before",
     "phoneme_error_rate_after",
+    "steps",
+    "step_of_adapter",
+    "seconds_per_step",
+    "device",
     "trainable",
     "total",
     "adapter_bytes",
     "merged_max_abs_diff",
     "restored_max_abs_diff",
-    "seconds_per_step",
-    "steps",
+    "settings",
+    "data_sha256",
+    "base_sha256",
+    "versions",
 ]
-
-
-@pytest.fixture
-def optax_promotes() -> Iterator[None]:
-    """Optax's Adam raises a float to an int32 power, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def flags(model: Path, file: Path, out: Path, *more: str) -> list[str]:
@@ -49,93 +51,72 @@ def report_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
-@pytest.mark.usefixtures("optax_promotes")
-def test_the_job(tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "out"
-    assert finetune.main(flags(tiny_dir, pairs, out)) == 0
-    report = report_of(out)
+def test_the_job(finished: Any, capsys: Any) -> None:
+    report = report_of(finished.out)
     assert list(report) == KEYS
     assert report["loss_after"] < report["loss_before"]
     assert report["phoneme_error_rate_before"] is None
     assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
     assert report["steps"] == 6 and report["adapter_bytes"] > 4 * report["trainable"]
-    assert "trainable params:" in capsys.readouterr().out
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(out.glob("*.part"))
+    assert report["settings"]["lr"] == 0.02 and report["versions"]["jax"] == jax.__version__
+    assert (finished.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     said = {}
     for kind in ("base", "adapted", "merged"):
-        more = ("--generate", "3 + 1 =", "--weights", kind)
-        assert finetune.main(flags(tiny_dir, pairs, out, *more)) == 0
+        more = ("--generate", "3 + 1 =", "--weights", kind, "--out", str(finished.out))
+        assert finetune.main([*finished.flags, *more]) == 0
         said[kind] = capsys.readouterr().out
     assert said["adapted"] == said["merged"] != said["base"]
 
 
-@pytest.mark.usefixtures("optax_promotes")
-def test_plain_text(tiny_dir: Path, tmp_path: Path) -> None:
+def test_metrics_have_every_step_and_every_evaluation(finished: Any) -> None:
+    lines = [json.loads(x) for x in (finished.out / "metrics.jsonl").read_text().splitlines()]
+    evals = {x["step"]: x["held_out_loss"] for x in lines if "held_out_loss" in x}
+    steps = [x for x in lines if "loss" in x]
+    assert list(evals) == [0, 2, 4, 6] and [x["step"] for x in steps] == [1, 2, 3, 4, 5, 6]
+    assert [x["step"] for x in lines] == sorted(x["step"] for x in lines)
+    report = report_of(finished.out)
+    assert evals[0] == report["loss_before"] and min(evals.values()) == report["loss_after"]
+    assert all(x["tokens_per_second"] > 0 and x["learning_rate"] >= 0 for x in steps)
+    notes = states.load_notes(finished.out / "state")
+    assert notes is not None and [x["loss"] for x in steps] == notes["losses"]
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_a_run(
+    job: Any, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out losses are told: the best is that of step 2, and nothing is better after it."""
+    told, true = iter([9.0, 8.0, 5.0, 5.5, 5.0]), []
+    evaluate = finetune.evaluate
+
+    def as_told(*args: Any) -> Any:
+        score = evaluate(*args)
+        true.append(score["loss"])
+        return {**score, "loss": next(told)}
+
+    monkeypatch.setattr(finetune, "evaluate", as_told)
+    assert job(tmp_path, "--eval-every", "1", "--patience", "2") == 0
+    report = report_of(tmp_path)
+    assert (report["steps"], report["step_of_adapter"], report["loss_after"]) == (4, 2, 5.0)
+    params = checkpoint.restore(tmp_path / "adapter", weights.load(finished.flags[1])[1])
+    job_of = begin.prepare(finetune.parse([*finished.flags, "--out", str(tmp_path)]))
+    loss = jax.jit(training.make_loss(jlora.lora(make_apply(job_of.config))))
+    (batch,) = job_of.held_out
+    np.testing.assert_allclose(loss(params, batch), true[2], rtol=1e-5)
+    assert true[2] != pytest.approx(true[4], rel=1e-3)
+
+
+def test_plain_text(tiny_path: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
-    assert finetune.main(flags(tiny_dir, tmp_path / "t.txt", tmp_path / "out")) == 0
-    assert report_of(tmp_path / "out")["loss_after"] < report_of(tmp_path / "out")["loss_before"]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Press Ctrl-C while step number `steps` runs."""
-    make = training.make_step
-
-    class Stopping:
-        def __init__(self, step: Any) -> None:
-            self.step, self.left = step, steps
-
-        def lower(self, *args: Any) -> "Stopping":
-            self.step = self.step.lower(*args)
-            return self
-
-        def compile(self) -> "Stopping":
-            self.step = self.step.compile()
-            return self
-
-        def __call__(self, *args: Any) -> Any:
-            self.left -= 1
-            if self.left == 0:
-                signal.raise_signal(signal.SIGINT)
-            return self.step(*args)
-
-    monkeypatch.setattr(training, "make_step", lambda *args: Stopping(make(*args)))
-
-
-@pytest.mark.usefixtures("optax_promotes")
-def test_resumed_equals_uninterrupted(
-    tiny_dir: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert finetune.main(flags(tiny_dir, pairs, whole)) == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert finetune.main(flags(tiny_dir, pairs, cut)) == 130
-    assert "stopped after step 3 of 6" in capsys.readouterr().out
-    assert not (cut / "report.json").exists()
-    assert finetune.main(flags(tiny_dir, pairs, cut, "--seed", "1", "--resume")) == 2
-    assert "started with seed=0 (now 1)" in capsys.readouterr().err
-    assert finetune.main(flags(tiny_dir, pairs, cut, "--resume")) == 0
-    notes = [training.load_notes(out / "state") for out in (whole, cut)]
-    assert notes[0]["losses"] == notes[1]["losses"] and len(notes[0]["losses"]) == 6
-    reports = [report_of(out) for out in (whole, cut)]
-    for report in reports:
-        del report["seconds_per_step"]
-    # The very same numbers, but for the bytes of metadata around the same adapter.
-    assert reports[0] == {**reports[1], "adapter_bytes": reports[0]["adapter_bytes"]}
-
-
-def test_a_state_of_before_there_was_adapter_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = finetune.parse(["--out", str(tmp_path), "--resume"])
-    begun = finetune.settings(args)
-    del begun["adapter"]
-    monkeypatch.setattr(training, "load_notes", lambda _: {"settings": begun})
-    finetune.check_resume(args)
-    args.adapter = "elsewhere"
-    with pytest.raises(ValueError, match=r"started with adapter=None \(now elsewhere\)"):
-        finetune.check_resume(args)
+    args = finetune.parse(flags(tiny_path, tmp_path / "t.txt", tmp_path / "out"))
+    job = begin.prepare(args)
+    apply = jlora.lora(make_apply(job.config))
+    trainable, frozen = jlora.partition(job.params)
+    with jax.numpy_dtype_promotion("standard"):
+        tx = training.make_optimizer(args.lr, args.steps)
+        step = training.make_step(training.make_loss(apply), tx)
+        state = training.State(trainable, tx.init(trainable), [], [])
+        state = training.fit(step, state, frozen, job.batches)
+    assert state.step == 6 and state.losses[-1] < state.losses[0]
 
 
 def wide(vocab: int, width: int) -> tuple[Any, Any]:
@@ -243,6 +224,11 @@ def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, tmp_path: Path, cap
         (["--seed", "-1"], "--seed: -1 is below 0"),
         (["--adapter", "a", "--rank", "4"], "the one of --adapter has its own"),
         (["--generate", "x", "--export-peft", "a"], "--generate trains nothing"),
+        (["--resume", "--overwrite"], "--resume continues the run that --overwrite removes"),
+        (["--patience", "2"], "--patience counts the evaluations of --eval-every"),
+        (["--save-every", "0"], "--save-every: 0 is not a number of steps or, as in 5min, minutes"),
+        (["--save-every", "1.5"], "--save-every: 1.5 is not"),
+        (["--save-every", "5h"], "--save-every: 5h is not"),
     ],
 )
 def test_flags_that_make_no_sense(wrong: list[str], match: str, capsys: Any) -> None:
@@ -264,7 +250,7 @@ def test_the_capital_of_france(capsys: Any) -> None:
     assert capsys.readouterr().out.startswith(f"{text} Paris.")
 
 
-@pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.usefixtures("usual_promotion")  # Optax's Adam counts in integers
 @pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:
     assert finetune.main(["--smoke", "--out", str(tmp_path)]) == 0

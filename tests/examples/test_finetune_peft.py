@@ -12,27 +12,23 @@ import pytest
 import torch
 import transformers
 import weights
+from begin import prepare
 
 import jlora
 from jlora import checkpoint
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
-def test_export_and_back(tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any) -> None:
-    out, exported = tmp_path / "out", tmp_path / "peft"
-    common = ["--model", str(tiny_dir), "--data", str(pairs), "--steps", "6", "--lr", "0.02"]
-    with jax.numpy_dtype_promotion("standard"):
-        first = [*common, "--out", str(out), "--export-peft", str(exported), "--rank", "4"]
-        assert finetune.main(first) == 0
-    assert f"exported to {exported}" in capsys.readouterr().out
-
-    config, base, *_ = weights.load(str(tiny_dir))
+def test_export_and_back(finished: Any, tiny_path: Path, tmp_path: Path, capsys: Any) -> None:
+    out, exported, common = finished.out, finished.exported, finished.flags
+    common = [flag for flag in common if flag not in ("--rank", "4")]
+    config, base, *_ = weights.load(str(tiny_path))
     params = checkpoint.restore(out / "adapter", base)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 17)).astype(np.int32)
     apply = jlora.lora(lambda p, x: llama.Llama(config).apply({"params": p}, x))
     ours = np.asarray(apply(params, tokens))
     with torch.no_grad():
-        model = transformers.LlamaForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+        model = transformers.LlamaForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
         before = model(torch.tensor(tokens).long()).logits.numpy()
         model = peft.PeftModel.from_pretrained(model, str(exported)).eval()
         theirs = model(torch.tensor(tokens).long()).logits.numpy()
@@ -47,6 +43,6 @@ def test_export_and_back(tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: An
     assert said[0] == said[1] != ""
     more = [*common, "--out", str(tmp_path / "more"), "--adapter", str(exported)]
     args = finetune.parse(more)
-    begun = finetune.prepare(args).params
+    begun = prepare(args).params
     for got, want in zip(jax.tree.leaves(begun), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(got, want)

@@ -17,6 +17,7 @@ import jlora
 RATES = (1e-3, 3e-2)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Optax's Adam counts in integers
 def test_every_rate_trains_as_in_a_run_of_its_own(
     tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any

@@ -47,6 +47,7 @@ CONVS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CONVS)
 def test_conv(name: str) -> None:
     module, shape = CONVS[name]
@@ -65,6 +66,7 @@ CELLS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrence(name: str) -> None:
     linen(nn.RNN(CELLS[name]), x(2, 5, 11))

@@ -53,6 +53,7 @@ CONVS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CONVS)
 def test_conv(name: str) -> None:
     make, shape = CONVS[name]
@@ -67,6 +68,7 @@ CELLS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrence(name: str) -> None:
     model(lambda rngs: nnx.RNN(CELLS[name](11, 7, rngs=rngs)), x(2, 5, 11))

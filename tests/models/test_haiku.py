@@ -67,6 +67,7 @@ CORES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CORES)
 def test_recurrence(name: str) -> None:
     def run(sequence: jax.Array) -> Any:

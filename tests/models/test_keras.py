@@ -69,6 +69,7 @@ def test_image_model() -> None:
     model(net, x(2, 9, 11, 4))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU, layers.SimpleRNN])
 def test_recurrence(layer: Any) -> None:
     others = {".*/gru_cell/bias": "two biases in one array"} if layer is layers.GRU else {}

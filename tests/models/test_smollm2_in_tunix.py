@@ -121,11 +121,13 @@ def compare(layers: int | None, theta: float) -> None:
     assert distance(jax.jit(ours)(jlora.merge(adapted)), want) <= TOLERANCE
 
 
+@pytest.mark.nightly
 def test_logits_as_tunix_is() -> None:
     compare(layers=2, theta=TUNIX_THETA)
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(None, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("layers", [2, None])
 def test_logits_of_smollm2_itself(layers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With SmolLM2's own frequencies; every layer under the marker `nightly`."""
     own = weights.load(None, layers=1)[0].rope_theta

@@ -27,6 +27,7 @@ def bare() -> torch.nn.Module:
     return module
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("rank", [1, 4, 6])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", EVERY, ids=repr)
@@ -141,6 +142,7 @@ def test_where_peft_itself_refuses_a_bias_of_lora_b(twin: Twin):
         jlora.peft.rules(config, twin.params(plain(twin)), names=twin.names)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("patterns", PATTERNS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", BIASED, ids=repr)

@@ -118,6 +118,7 @@ def test_vera_begins_as_peft_begins(compare):
     compare(node.extra["lambda_b"], layer.vera_lambda_b["default"].detach().numpy(), "λ_b")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", ["lora_fa", "lora_xs", "vera", "adalora"])
 def test_what_is_saved_is_plain_lora_to_peft(form, tmp_path, compare):
     base = linear.params(plain(linear))

@@ -68,6 +68,7 @@ def test_embedding(compare):
     hold(layer, lambda w, x: jnp.take(w, x, axis=0), node, x, lambda w: w, compare)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("enabled", [[True, False, True], [True, True], [False, True]], ids=str)
 def test_merged_linear(enabled, compare):
     """One LoRA for each enabled slice of the outputs: A side by side, B a block diagonal."""

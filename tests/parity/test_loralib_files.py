@@ -66,6 +66,7 @@ MERGED = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("turned", [False, True], ids=["out_in", "in_out"])
 @pytest.mark.parametrize(("enabled", "slices"), MERGED.values(), ids=MERGED)
 def test_merged_linear(enabled, slices, turned, tmp_path, compare):
@@ -155,6 +156,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("make", "dims", "window", "more"), CONVOLUTIONS.values(), ids=CONVOLUTIONS
 )

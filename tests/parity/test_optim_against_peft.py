@@ -167,6 +167,7 @@ def fa(model: Any, weight_decay: float = DECAY) -> Any:
     return optimizer
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("twin", [linear, conv1d_hf, conv(2, 2, 1), mlp], ids=repr)
 def test_lora_plus(twin, tmp_path, compare):
     race = Race(twin, tmp_path)
@@ -175,6 +176,7 @@ def test_lora_plus(twin, tmp_path, compare):
     race.hold(compare, there, tx)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("reg", [1e-2, 1e-6])
 @pytest.mark.parametrize("twin", [linear, conv1d_hf, mlp], ids=repr)
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -191,6 +193,7 @@ def test_riemannian(name, twin, reg, tmp_path, compare, wide):
     race.hold(compare, there, optax.chain(riemannian(reg), here))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
 @pytest.mark.parametrize("twin", [linear, conv1d_hf, embedding, mlp], ids=repr)
 def test_lora_fa(twin, more, tmp_path, compare, exact):

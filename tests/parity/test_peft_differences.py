@@ -23,6 +23,7 @@
 | a convolution's padding_mode | not for A: merged is another | the program's own, for A too |
 | the linear sum of adapters | has cross terms | A and B side by side are exact |
 | the same, of rsLoRA | s = √r where 1 is meant | exact |
+| "ties", "magnitude_prune" (test_peft_merging) | of A and B separately | of the updates |
 | "olora" on transformers' Conv1D | fails | works |
 | "pissa_niter_4" in a file | other random numbers, another base | refused |
 | "pissa" over bfloat16 | rounds A and B too (test_peft_initial) | rounds the residual alone |

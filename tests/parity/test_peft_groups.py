@@ -18,6 +18,7 @@ import jlora.peft
 every = pytest.mark.parametrize("twin", GROUPED, ids=repr)
 
 
+@pytest.mark.sample(4)
 @every
 @pytest.mark.parametrize(
     "more",
@@ -81,6 +82,7 @@ def recipe(twin: Twin, **more: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=8, lora_alpha=6, target_modules=["layer"], **more)
 
 
+@pytest.mark.sample(4)
 @every
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}], ids=str)
 def test_a_recipe_with_groups(twin, more, tmp_path, compare):
@@ -114,6 +116,7 @@ def both_random(key: Any, weight: Any, rank: int, scaling: Any = 1.0, dtype: Any
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_first_values_with_groups(init):
     """The same spread of A and B: 1/in and, of B and "gaussian", what the rank makes it."""

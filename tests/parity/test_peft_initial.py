@@ -42,6 +42,7 @@ def attach(twin: Twin, theirs: peft.LoraConfig) -> tuple[Any, Any]:
     return base, jlora.attach(base, rules, key=jax.random.key(0))
 
 
+@pytest.mark.sample(4)
 @moving
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 def test_the_same_product_and_the_same_residual(twin, init, rslora, compare):
@@ -78,6 +79,7 @@ def test_over_bfloat16_the_factors_keep_their_precision(compare):
     assert error[0] > 1e-3 and error[1] < 1e-4, error
 
 
+@pytest.mark.sample(4)
 @moving
 def test_files_that_began_so(twin, init, tmp_path, compare):
     """PEFT saves A and B as they are and, loading, takes them out of the base weights again."""
@@ -104,6 +106,7 @@ def test_files_that_began_so(twin, init, tmp_path, compare):
         compare(merged[path], want, f"merged {path}")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 def test_what_peft_converted(init, rslora, tmp_path, compare):
@@ -146,6 +149,7 @@ def over_residual(params: Any) -> Any:
     return jax.tree.map(mark, params, is_leaf=is_leaf)
 
 
+@pytest.mark.sample(3)
 @moving
 def test_ours_converted_load_in_peft(twin, init, tmp_path, compare):
     """Trained here over a residual, converted, saved: PEFT on the original weights agrees."""

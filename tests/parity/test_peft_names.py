@@ -84,6 +84,7 @@ def jlora_chooses(key: str, config: dict[str, Any]) -> bool:
     return isinstance(found.get(re.escape(key)), jlora.LoraSpec)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("group", TARGETS)
 def test_the_same_modules_are_chosen(group, compare):
     # What ends with an entry of `modules_to_save` but not after a dot, PEFT both adapts and saves.
@@ -109,7 +110,7 @@ def test_the_same_rank_and_alpha(compare):
     """The first key of a pattern that matches the end of a name wins."""
     ours, theirs = [], []
     pairs = itertools.combinations(PATTERN_KEYS, 2)
-    for (one, two), key in itertools.product(pairs, [*KEYS, "layersX1.q"]):
+    for (one, two), key in itertools.product(pairs, [*KEYS[::3], "layersX1.q"]):
         pattern = {one: 3, two: 5}
         theirs.append(pattern.get(get_pattern_key(pattern, key), 2))
         found = jlora.peft.rules(

@@ -52,6 +52,7 @@ def draws_of_dropout(
     return tuple((y - without).reshape(len(y), -1) for y in (theirs, drawn, whole))
 
 
+@pytest.mark.sample(4)
 @every
 def test_dropout_has_the_same_mean_and_variance(twin, tmp_path, compare):
     theirs, ours, whole = draws_of_dropout(twin, one_input(twin), tmp_path)
@@ -63,6 +64,7 @@ def test_dropout_has_the_same_mean_and_variance(twin, tmp_path, compare):
         assert stats.ks_2samp(ours[:, k], theirs[:, k]).pvalue > 1e-3
 
 
+@pytest.mark.sample(3)
 @every
 def test_dropout_falls_on_the_input_of_a(twin, tmp_path):
     """With one number that is not zero, all of the delta goes at once, or is 1/(1-p) of itself."""
@@ -92,6 +94,7 @@ wide = dataclasses.replace(linear, make=lambda: Holder(torch.nn.Linear(130, 70))
 wide_embedding = dataclasses.replace(embedding, make=lambda: Holder(torch.nn.Embedding(170, 60)))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("twin", "init"),
     [

@@ -17,7 +17,7 @@ from live import quiet
 
 import jlora.peft
 
-LAYERS, STEPS, ROWS, LENGTH = 4, 50, 1, 32
+ROWS, LENGTH = 1, 32
 LR, DECAY, CLIP = 3e-4, 0.05, 0.5
 TEXT = (
     "The sea was calm that morning, and the boats went out early. An old man sat on the wall and "
@@ -55,9 +55,9 @@ def hugging_face(config: llama.Config, params: Any) -> transformers.LlamaForCaus
     return model
 
 
-def batches(tokenizer: Any) -> np.ndarray:
+def batches(tokenizer: Any, steps: int) -> np.ndarray:
     ids = tokenizer.encode(TEXT).ids
-    starts = np.random.default_rng(0).integers(0, len(ids) - LENGTH, (STEPS, ROWS))
+    starts = np.random.default_rng(0).integers(0, len(ids) - LENGTH, (steps, ROWS))
     return np.array([[ids[s : s + LENGTH] for s in row] for row in starts], np.int32)
 
 
@@ -102,9 +102,12 @@ def train_here(config: llama.Config, params: Any, data: np.ndarray) -> tuple[lis
 
 
 @pytest.mark.slow
-def test_fifty_steps_on_real_weights(tmp_path, compare):
-    config, params, tokenizer, _ = weights.load(None, LAYERS)
-    data = batches(tokenizer)
+@pytest.mark.parametrize(
+    ("layers", "steps"), [(1, 50), pytest.param(4, 50, marks=pytest.mark.nightly)]
+)
+def test_steps_on_real_weights(layers, steps, tmp_path, compare):
+    config, params, tokenizer, _ = weights.load(None, layers)
+    data = batches(tokenizer, steps)
     torch.manual_seed(0)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
@@ -123,7 +126,7 @@ def test_fifty_steps_on_real_weights(tmp_path, compare):
     is_leaf = lambda x: isinstance(x, jlora.LoraArray)
     pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_leaf) for tree in (trained, want)), strict=True)
     deltas = [(g.lora_a @ g.lora_b, w.lora_a @ w.lora_b) for g, w in pairs if is_leaf(g)]
-    assert len(deltas) == 7 * LAYERS
+    assert len(deltas) == 7 * layers
     off = [float(jnp.linalg.norm(g - d) / jnp.linalg.norm(d)) for g, d in deltas]
     losses = max(abs(o / t - 1) for o, t in zip(ours, theirs, strict=True))
     print(f"largest relative difference: {losses:.1e} of a loss, {max(off):.1e} of a final A · B")

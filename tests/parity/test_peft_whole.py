@@ -24,6 +24,7 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("more", MORE.values(), ids=MORE)
 def test_modules_to_save(more, tmp_path, compare):
     """Forward, every gradient, the merged weights, the file again, and PEFT's reading of it."""

@@ -8,7 +8,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from jlora.peft._tensors import read, write
+from jlora.peft._tensors import read
+from jlora.peft._write import write_tensors as write
 
 
 def test_an_array_that_is_not_contiguous(tmp_path):

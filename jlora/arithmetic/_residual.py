@@ -1,4 +1,4 @@
-"""Arithmetic of adapters: exact, by concatenating factors; a dense delta is never built."""
+"""Convert an adapter over a residual to LoRA on the original weights."""
 
 import dataclasses
 from typing import Any
@@ -10,12 +10,6 @@ from jlora._adapt import bind, detach
 from jlora._arrays import LoraArray, Tied, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._paths import describe
-
-__all__ = ["residual_to_lora"]
-
-
-def __dir__() -> list[str]:
-    return __all__
 
 
 def residual_to_lora(params: PyTree, initial: PyTree, base: PyTree) -> PyTree:

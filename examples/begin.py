@@ -1,0 +1,159 @@
+"""What happens before training: checks, the model, its adapter, the data, the state to start from.
+
+Invalid input raises here, before any file of the run is written.
+"""
+
+import argparse
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import data
+import jax
+import optax
+import report
+import states
+import training
+import weights
+from evaluation import SHOWN, Job
+from flags import SETTINGS
+from training import State
+
+import jlora
+from jlora import peft
+
+ROWS, LENGTH = 2, 128  # packed rows a step, tokens a row
+SCORED = 256  # held-out words that are generated and scored
+# All that a run writes into its directory.
+WRITTEN = ("adapter", "metrics.jsonl", "loss.png", "report.json", "state")
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Load, attach and pack. Invalid input raises here, before any file is written."""
+    config, base, tokenizer, stop = load_model(args)
+    params = adapt(args, base)
+    dataset = data.load(args.data, tokenizer, stop, config.context)
+    longest = max(len(e.tokens) for e in dataset.train + dataset.held_out)
+    length = max(LENGTH, -(-longest // 64) * 64)
+    examples = data.shuffled(dataset.train, args.seed)
+    rows = data.pack(examples, length, args.steps * ROWS)
+    scored = dataset.held_out[: 16 if args.smoke else SCORED]
+    return Job(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        stop=stop,
+        dataset=dataset,
+        batches=data.batches(rows, ROWS),
+        held_out=data.batches(data.pack(iter(scored), length), ROWS),
+        prompts=scored if dataset.phonemes else scored[:SHOWN],
+    )
+
+
+def adapt(args: argparse.Namespace, base: Any) -> Any:
+    """Attach a new adapter, or the PEFT adapter that --adapter names."""
+    if args.adapter is not None:
+        try:
+            return peft.load(args.adapter, base, names=peft.llama_names)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`--adapter {args.adapter}`: {error}") from error
+    try:
+        spec = jlora.LoraSpec(rank=args.rank, alpha=args.alpha)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
+            return jlora.attach(base, {r".*_proj/kernel": spec}, key=jax.random.key(args.seed))
+    except (ValueError, UserWarning) as error:
+        raise ValueError(f"`--rank {args.rank} --alpha {args.alpha}`: {error}") from error
+
+
+def load_model(args: argparse.Namespace) -> weights.Model:
+    """The plain model; for a smoke test, its first layers."""
+    return weights.load(args.model, 4 if args.smoke else None)
+
+
+# ----------------------------------------------------------------------------- beginning, resuming
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Raise if a directory that is to be written is a file."""
+    for flag, folder in (("--out", args.out), ("--export-peft", args.export_peft)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
+
+
+def check_run(args: argparse.Namespace, left: bool) -> None:
+    """Raise if there is nothing to resume, or other flags; or a run that must not be replaced.
+
+    `left`: a run was killed here, perhaps before it saved anything.
+    """
+    folder = args.out / "state"
+    if not args.resume:
+        kept = states.saved_steps(folder) or [*args.out.glob("adapter")]
+        if kept and not args.overwrite:
+            raise FileExistsError(
+                f"`--out {args.out}`: it has the states or the adapter of another run. Continue "
+                "that run with --resume, remove it with --overwrite, or give another --out."
+            )
+        return
+    notes = states.load_notes(folder)
+    if notes is None and not left:
+        raise FileNotFoundError(
+            f"`--resume`: there is no saved state in {folder}. Run without --resume."
+        )
+    begun, now = (notes or {}).get("settings", settings(args)), settings(args)
+    other = [name for name in SETTINGS if begun.get(name) != now[name]]
+    if other:
+        raise ValueError(
+            "`--resume`: the run was started with "
+            + ", ".join(f"{name}={begun.get(name)} (now {now[name]})" for name in other)
+            + ". Give the same flags, or start again with --overwrite."
+        )
+
+
+class Start(NamedTuple):
+    """The optimizer, the state to start from, and what is saved with the states."""
+
+    tx: optax.GradientTransformation
+    state: State
+    notes: dict[str, Any]
+
+
+def start(args: argparse.Namespace, job: Job) -> Start:
+    """A new state or, with --resume, the last intact one."""
+    trainable, _ = jlora.partition(job.params)
+    tx = training.make_optimizer(args.lr, args.steps)
+    state = State(trainable, tx.init(trainable), [], [])
+    notes = {
+        "settings": settings(args),
+        "data_sha256": report.tokens_fingerprint(job.dataset),
+        "base_sha256": report.files_fingerprint(weights.path_of(args.model)),
+    }
+    if not args.resume:
+        return Start(tx, state, notes)
+    begun = states.load_notes(args.out / "state") or notes
+    for flag, name in (("--data", "data_sha256"), ("--model", "base_sha256")):
+        if begun.get(name) != notes[name]:
+            raise ValueError(
+                f"`--resume`: the files of `{flag} {getattr(args, flag[2:])}` have changed since "
+                "the run was started. Restore them, or start again with --overwrite."
+            )
+    found = states.load_state(args.out / "state", state)
+    if found is None:
+        print("the run was killed before it saved anything: starting at step 0")
+    return Start(tx, found or state, notes)
+
+
+def remove_run(out: Path) -> None:
+    """Remove what an earlier run has written, its states last."""
+    for name in WRITTEN:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that must not change when a run is resumed."""
+    return {name: getattr(args, name) for name in SETTINGS}

@@ -1,0 +1,179 @@
+"""What adapters change in the tensors of a checkpoint, applied to some rows at a time.
+
+W' = g ∘ (W + Σ w s (B A)) + Σ w (V - W)        rounded once, to W's dtype
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jlora._paths import quoted
+from jlora.cli._safetensors import DTYPES, WEIGHTS, Entry, as_bytes, blocks
+
+
+class Product(NamedTuple):
+    """`p q` is added to the weight, seen as `(stack, rows, columns)`."""
+
+    p: np.ndarray  # (stack, rows, r), times w s
+    q: np.ndarray  # (stack, r, columns)
+
+
+class Gain(NamedTuple):
+    """DoRA's magnitude, of each row or each column: the sides that are outputs."""
+
+    m: np.ndarray
+    of_rows: bool
+
+
+@dataclasses.dataclass
+class Change:
+    """All that is done to one tensor.
+
+    Attributes:
+        products: low-rank updates.
+        gain: DoRA's magnitude.
+        values: weights w and values V of the tensor's shape.
+        rows: weights w, indices and values of rows that were trained (tokens).
+        added: vectors that are added, times w s: biases of lora_B.
+        labels: what is done, for the report.
+    """
+
+    products: list[Product] = dataclasses.field(default_factory=list)
+    gain: Gain | None = None
+    values: list[tuple[float, np.ndarray]] = dataclasses.field(default_factory=list)
+    rows: list[tuple[float, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    added: list[np.ndarray] = dataclasses.field(default_factory=list)
+    labels: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the tensor is a value alone, which is then written bit for bit."""
+        others = (self.products, self.gain, self.rows, self.added)
+        return len(self.values) == 1 and self.values[0][0] == 1.0 and not any(others)
+
+
+def seen(shape: tuple[int, ...], layout: str | None) -> tuple[int, int, int]:
+    """Return stack, rows and columns of a tensor: rows are its first axis after the stack."""
+    if layout is None or len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    lead = len(shape) - len(layout)
+    return math.prod(shape[:lead]), shape[lead], math.prod(shape[lead + 1 :])
+
+
+def plain(entry: Entry, dtype: str) -> Callable[[], Iterator[memoryview]]:
+    """Return the pieces of an unchanged tensor, cast if it has another dtype."""
+
+    def pieces() -> Iterator[memoryview]:
+        count = math.prod(entry.shape)
+        for first, last in blocks(count, 1, DTYPES[entry.dtype].itemsize):
+            x = entry.read(first, last - first)
+            yield as_bytes(x if entry.dtype == dtype else _rounded(x, dtype, str(entry.file)))
+
+    return pieces
+
+
+def changed(
+    name: str, entry: Entry, change: Change, layout: str | None, dtype: str
+) -> Callable[[], Iterator[memoryview]]:
+    """Return the pieces of a changed tensor."""
+    stack, rows, columns = seen(entry.shape, layout)
+
+    def pieces() -> Iterator[memoryview]:
+        if change.is_replaced:
+            yield as_bytes(_rounded(change.values[0][1], dtype, name))
+            return
+        gains = _column_gains(entry, change, stack, rows, columns)
+        for e in range(stack):
+            for first, last in blocks(rows, columns):
+                w = _summed(entry, change, (stack, rows, columns), e, first, last)
+                w = _gained(w, change, gains, first, last)
+                yield as_bytes(_rounded(w, dtype, name))
+
+    return pieces
+
+
+def _read(entry: Entry, sides: tuple[int, int, int], e: int, first: int, last: int) -> np.ndarray:
+    _, rows, columns = sides
+    at = (e * rows + first) * columns
+    wide = np.float64 if entry.dtype == "F64" else np.float32
+    return entry.read(at, (last - first) * columns).astype(wide).reshape(last - first, columns)
+
+
+def _summed(
+    entry: Entry, change: Change, sides: tuple[int, int, int], e: int, first: int, last: int
+) -> np.ndarray:
+    """Return some rows of the weight with all that is added."""
+    w = _read(entry, sides, e, first, last)
+    total = w.copy() if change.values or change.rows else w
+    for p, q in change.products:
+        # In float64, so that the result does not depend on how many rows are multiplied at once.
+        total += (p[e, first:last].astype(np.float64) @ q[e].astype(np.float64)).astype(w.dtype)
+    for by, value in change.values:
+        v = value.reshape(*sides)[e, first:last].astype(w.dtype)
+        total += w.dtype.type(by) * (v - w)
+    for by, indices, values in change.rows:
+        here = (indices >= first) & (indices < last)
+        at = indices[here] - first
+        total[at] += w.dtype.type(by) * (values[here].astype(w.dtype) - w[at])
+        if by == 1.0 and len(change.rows) == 1:
+            total[at] = values[here]
+    for vector in change.added:
+        total += vector.reshape(1, -1)
+    return total
+
+
+def _column_gains(
+    entry: Entry, change: Change, stack: int, rows: int, columns: int
+) -> np.ndarray | None:
+    """Return DoRA's gain where outputs are columns: their norms take a pass over the weight."""
+    if change.gain is None or change.gain.of_rows:
+        return None
+    square = np.zeros(columns)
+    for first, last in blocks(rows, columns):
+        w = _summed(entry, change, (stack, rows, columns), 0, first, last).astype(np.float64)
+        square += (w * w).sum(0)
+    return _gain_of(change.gain.m, np.sqrt(square))
+
+
+def _gained(
+    w: np.ndarray, change: Change, gains: np.ndarray | None, first: int, last: int
+) -> np.ndarray:
+    if change.gain is None:
+        return w
+    if gains is not None:
+        return w * gains[None].astype(w.dtype)
+    norm = np.sqrt((w.astype(np.float64) ** 2).sum(1))
+    return w * _gain_of(change.gain.m[first:last], norm)[:, None].astype(w.dtype)
+
+
+def _gain_of(m: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """Return `m / ‖W + s A B‖`, and 1 for an output that is all zero."""
+    return np.where(norm > 0, m.astype(np.float64) / np.where(norm > 0, norm, 1), 1)
+
+
+def _rounded(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """Cast once; refuse values that the dtype cannot represent."""
+    if x.dtype == DTYPES[dtype]:
+        return x
+    with np.errstate(over="ignore"):
+        y = x.astype(DTYPES[dtype])
+    if dtype in WEIGHTS and x.dtype.kind == "f" and dtype in ("F16", "BF16", "F32"):
+        lost = ~np.isfinite(y.astype(np.float32)) & np.isfinite(x)
+        if lost.any():
+            raise ValueError(
+                f"{quoted(name)} has values beyond the range of {dtype}, such as "
+                f"{float(x[lost][0]):.3g}. Pass `--dtype bfloat16`, which has float32's."
+            )
+    return y
+
+
+def describe(changes: dict[str, Change]) -> dict[str, int]:
+    """Count what is done, by label."""
+    counts: dict[str, int] = {}
+    for change in changes.values():
+        for label in change.labels:
+            counts[label] = counts.get(label, 0) + 1
+    return counts

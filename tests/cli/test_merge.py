@@ -1,0 +1,464 @@
+"""`jlora merge`: every tensor byte for byte as in memory, for every kind of file and adapter."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from checkpoints import (
+    BFLOAT16,
+    FFN,
+    TARGETS,
+    VOCAB,
+    D,
+    adapter,
+    checkpoint,
+    drawn,
+    pair,
+    q_and_up,
+    read,
+    tensors_of,
+    update,
+)
+from helpers import bits
+
+from jlora.cli import main
+
+
+def run(*words, code=0):
+    assert main(["merge", *map(str, words)]) == code
+
+
+def merged_in_memory(base, lora, s=3.0):
+    want = dict(base)
+    for name, w in base.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in lora:
+            want[name] = (np.float32(w) + update(lora, module, s)).astype(w.dtype)
+    return want
+
+
+def equal(folder, want):
+    got = read(folder)
+    assert list(sorted(got)) == sorted(want)
+    for name, x in want.items():
+        assert bits(got[name]) == bits(x), name
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float16, np.float32], ids=str)
+def test_is_byte_equal_to_the_merge_in_memory(tmp_path, files, dtype):
+    base, lora = tensors_of(dtype=dtype), q_and_up()
+    folder = checkpoint(tmp_path / "base", base, files)
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    run(folder, adapter(tmp_path / "lora", lora, **TARGETS), tmp_path / "out")
+    equal(tmp_path / "out", merged_in_memory(base, lora))
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    same = {"config.json", "tokenizer.json"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == set(before)
+    for name in same:
+        assert (tmp_path / "out" / name).read_bytes() == before[name]
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+def test_blocks_of_rows(tmp_path, monkeypatch):
+    """A tensor is read and written a few rows at a time, with the same bytes."""
+    base, lora = tensors_of(), q_and_up()
+    monkeypatch.setattr("jlora.cli._safetensors.CHUNK", 3 * D * 4)
+    run(checkpoint(tmp_path / "b", base), adapter(tmp_path / "a", lora, **TARGETS), tmp_path / "o")
+    equal(tmp_path / "o", merged_in_memory(base, lora))
+
+
+def test_sharded_by_size_and_cast(tmp_path):
+    base, lora = tensors_of(), q_and_up()
+    base["model.rope.indices"] = np.arange(5, dtype=np.int32)
+    config = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}}
+    folder = checkpoint(tmp_path / "base", base, config=config)
+    out = tmp_path / "out"
+    words = ["--dtype", "float32", "--max-shard-size", "1.5KB"]
+    run(folder, adapter(tmp_path / "lora", lora, **TARGETS), out, *words)
+    wide = {k: np.float32(x) if x.dtype == BFLOAT16 else x for k, x in base.items()}
+    equal(out, merged_in_memory(wide, lora))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    total = sum(x.nbytes for x in wide.values())
+    assert set(index["weight_map"]) == set(base) and index["metadata"]["total_size"] == total
+    for file in set(index["weight_map"].values()):
+        assert (out / file).stat().st_size < 1500 + 1500, "the header is counted apart"
+    said = json.loads((out / "config.json").read_text())
+    assert said == {"torch_dtype": "float32", "text_config": {"dtype": "float32"}}
+
+
+def test_scalings(tmp_path):
+    """alpha and rank patterns, rsLoRA, negative and several weights."""
+    base, lora = tensors_of(), {}
+    lora |= pair("model.layers.0.self_attn.q_proj", D, D, 4)
+    lora |= pair("model.layers.1.self_attn.q_proj", D, D, 2, seed=1)
+    said = {
+        "rank_pattern": {r"0\.self_attn\.q_proj": 4},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 5},
+    }
+    one = adapter(tmp_path / "one", lora, use_rslora=True, target_modules=["q_proj"], **said)
+    other = adapter(tmp_path / "other=0.5", q_and_up(), **TARGETS)
+    folder = checkpoint(tmp_path / "base", base)
+    run(folder, f"{one}=0.5", f"{other}=-2", tmp_path / "out")
+    got = read(tmp_path / "out")
+    for n, s in ((0, 6 / 2), (1, 5 / np.sqrt(2))):
+        module = f"model.layers.{n}.self_attn.q_proj"
+        w = np.float64(np.float32(base[f"{module}.weight"]))
+        want = w + 0.5 * s * np.float64(update(lora, module, 1.0))
+        want = want - 2 * 3 * np.float64(update(q_and_up(), module, 1.0))
+        np.testing.assert_allclose(
+            np.float64(np.float32(got[f"{module}.weight"])), want, rtol=2**-8
+        )
+
+
+def dora(w, a, b, m, s, axis):
+    v = np.float64(np.float32(w)) + s * (np.float64(b) @ np.float64(a))
+    return v * m / np.linalg.norm(v, axis=axis, keepdims=True)
+
+
+def test_magnitudes_and_biases(tmp_path):
+    base = tensors_of()
+    q, name = "model.layers.{}.self_attn.q_proj", "model.layers.0.self_attn.q_proj"
+    lora = pair(q.format(0), D, D) | pair(q.format(1), D, D, seed=1)
+    ms = {n: np.abs(drawn(D, seed=n)) for n in range(2)}
+    with_m = lora | {f"{q.format(n)}.lora_magnitude_vector": m for n, m in ms.items()}
+    biases = {f"{q.format(n)}.base_layer.bias": drawn(D, seed=7 + n) for n in range(2)}
+    said = {"use_dora": True, "bias": "lora_only", "target_modules": ["q_proj"]}
+    folder = checkpoint(tmp_path / "base", base)
+    path = adapter(tmp_path / "dora", with_m | biases, **said)
+    run(folder, path, tmp_path / "out")
+    got = read(tmp_path / "out")
+    a, b = (lora[f"{name}.lora_{x}.weight"] for x in "AB")
+    want = dora(base[f"{name}.weight"], a, b, ms[0][:, None], 3.0, 1)
+    np.testing.assert_allclose(np.float32(got[f"{name}.weight"]), want, rtol=2**-8)
+    assert bits(got[f"{name}.bias"]) == bits(biases[f"{name}.base_layer.bias"].astype(BFLOAT16))
+    other = lora | {f"{q.format(n)}.lora_B.bias": drawn(D, seed=n) for n in range(2)}
+    path = adapter(tmp_path / "bias", other, lora_bias=True, target_modules=["q_proj"])
+    run(folder, path, tmp_path / "out2")
+    got = read(tmp_path / "out2")[f"{name}.bias"]
+    want = np.float32(base[f"{name}.bias"]) + 3 * other[f"{name}.lora_B.bias"]
+    assert bits(got) == bits(want.astype(BFLOAT16))
+
+
+def test_conv1d_embeddings_and_tokens(tmp_path):
+    """GPT-2's names and orientation, and a checkpoint whose names lack the model's prefix."""
+    shapes = {"wte.weight": (VOCAB, D), "h.0.attn.c_attn.weight": (D, 3 * D)}
+    shapes |= {"h.0.attn.c_proj.weight": (D, D), "wpe.weight": (6, D)}
+    base = tensors_of(shapes)
+    at = "transformer.h.0.attn."
+    lora = pair(at + "c_attn", 3 * D, D) | pair(at + "c_proj", D, D, seed=1)
+    lora["transformer.wte.lora_embedding_A"] = drawn((2, VOCAB), seed=3)
+    lora["transformer.wte.lora_embedding_B"] = drawn((D, 2), seed=4)
+    lora["transformer.wpe.token_adapter.trainable_tokens_delta"] = drawn((2, D), seed=5)
+    said = {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "wte"]}
+    said["trainable_token_indices"] = {"wpe": [4, 1]}
+    folder = checkpoint(tmp_path / "base", base)
+    run(folder, adapter(tmp_path / "lora", lora, **said), tmp_path / "out")
+    got = read(tmp_path / "out")
+    for name in ("c_attn", "c_proj"):
+        want = np.float32(base[f"h.0.attn.{name}.weight"]) + update(lora, at + name).T
+        assert bits(got[f"h.0.attn.{name}.weight"]) == bits(want.astype(BFLOAT16))
+    a, b = (lora[f"transformer.wte.lora_embedding_{x}"] for x in "AB")
+    want = np.float32(base["wte.weight"]) + np.float32(3 * (np.float64(b) @ np.float64(a))).T
+    np.testing.assert_allclose(np.float32(got["wte.weight"]), want, rtol=2**-8, atol=2**-8)
+    want = base["wpe.weight"].copy()
+    want[[4, 1]] = lora["transformer.wpe.token_adapter.trainable_tokens_delta"].astype(BFLOAT16)
+    assert bits(got["wpe.weight"]) == bits(want)
+
+
+def test_dora_of_conv1d(tmp_path):
+    """The norm of an output is that of a column, which takes a pass of its own."""
+    base = tensors_of({"h.0.c_attn.weight": (D, 3 * D)}, np.float32)
+    lora = pair("h.0.c_attn", 3 * D, D)
+    m = np.abs(drawn(3 * D))
+    path = adapter(
+        tmp_path / "lora",
+        lora | {"h.0.c_attn.lora_magnitude_vector": m},
+        use_dora=True,
+        fan_in_fan_out=True,
+        target_modules=["c_attn"],
+    )
+    run(checkpoint(tmp_path / "base", base), path, tmp_path / "out")
+    a, b = (lora[f"h.0.c_attn.lora_{x}.weight"] for x in "AB")
+    want = dora(base["h.0.c_attn.weight"].T, a, b, m[:, None], 3.0, 1).T
+    np.testing.assert_allclose(read(tmp_path / "out")["h.0.c_attn.weight"], want, rtol=1e-5)
+
+
+def test_convolutions_and_experts(tmp_path):
+    shapes = {"conv.weight": (6, 4, 3, 3), "mlp.experts.down_proj": (3, 5, 7)}
+    base = tensors_of(shapes, np.float32)
+    a, b = drawn((2, 4, 3, 3), seed=1), drawn((6, 2, 1, 1), seed=2)
+    ea, eb = drawn((6, 5), seed=3), drawn((7, 6), seed=4)  # (E·r, in), (out, r·E)
+    lora = {"conv.lora_A.weight": a, "conv.lora_B.weight": b}
+    lora |= {"mlp.experts.lora_A.weight": ea, "mlp.experts.lora_B.weight": eb}
+    said = {"target_modules": ["conv"], "target_parameters": ["experts.down_proj"]}
+    run(
+        checkpoint(tmp_path / "base", base),
+        adapter(tmp_path / "lora", lora, **said),
+        tmp_path / "out",
+    )
+    got = read(tmp_path / "out")
+    want = base["conv.weight"] + 3 * np.einsum("or,ri...->oi...", b[:, :, 0, 0], a)
+    np.testing.assert_allclose(got["conv.weight"], want, rtol=1e-5, atol=1e-5)
+    delta = np.einsum("ore,eri->eio", eb.reshape(7, 2, 3), ea.reshape(3, 2, 5))
+    want = base["mlp.experts.down_proj"] + 3 * delta
+    np.testing.assert_allclose(got["mlp.experts.down_proj"], want, rtol=1e-5, atol=1e-5)
+
+
+TIED = {"model_type": "llama"}  # transformers' default
+
+
+def test_a_head_that_is_tied(tmp_path):
+    base = tensors_of(without=["lm_head.weight"])
+    folder = checkpoint(tmp_path / "base", base, 2, TIED)
+    lora = pair("lm_head", VOCAB, D)
+    run(folder, adapter(tmp_path / "lora", lora, target_modules=["lm_head"]), tmp_path / "out")
+    embedding = base["model.embed_tokens.weight"]
+    want = (np.float32(embedding) + update(lora, "lm_head")).astype(BFLOAT16)
+    equal(tmp_path / "out", base | {"lm_head.weight": want})
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"]["lm_head.weight"].startswith("model-00002")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    # Two trained copies that are equal stay one.
+    value = drawn((VOCAB, D), BFLOAT16, 9)
+    saved = {"lm_head.weight": value, "model.embed_tokens.weight": value}
+    said = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    run(folder, adapter(tmp_path / "full", saved, **said), tmp_path / "out2")
+    equal(tmp_path / "out2", base | {"model.embed_tokens.weight": value})
+    assert json.loads((tmp_path / "out2/config.json").read_text()) == TIED
+
+
+def test_modules_to_save(tmp_path, capsys):
+    base = tensors_of()
+    saved = {"score.weight": drawn((3, D), seed=5), "model.norm.weight": drawn(D, seed=6)}
+    said = {"modules_to_save": ["model.norm"], "task_type": "SEQ_CLS"}
+    folder, path = checkpoint(tmp_path / "base", base), adapter(tmp_path / "a", saved, **said)
+    run(folder, path, tmp_path / "out", "--json")
+    norm = saved["model.norm.weight"]
+    want = base | {
+        "score.weight": saved["score.weight"],
+        "model.norm.weight": norm.astype(BFLOAT16),
+    }
+    equal(tmp_path / "out", want)
+    report = json.loads(capsys.readouterr().out)
+    assert report["new tensors"] == ["score.weight"] and report["changed"] == {"replaced": 2}
+    assert report["keys used"] == {str(path): "2 of 2"} and report["unchanged"] == len(base) - 1
+    only = {"model.norm.weight": norm}
+    half = adapter(tmp_path / "half", only, modules_to_save=["model.norm"])
+    run(folder, f"{half}=0.5", tmp_path / "half_out")
+    old = np.float32(base["model.norm.weight"])
+    got = read(tmp_path / "half_out")["model.norm.weight"]
+    assert bits(got) == bits((old + np.float32(0.5) * (norm - old)).astype(BFLOAT16))
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "base", tensors_of())
+    path = adapter(tmp_path / "lora", q_and_up(), **TARGETS)
+    run(folder, path, tmp_path / "out", "--dry-run")
+    text = capsys.readouterr().out
+    assert "low-rank  4" in text and "written: nothing (--dry-run)" in text
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "lora"}
+
+
+def lora_folder(tmp_path, **more):
+    return adapter(tmp_path / "lora", q_and_up() | more, **TARGETS)
+
+
+def test_what_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """A merge that fails on the way leaves the old OUT as it was, and no other folder."""
+    folder = checkpoint(tmp_path / "base", tensors_of(), 2)
+    path, out = lora_folder(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    seen = []
+
+    def fails(self, size):
+        seen.append(size)
+        if len(seen) > 12:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr("jlora.cli._output.Progress.__call__", fails)
+    run(folder, path, out, "--overwrite", code=2)
+    assert capsys.readouterr().err == "error: no space left on device\n"
+    assert (out / "old").read_text() == "old"
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "lora", "out"}
+    monkeypatch.undo()
+    run(folder, path, out, "--overwrite")
+    equal(out, merged_in_memory(tensors_of(), q_and_up()))
+    assert not (out / "old").exists()
+
+
+def test_the_disk_is_asked_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    run(checkpoint(tmp_path / "b", tensors_of()), lora_folder(tmp_path), tmp_path / "o", code=2)
+    assert "has 1 KB free. Nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+SCRIPT = """
+import resource, sys
+from jlora.cli import main
+main(["merge", sys.argv[1], sys.argv[2], sys.argv[3] + "_small"])  # what JAX and the CLI need
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(["merge", *sys.argv[4:]]) == 0
+print("KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def large(folder, count, rows):
+    """A sharded checkpoint of `count` tensors of `rows` x 1024 in bfloat16, written one by one."""
+    folder.mkdir()
+    x = drawn((rows, 1024), BFLOAT16)
+    weights = {}
+    for n in range(count):
+        file = f"model-{n + 1:05d}-of-{count:05d}.safetensors"
+        name = f"model.layers.{n}.mlp.up_proj.weight"
+        safetensors.numpy.save_file({name: x}, folder / file, metadata={"format": "pt"})
+        weights[name] = file
+    index = {"metadata": {"total_size": count * x.nbytes}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "most"),
+    [(6, 16384, 96), pytest.param(160, 32768, 96, marks=pytest.mark.nightly)],
+    ids=["200MB", "10GB"],
+)
+def test_the_peak_of_memory(tmp_path, count, rows, most):
+    """The memory does not grow with the tensors: blocks of rows are read, changed and written."""
+    base = large(tmp_path / "large", count, rows)
+    lora = {}
+    for n in range(count):
+        lora |= pair(f"model.layers.{n}.mlp.up_proj", rows, 1024, 8)
+    path = adapter(tmp_path / "lora", lora, r=8, target_modules=["up_proj"])
+    factors = sum(x.nbytes for x in lora.values()) / 2**20
+    small = checkpoint(tmp_path / "small", tensors_of())
+    first = adapter(tmp_path / "first", q_and_up(), **TARGETS)
+    words = [small, first, tmp_path / "out", base, path, tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    grown = int(done.stdout.rpartition("KB")[2]) / 1024
+    assert grown < most + 4 * factors, f"{grown:.0f} MB, of which factors {factors:.0f} MB"
+
+
+@pytest.mark.nightly
+def test_a_killed_merge_leaves_nothing_that_opens(tmp_path):
+    base, path = large(tmp_path / "large", 6, 16384), tmp_path / "lora"
+    lora = pair("model.layers.0.mlp.up_proj", 16384, 1024)
+    adapter(path, lora, target_modules=["layers.0.mlp.up_proj"])
+    words = [sys.executable, "-m", "jlora", "merge", base, path, tmp_path / "out"]
+    hidden = lambda: [p for p in tmp_path.iterdir() if p.name.startswith(".out-saving-")]
+    for wait in (0.0, 0.05, 0.2):
+        process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL)
+        while process.poll() is None and not hidden():
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "out").exists()
+    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
+    assert len(read(tmp_path / "out")) == 6 and not hidden()
+
+
+def broken(tmp_path, case):
+    """Arguments, and what is said."""
+    base, lora = tensors_of(), q_and_up()
+    said, words, key = dict(TARGETS), [], next(iter(lora))
+    out, weight, folder = tmp_path / "out", "", None
+    match case:
+        case "unexpected":
+            lora["model.layers.0.self_attn.qproj.lora_A.weight"] = drawn((2, D))
+        case "missing":
+            del lora[key]
+        case "misshaped":
+            lora[key] = drawn((2, D + 1))
+        case "quantized":
+            base["model.layers.0.self_attn.q_proj.weight"] = np.zeros((D, D), np.int32)
+        case "dora":
+            said["use_dora"], weight = True, "=0.5"
+            for name in [k for k in lora if k.endswith("lora_A.weight")]:
+                m = name.replace("lora_A.weight", "lora_magnitude_vector")
+                lora[m] = drawn(FFN if "up" in name else D)
+        case "residual":
+            said["init_lora_weights"] = "pissa"
+        case "overflow":
+            base = tensors_of(dtype=np.float16)
+            lora = {k: x * np.float32(1e4) for k, x in lora.items()}
+        case "same_folder":
+            out = tmp_path / "base"
+        case "inside":
+            out = tmp_path / "base" / "out"
+        case "file":
+            out.write_text("")
+        case "full_folder":
+            out.mkdir()
+            (out / "x").write_text("")
+        case "no_base":
+            folder = tmp_path / "nothing"
+        case "weight":
+            weight = "=much"
+        case "new_twice":
+            lora = {"score.weight": drawn((3, D))}
+            said, weight = {"modules_to_save": ["score"]}, "=0.5"
+        case "no_config" | "pickle" | "no_adapter":
+            pass
+    folder = folder or checkpoint(tmp_path / "base", base)
+    path = adapter(tmp_path / "lora", lora, **said)
+    if case == "no_config":
+        (path / "adapter_config.json").unlink()
+    if case in ("pickle", "no_adapter"):
+        (path / "adapter_model.safetensors").unlink()
+    if case == "pickle":
+        (path / "adapter_model.bin").write_text("")
+    return [folder, f"{path}{weight}", out, *words]
+
+
+SAID = {
+    "unexpected": '1 keys are unexpected: "base_model.model.model.layers.0.self_attn.qproj',
+    "missing": "keys are missing",
+    "misshaped": "keys have another shape",
+    "quantized": "is stored as I32, quantized",
+    "dora": "uses DoRA, whose update is not A B alone",
+    "residual": "began with init_lora_weights='pissa'",
+    "overflow": "has values beyond the range of F16",
+    "same_folder": "is or contains",
+    "inside": "is or contains",
+    "file": "is a file. Give a folder",
+    "full_folder": "has files. Give another folder, or `--overwrite`",
+    "no_base": "there is no",
+    "weight": "neither a folder nor a folder with a weight",
+    "new_twice": "is not in BASE, so it cannot be weighted with 0.5",
+    "no_config": "so alpha is not known",
+    "pickle": "adapter_model.bin is a pickle, which is never loaded",
+    "no_adapter": "there is no",
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_refused(tmp_path, capsys, case):
+    words = broken(tmp_path, case)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    run(*words, code=2)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and SAID[case] in err and err.count("\n") == 1
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == {
+        p: t for p, t in before.items() if p.is_file()
+    }
+
+
+def test_two_adapters_of_one_magnitude(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "base", tensors_of())
+    lora = pair("model.layers.0.self_attn.q_proj", D, D)
+    lora["model.layers.0.self_attn.q_proj.lora_magnitude_vector"] = drawn(D)
+    targets = {"target_modules": ["layers.0.self_attn.q_proj"]}
+    one = adapter(tmp_path / "one", lora, use_dora=True, **targets)
+    run(folder, one, lora_folder(tmp_path), tmp_path / "out", code=2)
+    assert "has DoRA, whose update is not A B alone, in one adapter" in capsys.readouterr().err

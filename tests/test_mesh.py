@@ -1,0 +1,130 @@
+"""A model on a mesh computes what it computes on one device, and its step is compiled once."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from mesh_model import TOKENS, base, loss, mesh, params, placed, rules, specs
+
+import jlora
+
+CASES = [
+    pytest.param(
+        *case,
+        marks=[] if case == (AxisType.Explicit, (2, 4), True, ("fsdp",)) else [pytest.mark.nightly],
+        id="-".join(map(str, case)),
+    )
+    for case in itertools.product(
+        (AxisType.Auto, AxisType.Explicit), ((4, 2), (2, 4)), (True, False), ((), ("fsdp",))
+    )
+]
+LR = 0.5
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def steps(p, tokens, kind=None):
+    """Logits and gradient, and the losses and the adapter of 20 steps of SGD."""
+    trained, frozen = jlora.partition(p)
+
+    def of(trained):
+        return loss(jlora.combine(trained, frozen), tokens, kind)
+
+    def step(trained, _):
+        (value, logits), grads = jax.value_and_grad(of, has_aux=True)(trained)
+        moved = jax.tree.map(lambda x, g: x - LR * g, trained, grads)
+        return moved, (value, logits, grads)
+
+    last, (losses, logits, grads) = jax.lax.scan(step, trained, length=20)
+    return logits[0], jax.tree.map(lambda g: g[0], grads), losses, last
+
+
+@functools.cache
+def alone(scanned, dora):
+    p = params(scanned, dora=dora)
+    return p, steps(p, TOKENS)
+
+
+def near(got, want):
+    """Compare two trees, relative to the largest value in each."""
+    most = max(float(abs(x).max()) for x in jax.tree.leaves(want))
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * most)
+
+
+@pytest.mark.parametrize(("kind", "shape", "scanned", "replicate"), CASES)
+def test_as_on_one_device(kind, shape, scanned, replicate):
+    p, want = alone(scanned, dora=True)
+    where = mesh(shape, kind)
+    on_mesh = placed(p, where, scanned, replicate)
+    tokens = jax.device_put(TOKENS, NamedSharding(where, P("fsdp")))
+    with jax.set_mesh(where):
+        got = steps(on_mesh, tokens, kind)
+    assert float(want[2][-1]) < 0.99 * float(want[2][0]), "it learns"
+    for x, y in zip(got, want, strict=True):
+        near(x, y)
+    if kind == AxisType.Explicit:
+        trained = jlora.partition(on_mesh)[0]
+        for x, y in zip(*map(jax.tree.leaves, (got[3], trained)), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def step_of(tx, kind):
+    """The step of the README, of all parameters or of the two trees of `partition`."""
+
+    def frozen_in(p, state, tokens):
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(p, tokens)
+        updates, state = tx.update(grads, state, p)
+        return optax.apply_updates(p, updates), state, value
+
+    def apart(trained, frozen, state, tokens):
+        def of(trained):
+            return loss(jlora.combine(trained, frozen), tokens)[0]
+
+        value, grads = jax.value_and_grad(of)(trained)
+        updates, state = tx.update(grads, state, trained)
+        return jlora.apply_updates(trained, updates), frozen, state, value
+
+    return frozen_in if kind == "freeze" else apart
+
+
+@pytest.mark.parametrize("kind", ["freeze", "partition"])
+def test_a_step_is_compiled_once(kind, caplog, usual_promotion):
+    where = mesh((4, 2), AxisType.Auto)
+    weights = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(where, spec)), base(True), specs(True)
+    )
+    tokens = jax.device_put(TOKENS, NamedSharding(where, P("fsdp")))
+    p = jlora.attach(weights, rules(), key=jax.random.key(0), replicate=("fsdp",))
+    tx = jlora.freeze(optax.adam(1e-2)) if kind == "freeze" else optax.adam(1e-2)
+    args = (p,) if kind == "freeze" else jlora.partition(p)
+    state = jax.eval_shape(tx.init, args[0])
+    at = [jlora.shardings(x, ("fsdp",), of=p) for x in (*args, state)]
+    state = jax.jit(tx.init, out_shardings=at[-1])(args[0])
+    step = jax.jit(step_of(tx, kind), donate_argnums=range(len(at)), out_shardings=(*at, None))
+    now, losses, where_w = (*args, state), [], addresses((*args, state), weights)
+    with jax.log_compiles():
+        for _ in range(3):
+            before = [x.sharding for x in jax.tree.leaves(now)]
+            *now, value = step(*now, tokens)
+            losses.append(float(value))
+            for x, was in zip(jax.tree.leaves(now), before, strict=True):
+                assert x.sharding.is_equivalent_to(was, x.ndim)
+    compiled = [x for x in caplog.messages if f"XLA compilation of jit({step.__name__})" in x]
+    assert len(compiled) == 1 and losses[2] < losses[0]
+    assert addresses(now, weights) == where_w, "W is where it was"
+
+
+def addresses(tree, weights):
+    """Where the shards of the arrays that have the shape of a weight are."""
+    shapes = {x.shape for x in jax.tree.leaves(weights)}
+    return [
+        shard.data.unsafe_buffer_pointer()
+        for x in jax.tree.leaves(tree)
+        if x.shape in shapes
+        for shard in x.addressable_shards
+    ]
