@@ -66,7 +66,7 @@ def test_values_and_gradients_are_those_over_the_dequantized_weight(case):
     for got, x in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         same(got, x, most)
     if not case.materialized and case.name not in CHANGED:
-        keeps_no_weight(kept, params, (dense, case.args))
+        keeps_no_weight(kept, params, dense)
 
 
 def keeps_no_weight(kept: Any, params: Any, dense: Any) -> None:
