@@ -9,13 +9,11 @@ Projections are stored as NF4 with quantized scales, 4.13 bits a weight, the emb
 
 import argparse
 import resource
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import data
 import jax
-import numpy as np
 import weights
 from evaluation import make_apply
 from training import make_loss, make_optimizer, make_step
@@ -26,10 +24,9 @@ FORMATS = {r".*_proj/kernel": "nf4", r".*embedding": "int8"}
 
 
 def report(what: str, params: Any) -> None:
-    """Print the size of the parameters and the largest memory of the process so far."""
+    """Print the size of the parameters and the largest memory of the process so far, on Linux."""
     size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(f"{what:28}{size:8.1f} MB of parameters, {peak:6.0f} MB peak of the process")
 
 
@@ -50,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainable, frozen = jlora.partition(params)
     tx = make_optimizer(2e-3, args.steps)
     step, state = make_step(make_loss(jlora.lora(make_apply(config))), tx), tx.init(trainable)
-    losses = []
-    for batch in data.batches(rows, 4):
+    for n, batch in enumerate(data.batches(rows, 4)):
         trainable, state, loss = step(trainable, state, frozen, batch)
-        losses.append(float(loss))
+        if n % 10 == 0 or n == args.steps - 1:
+            print(f"step {n}: loss {float(loss):.3f}")
     report("trained", params := jlora.combine(trainable, frozen))
-    print(f"{jlora.summary(params)}\nloss {np.mean(losses[:4]):.3f} -> {np.mean(losses[-4:]):.3f}")
+    print(jlora.summary(params))
     report("merged, float32", jlora.merge(params))
 
 
