@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import mesh_model as model
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from measure import surroundings, write_json
@@ -44,7 +45,9 @@ def collectives(text: str) -> list[tuple[str, tuple[int, ...], int]]:
 def compiled(mode: str, shape: tuple[int, int] = (4, 2), replicate: tuple[str, ...] = ()) -> str:
     """The program of one step's gradients: "limit", "jlora" or "full"."""
     where = model.mesh(shape, AxisType.Auto)
-    tokens = jax.device_put(model.TOKENS, NamedSharding(where, P("fsdp")))
+    # More tokens than W has rows, as in practice: otherwise the compiler gathers these, not W.
+    long = np.tile(model.TOKENS, (1, 16))
+    tokens = jax.device_put(long, NamedSharding(where, P("fsdp")))
     at: Any = jax.tree.map(lambda spec: NamedSharding(where, spec), model.specs(False))
     shift = jax.device_put(jnp.zeros((1, 1, model.D)), NamedSharding(where, P()))
     if mode == "jlora":
@@ -57,13 +60,14 @@ def compiled(mode: str, shape: tuple[int, int] = (4, 2), replicate: tuple[str, .
 
     def loss(trained: Any, rest: Any) -> Any:
         if mode == "limit":
-            return model.loss(rest, tokens, shift=trained)[0]
+            return model.loss(rest, tokens, AxisType.Auto, trained)[0]
         params = jlora.combine(trained, rest[0]) if mode == "jlora" else trained
-        return model.loss(params, tokens, shift=rest[1])[0]
+        return model.loss(params, tokens, AxisType.Auto, rest[1])[0]
 
     at = shift.sharding if mode == "limit" else at
     run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, at))
-    return run.lower(trained, rest).compile().as_text()
+    with jax.set_mesh(where):
+        return run.lower(trained, rest).compile().as_text()
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A small language model with all the weights of a Llama, whose products say how they are sharded.
 
 The seven weights of a layer are column-parallel or row-parallel over "tp" and sharded over "fsdp",
-along which the batch is split. On a mesh with explicit axes each product has an output sharding.
+along which the batch is split. On a mesh every product has its output sharding.
 """
 
 import functools
@@ -56,12 +56,12 @@ def specs(scanned):
     return ends | {f"layer_{n}": layer for n in range(LAYERS)}
 
 
-def rules(**how):
+def rules(rank=2, **how):
     layer = {
-        rf".*/{name}": LoraSpec(2, 2, layout=layout, **how)
+        rf".*/{name}": LoraSpec(rank, 2, layout=layout, **how)
         for name, (*_, layout) in WEIGHTS.items()
     }
-    return {**layer, "embed|head": LoraSpec(2, 2, layout="io", **how)}
+    return {**layer, "embed|head": LoraSpec(rank, 2, layout="io", **how)}
 
 
 def params(scanned, **how):
@@ -85,9 +85,13 @@ def placed(tree, where, scanned, replicate):
 def forward(p, tokens, kind=None, shift=None):
     """Logits; `kind` is the type of the mesh's axes, and `shift` is added to the embeddings."""
 
+    def placed(y, spec):
+        return y if kind is None else jax.lax.with_sharding_constraint(y, spec)
+
     def dot(formula, x, w, out):
-        out = out if kind == AxisType.Explicit else None
-        return jnp.einsum(formula, x, w, out_sharding=out)
+        if kind == AxisType.Explicit:
+            return jnp.einsum(formula, x, w, out_sharding=out)
+        return placed(jnp.einsum(formula, x, w), out)
 
     def layer(x, w):
         heads = P("fsdp", None, "tp", None)
@@ -100,7 +104,7 @@ def forward(p, tokens, kind=None, shift=None):
         return x + dot("btf,fd->btd", jax.nn.silu(gate) * up, w["down"], STREAM)
 
     at = p["embed"].at[tokens]
-    x = at.get(out_sharding=STREAM) if kind == AxisType.Explicit else at.get()
+    x = at.get(out_sharding=STREAM) if kind == AxisType.Explicit else placed(at.get(), STREAM)
     x = x if shift is None else x + shift
     if "layers" in p:
         step = jax.checkpoint(lambda x, w: (layer(x, w), None))

@@ -157,10 +157,12 @@ def counted(mode, replicate=()):
     return collections.Counter((kind, shape) for kind, shape, _ in found)
 
 
+@pytest.mark.nightly
 def test_no_collective_of_the_adapter_but_its_gradient():
     """With the axis of the batch left out, A and B are not gathered, and W no more than without."""
-    limit, got = counted("limit"), counted("jlora", ("fsdp",))
-    more = got - limit
-    assert not [key for key in more if key[0] == "all-gather" and RANK in key[1]], more
+    more = counted("jlora", ("fsdp",)) - counted("limit")
+    assert not [key for key in more if key[0] != "all-reduce"], more
     wide = {x.shape for x in jax.tree.leaves(base(False))}
     assert not [key for key in more if key[1] in wide], more
+    inherited = counted("jlora") - counted("limit")
+    assert [key for key in inherited if key[0] == "all-gather" and RANK in key[1]]

@@ -1,7 +1,6 @@
 """Adapters on a mesh: every part is created where its weight is, and one rule says where."""
 
 import dataclasses
-import functools
 import time
 import zlib
 
@@ -325,16 +324,14 @@ def test_what_is_refused(meshed):
 
 def test_an_initializer_reads_one_layer_at_a_time():
     """The memory is that of two layers, not of the stack; on one device and on a mesh."""
-    layers, n = 16, 64
-    spec = LoraSpec(2, layout="io", init=functools.partial(initializers.pissa, niter=2))
-    one = 4 * n * n
+    n, spec = 32, LoraSpec(2, layout="io", init=initializers.pissa)
 
-    def temporary(spec):
+    def temporary(layers):
         run = jax.jit(lambda w, k: jlora.attach({"w": w}, {"w": spec}, key=k))
-        struct = jax.ShapeDtypeStruct((layers, n, n), jnp.bfloat16)
+        struct = jax.ShapeDtypeStruct((layers, n, n), jnp.float32)
         return run.lower(struct, KEY).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(spec) < 12 * one < layers * one
+    assert temporary(16) - temporary(4) < 4 * n * n
     w = jax.random.normal(KEY, (4, 8, 6))
     want = jlora.attach({"w": w}, {"w": spec}, key=KEY)["w"]
     keys = jax.random.split(jax.random.fold_in(KEY, zlib.crc32(b"w")), 4)
