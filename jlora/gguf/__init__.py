@@ -1,6 +1,6 @@
 """GGUF, the files of llama.cpp: quantized models are read, byte for byte, and adapters are written.
 
-The library `gguf` is needed: `pip install gguf`.
+The library `gguf` is needed: `pip install 'jlora[gguf]'`.
 """
 
 from jlora.gguf._adapter import save
