@@ -275,6 +275,12 @@ REFUSED = {
     "a_matrix": (lambda: add([{"w": one()}], [np.ones(2)]), "Pass one number for each"),
     "no_list": (lambda: add([{"w": one()}], 1.0), "Pass one number for each"),
     "nan": (lambda: scale({"w": one()}, np.nan), "every weight must be finite"),
+    "too_large": (lambda: scale({"w": one()}, 1e39), "must be finite in float32"),
+    "text": (lambda: add([{"w": one()}], ["1"]), "Pass one number for each"),
+    "no_scale": (
+        lambda: extract({"w": WEIGHT}, {"w": WEIGHT}, {"w": LoraSpec(1, alpha=-2)}),
+        "alpha=-2, so the update s A B has no scale",
+    ),
     "paths": (lambda: add([{"w": one()}, {"v": one()}], [1, 1]), "differ in 2 places"),
     "empty": (lambda: add([{"w": one()}, {"w": None}], [1, 1]), "adapters[1]`: there is no"),
     "residual": (

@@ -122,6 +122,8 @@ REFUSED = {
     "original": (lambda: inspect({"b": FullArray(None, jnp.ones(2))}), "a detached adapter lacks"),
     "shape": (lambda: inspect({"w": node()}, {"w": jnp.ones((2, 9, 4, 5))}), "needs lora_a"),
     "paths": (lambda: inspect({"w": node()}, {"v": jnp.ones(3)}), "the trees differ"),
+    "top": (lambda: inspect({"w": node()}, top=0), "top must be at least 1"),
+    "threshold": (lambda: inspect({"w": node()}, threshold=5.0), "a cosine, in (0, 1)"),
 }
 
 

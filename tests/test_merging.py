@@ -187,6 +187,20 @@ def test_slerp_of_other_nodes():
     assert np.linalg.norm(want) > 0
 
 
+def test_slerp_of_a_stack_has_an_angle_for_each_element():
+    """Also where one of the two is trained in full: the other has the layout."""
+    shape = (2, 6, 5)
+    two = [{"w": with_base(drawn(shape, r), shape)} for r in (2, 3)]
+    full = {"w": FullArray(jnp.zeros(shape), jnp.asarray(dense(two[0]["w"], shape), jnp.float32))}
+    want = dense(slerp(two, 0.3)["w"], shape)
+    assert far(of(slerp([full, two[1]], 0.3)), want) < 1e-5
+
+
+def test_no_nan_is_trimmed_away():
+    bad = dataclasses.replace(NODES[0], lora_a=NODES[0].lora_a.at[0, 0].set(jnp.nan))
+    assert np.isnan(of(ties([{"w": bad}, ADAPTERS[1]], [1, 1], density=0.3))).any()
+
+
 def test_stacks_layouts_and_what_is_not_adapted():
     """An element of a stack is a weight of its own, and a missing update is zero."""
     shape = (2, 5, 4, 3)

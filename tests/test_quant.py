@@ -202,6 +202,16 @@ def test_products_of_int8_use_the_codes(dtype, monkeypatch):
             same(c, b, 2**-5 if dtype == "bfloat16" else 1e-5)
 
 
+def test_small_float16_values_are_multiplied_by_a_transposed_int8_weight():
+    """Times a scale they are near float16's smallest number; times the weight they are not."""
+    w = (0.02 * jax.random.normal(KEY, (64, 12))).astype("float16")
+    stored = jlora.quantize({"w": w}, {"w": "int8"})["w"]
+    x = jnp.full((3, 12), 1e-3, "float16")
+    got = jlora.lora(lambda w, x: x @ w.T)(stored, x)
+    want = np.float32(x) @ np.float32(stored.format.unpack(stored.parts))
+    np.testing.assert_allclose(np.float32(got), want, rtol=0, atol=2.0**-24)
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_other_products_of_int8_build_it(name):
     fn, w, x = int8(name, "float32")

@@ -61,7 +61,8 @@ def extract(
     Raises:
         ValueError: the two trees have different paths or shapes; one has adapters; both `energy`
             and `error` are given, or are out of range, or the parameters are traced with one of
-            them; a spec has a form or `dora=True`; what `jlora.attach` refuses.
+            them; a spec has a form, `dora=True` or an
+            alpha that is not positive; what `jlora.attach` refuses.
 
     Example:
         >>> from jlora import LoraSpec, bind, merge
@@ -137,6 +138,11 @@ def _plain(key: str, rule: Any, call: str) -> Any:
         raise ValueError(
             f'`{call}`: the rule "{key}" has {what}, and only plain LoRA has a nearest update in '
             "closed form. Leave it out, and train the result further if the form matters."
+        )
+    if not rule.s > 0:
+        raise ValueError(
+            f'`{call}`: the rule "{key}" has alpha={rule.alpha}, so the update s A B has no scale '
+            "s > 0 to divide by. Give a positive alpha."
         )
     return dataclasses.replace(rule, init=None, rank=1)
 

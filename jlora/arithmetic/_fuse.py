@@ -138,7 +138,8 @@ def kept_of(size: int, part: float) -> int:
 def positions(x: Array, axis: int | None = None) -> Array:
     """Return the position of every value in the order of falling magnitude; 0 is the largest."""
     flat = x.reshape(-1) if axis is None else x
-    order = jnp.argsort(-jnp.abs(flat), axis=-1 if axis is None else axis, stable=True)
+    size = jnp.where(jnp.isnan(flat), jnp.inf, jnp.abs(flat))  # no NaN is trimmed away
+    order = jnp.argsort(-size, axis=-1 if axis is None else axis, stable=True)
     return jnp.argsort(order, axis=-1 if axis is None else axis).reshape(x.shape)
 
 
@@ -156,6 +157,6 @@ def weighted_sum(deltas: Array, weights: Array) -> Array:
 def elected(deltas: Array, weights: Array) -> Array:
     """Return `Σ wᵢ τᵢ / #` over the updates that have the sign of `Σ τᵢ`; # is their number."""
     sign = jnp.where(deltas.sum(0) >= 0, 1.0, -1.0)
-    agree = jnp.sign(deltas) == sign[None]
+    agree = (jnp.sign(deltas) == sign[None]) | jnp.isnan(deltas)
     count = jnp.maximum(agree.sum(0), 1)
     return weighted_sum(jnp.where(agree, deltas, 0), weights) / count.astype(deltas.dtype)

@@ -43,8 +43,9 @@ def inspect(
         DoRA, `norm` and the spectrum are those of s A B, and W' has the magnitude.
 
     Raises:
-        ValueError: nothing is adapted; a node is tied, incomplete or over a residual; `base` has
-            other paths or shapes; a parameter trained in full lacks its original.
+        ValueError: `top` or `threshold` is out of range; nothing is adapted; a node is tied,
+            incomplete or over a residual; `base` has other paths or shapes; a parameter trained in
+            full lacks its original.
 
     Example:
         >>> from jlora import LoraSpec, attach, initializers
@@ -59,6 +60,11 @@ def inspect(
     of the outputs; Roy and Vetterli 2007 for the effective rank.
     """
     call = "jlora.arithmetic.inspect(adapter, base)"
+    if top < 1 or not 0 < threshold < 1:
+        raise ValueError(
+            f"`{call}`: top={top} and threshold={threshold}; top must be at least 1, and the "
+            "threshold, a cosine, in (0, 1)."
+        )
     if base is not None:
         adapter = bind(base, detach(adapter)[1])
     _, (nodes,) = read([adapter], call)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora import forms
-from jlora._arrays import FullArray
+from jlora._arrays import FullArray, LoraArray
 from jlora._base import built
 from jlora.arithmetic._terms import (
     Term,
@@ -31,9 +31,10 @@ def slerp(adapters: Sequence[PyTree], t: ArrayLike) -> PyTree:
     """Interpolate between two updates along the arc, and not the chord, between them.
 
     `(sin((1-t)θ) Δ₀ + sin(tθ) Δ₁) / sin θ`, where θ is the angle between the updates of one weight,
-    `cos θ = ⟨Δ₀, Δ₁⟩ / (‖Δ₀‖ ‖Δ₁‖)`. Updates that are nearly parallel or opposite, or zero, are
-    interpolated linearly. The result is exact and has the rank of both together; θ is computed
-    from the factors.
+    `cos θ = ⟨Δ₀, Δ₁⟩ / (‖Δ₀‖ ‖Δ₁‖)`. Each element of a stack is a weight of its own; but a
+    parameter that both train in full is one weight, since it has no layout. Updates that are nearly
+    parallel or opposite, or zero, are interpolated linearly. The result is exact and has the rank
+    of both together; θ is computed from the factors.
 
     Args:
         adapters: two, from `jlora.detach`; adapted parameters where any are trained in full.
@@ -105,7 +106,9 @@ def _pairs(path: str, nodes: Sequence[Any], call: str) -> Callable[[int, int], A
     if any(isinstance(x, FullArray) for x in nodes):
         shape = shape_among(path, nodes, call)
         dense = [_difference(path, x, shape, call) for x in nodes]
-        return lambda i, j: jnp.vdot(dense[i], dense[j], precision=_EXACT)
+        layout = next((x.layout for x in nodes if isinstance(x, LoraArray)), shape)
+        own = tuple(range(len(shape) - len(layout), len(shape)))
+        return lambda i, j: jnp.sum(dense[i] * dense[j], own)
     if len({x.slices for x in nodes}) > 1:
         shape = shape_among(path, nodes, call)
         nodes = [forms.as_lora(x, shape) for x in nodes]

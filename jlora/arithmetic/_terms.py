@@ -56,14 +56,18 @@ def weights_of(weights: Any, count: int, call: str) -> list[Any]:
     """Return one finite number per adapter; traced weights are not checked for being finite."""
     try:
         each = [weights[n] for n in range(len(weights))]
+        numbers = all(not isinstance(w, str) and jnp.shape(w) == () for w in each)
     except (TypeError, KeyError):
-        each = []
-    if len(each) != count or any(jnp.shape(w) != () for w in each):
+        each, numbers = [], False
+    if len(each) != count or not numbers:
         raise ValueError(
             f"`{call}`: weights={brief(weights)} for {count} adapters. Pass one number for each."
         )
-    if any(not _compat.is_traced(w) and not math.isfinite(float(w)) for w in each):
-        raise ValueError(f"`{call}`: weights={brief(weights)}; every weight must be finite.")
+    most = float(jnp.finfo(jnp.float32).max)
+    if any(not _compat.is_traced(w) and not abs(float(w)) <= most for w in each):
+        raise ValueError(
+            f"`{call}`: weights={brief(weights)}; every weight must be finite in float32."
+        )
     return each
 
 
@@ -127,14 +131,21 @@ def _full(path: str, terms: Sequence[Term], call: str) -> FullArray:
     dtype = max((x.value.dtype for x in fulls), key=lambda d: jnp.finfo(d).bits)
     wide = accumulator(dtype)
     originals = [built(x.base).astype(wide) for x in fulls]
-    bys = [jnp.asarray(t.by, wide) for t in terms if isinstance(t.node, FullArray)]
+    bys = [_spread(t.by, len(shape), wide) for t in terms if isinstance(t.node, FullArray)]
     # W less the originals first: with one weight of 1 what is left is the value itself, exactly.
     total = originals[0] - sum(w * o for w, o in zip(bys, originals, strict=True))
     total = total + sum(w * x.value.astype(wide) for w, x in zip(bys, fulls, strict=True))
     for by, node in terms:
         if isinstance(node, LoraArray):
-            total = total + jnp.asarray(by, wide) * forms.delta(node, shape, wide).astype(wide)
+            delta = forms.delta(node, shape, wide).astype(wide)
+            total = total + _spread(by, len(shape), wide) * delta
     return FullArray(None, total.astype(dtype))
+
+
+def _spread(by: ArrayLike, ndim: int, dtype: Any) -> Array:
+    """Return a number, or one per stack element, with the axes of the weight."""
+    x = jnp.asarray(by, dtype)
+    return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))
 
 
 def check_original(path: str, node: FullArray, call: str) -> None:
@@ -184,7 +195,7 @@ def _times(node: LoraArray, by: ArrayLike, dtype: Any) -> Array:
     """Return `w · s · B`."""
     s = jnp.asarray(node.scaling).astype(dtype) * jnp.asarray(by, dtype)
     b = jnp.asarray(node.lora_b).astype(dtype)
-    return b * s.reshape(*s.shape, *(1,) * (b.ndim - s.ndim))
+    return b * _spread(s, b.ndim, dtype)
 
 
 def _same_sides(path: str, nodes: Sequence[LoraArray], call: str) -> None:

@@ -15,12 +15,13 @@ def ties(
 ) -> PyTree:
     """Merge updates without conflicts of sign: trim, elect, and average what agrees.
 
-    `τ̂ᵢ` keeps the largest part of `Δᵢ`, `γ = sign(Σ τ̂ᵢ)`, and each element of the result is the
-    mean of `wᵢ τ̂ᵢ` over the adapters with `sign(τ̂ᵢ) = γ`. Weights that are all λ scale the paper's
-    result by λ.
+    `τ̂ᵢ` keeps the largest part of `Δᵢ`, `γ = sign(Σ τ̂ᵢ)`, which is +1 at 0, and each element of
+    the result is the mean of `wᵢ τ̂ᵢ` over the adapters with `sign(τ̂ᵢ) = γ`. Weights that are all λ
+    scale the paper's result by λ.
 
-    A weight at a time, in float32; each element of a stack is a weight of its own. A weight that
-    an adapter does not adapt has a zero update.
+    A weight at a time, in float32; each element of a stack is a weight of its own, but a parameter
+    that every adapter trains in full is one weight, since it has no layout. A weight that an
+    adapter does not adapt has a zero update.
 
     Args:
         adapters: from `jlora.detach`; adapted parameters where any are trained in full.

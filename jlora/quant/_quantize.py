@@ -34,7 +34,7 @@ def quantize(
 
     Blocks and groups are runs of inputs, in the row-major order of a weight's input axes, and never
     extend over two outputs or two stack elements. An embedding, by the name of its leaf, is stored
-    by rows: each token has scales of its own.
+    by rows, whatever `layouts` says: each token has scales of its own.
 
     Args:
         params: any pytree of arrays, or an NNX module; it is not modified.

@@ -56,7 +56,9 @@ class Int8:
         """Return `(y · scale) · codesᵀ`, accumulated in float32 or wider."""
         wide = accumulator(outs.dtype)
         scale = parts["scale"].astype(wide).reshape(*(1,) * (outs.ndim - 1), -1)
-        scaled = (outs.astype(wide) * scale).astype(outs.dtype)
+        scaled = outs.astype(wide) * scale
+        if outs.dtype != jnp.float16:  # whose smallest numbers are above a gradient's, scaled
+            scaled = scaled.astype(outs.dtype)
         return _product(scaled, parts["codes"], 0).astype(dtype)
 
 
