@@ -104,6 +104,7 @@ def test_quant_writes_what_it_promises(tmp_path, monkeypatch, capsys):
         assert 4 * rows["nf4"]["base_bytes"] < rows["float32"]["base_bytes"]
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):
