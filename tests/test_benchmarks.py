@@ -133,7 +133,7 @@ def test_plots_are_drawn(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("library", ["peft", "qwix"])
@@ -155,6 +155,7 @@ def test_a_peer_computes_the_same(library):
         assert float(found["peft_limit"].run()) == pytest.approx(losses["limit"], rel=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("no_peers")
 def test_compare_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(blocks.PRESETS, "smollm2", TINY)

@@ -276,6 +276,7 @@ def test_the_cost_is_the_forward_pass_and_the_sums():
     assert needed < inputs / 3
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_program_is_walked(case):
     """Sums, or a reason why a weight has none: nothing else comes of any program."""

@@ -251,6 +251,7 @@ def test_the_capital_of_france(capsys: Any) -> None:
     assert capsys.readouterr().out.startswith(f"{text} Paris.")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Optax's Adam counts in integers
 @pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_model(family: str) -> None:
     holds(forward(graph), state, *prompt(), eager=family == "llama3")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @every
 def test_cache(family: str) -> None:
     """A prompt into an empty cache, and one step from it."""
@@ -36,7 +36,7 @@ def test_cache(family: str) -> None:
     holds(decode, state, tokens, positions, cache, mask)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("family", "remat"),
     [("llama3", "BLOCK"), ("qwen2", "DECODER"), ("qwen3", "BLOCK"), ("gemma3", "DECODER")],

@@ -101,10 +101,8 @@ def train_here(config: llama.Config, params: Any, data: np.ndarray) -> tuple[lis
     return losses, jlora.combine(trainable, frozen)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layers", "steps"), [(1, 50), pytest.param(4, 50, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("layers", "steps"), [(1, 50), (4, 50)])
 def test_steps_on_real_weights(layers, steps, tmp_path, compare):
     config, params, tokenizer, _ = weights.load(None, layers)
     data = batches(tokenizer, steps)
