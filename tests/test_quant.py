@@ -17,6 +17,7 @@ from quantized import LAYOUTS, NAMES, RULES, TOKENS, is_quant, model, one, store
 
 import jlora
 import jlora.checkpoint
+import jlora.peft
 from jlora import LoraSpec, quant
 from jlora.quant import _product
 
@@ -424,6 +425,22 @@ def test_capture_and_tie():
     tied = jlora.tie(params, {".*": ("lora_a",)})
     assert jlora.untie(tied)["k"].lora_a is jlora.untie(tied)["q"].lora_a
     assert is_quant(tied["q"].base)
+
+
+def test_pefts_files_over_stored_weights(tmp_path):
+    """A stack in two layers, a weight that is stored and not adapted, and rules of a file."""
+    base = {"layers": jnp.ones((2, 64, 6)), "head": jnp.ones((64, 6))}
+    layouts = dict.fromkeys(base, "io")
+    base = jlora.quantize(base, {".*": "nf4"}, layouts=layouts)
+    params = jlora.attach(base, {"layers": LoraSpec(2)}, key=KEY, layouts=layouts)
+    names = {"layers": "m.layers.{}.q_proj.weight", "head": "lm_head.weight"}
+    jlora.peft.save(tmp_path, params, names=names)
+    loaded = jlora.peft.load(tmp_path, base, names=names, layouts=layouts)
+    assert loaded["layers"].base is base["layers"] and loaded["head"] is base["head"]
+    assert bits(loaded["layers"].lora_a) == bits(params["layers"].lora_a)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    rules = jlora.peft.rules(config, base, names=names, layouts=layouts)
+    assert list(rules) == ["layers"] and rules["layers"].rank == 2
 
 
 def test_saved_and_restored(tmp_path):

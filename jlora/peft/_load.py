@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora._adapt import bind, detach
-from jlora._arrays import FullArray, LoraArray, is_adapted
+from jlora._arrays import FullArray, LoraArray, is_adapted, is_leaf
+from jlora._base import is_stored
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import brief
@@ -118,7 +119,7 @@ def load(
     config = _config(folder, alpha, call)
     _refuse_residuals(params, call)
     base = detach(params)[0]
-    leaves = leaves_with_paths(base)
+    leaves = leaves_with_paths(base, is_leaf)
     by_path = dict(leaves)
     arguments = {"names": names, "layouts": layouts, "kinds": kinds, "slices": slices}
     for argument, value in arguments.items():
@@ -146,7 +147,7 @@ def load(
     nodes |= with_tokens(plan.tokens, by_path)
     nodes |= _biases(plan, by_path, nodes)
     nodes = {p: placed(node, by_path[p], replicate, call) for p, node in nodes.items()}
-    adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base)
+    adapter_tree = map_with_paths(lambda path, _: nodes.get(path), base, is_leaf)
     return bind(base, adapter_tree)
 
 
@@ -195,7 +196,7 @@ def _residuals(
             return weight
         return residual(REPEATED[str(init).lower()], jnp.asarray(weight), nodes[path])
 
-    return map_with_paths(moved, base)
+    return map_with_paths(moved, base, is_leaf)
 
 
 def _folder(directory: str | os.PathLike[str], adapter: str, call: str) -> Path:
@@ -294,6 +295,8 @@ def _biases(
 def _same_base(plan: Plan, leaves: Mapping[str, Any], call: str) -> None:
     """Check that base weights in the file (PEFT saves targeted embeddings) are ours."""
     for one in plan.base:
+        if is_stored(leaves[one.place.path]):
+            continue  # it is near the weight of the file, by as much as its format allows
         ours = np.asarray(leaves[one.place.path])[one.place.index]
         theirs = full_from_torch(one.tensors["value"], one.place.shape, one.geometry, one.kind)
         if not np.array_equal(ours, theirs.astype(ours.dtype)):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from jaxtyping import PyTree
 
 from jlora import initializers
-from jlora._arrays import is_adapted
+from jlora._arrays import is_leaf
 from jlora._boxes import leaves_with_paths
 from jlora._check import check_tree, has_arrays
 from jlora._paths import brief, is_doubtful, near_misses
@@ -112,7 +112,7 @@ def rules(
             f"`{call}`: `config` has arrays. The configuration comes first, then the parameters."
         )
     parsed = _with_heads(read_config(config, call))
-    leaves = leaves_with_paths(params, is_adapted)
+    leaves = leaves_with_paths(params, is_leaf)
     arguments = {"names": names, "groups": groups, "layouts": layouts, "kinds": kinds}
     for argument, value in arguments.items():
         check_keys(value, [path for path, _ in leaves], argument, call)

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from jlora import forms
 from jlora._adapters import shape_of
-from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted
+from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
 from jlora._boxes import leaves_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import near_misses
@@ -110,11 +110,11 @@ def save(
     check_directory(directory, "jlora.peft.save(directory, params)")
     call = f"jlora.peft.save({str(directory)!r}, params)"
     check_tree(params, call)
-    leaves = leaves_with_paths(params, is_adapted)
+    leaves = leaves_with_paths(params, is_leaf)
     adapted = {path: node for path, node in leaves if is_adapted(node)}
     if not adapted:
         raise ValueError(f"`{call}`: nothing in `params` is adapted. Call `jlora.attach` first.")
-    holes = leaves_with_paths(params, lambda x: x is None or is_adapted(x))
+    holes = leaves_with_paths(params, lambda x: x is None or is_leaf(x))
     for argument, value in (("layouts", layouts), ("kinds", kinds)):
         check_keys(value, [path for path, _ in holes], argument, call)
     check_kinds(kinds or {}, call)

@@ -30,7 +30,8 @@ def quantize(
 
     A `jlora.quant.QuantArray` takes the place of the array. `jlora.lora(fn)` runs on it, with or
     without an adapter, and builds a weight only where it is multiplied. Quantize first and
-    `jlora.attach` then: an adapter does not depend on how its base is stored.
+    `jlora.attach` then: an adapter does not depend on how its base is stored. Train with
+    `jlora.value_and_grad(loss)`, since `jax.grad` refuses trees that contain integers.
 
     Blocks and groups are runs of inputs, in the row-major order of a weight's input axes, and never
     extend over two outputs or two stack elements. An embedding, by the name of its leaf, is stored
