@@ -16,7 +16,7 @@ from jlora import _compat, forms
 from jlora._arrays import FullArray, Geometry, LoraArray
 from jlora._base import built, is_stored, layer_by_layer, stored_as
 from jlora._paths import describe
-from jlora._placed import Names, at_base, is_explicit, sharding_of
+from jlora._placed import Names, at_base, sharding_of
 from jlora._spec import LoraSpec
 
 
@@ -131,7 +131,7 @@ def _begun_at(
         _begun, spec=spec, layout=layout, together=together
     )
     at = structure.unflatten(shardings)
-    if is_explicit(shardings[0]):
+    if _compat.is_explicit(shardings[0]):
         # Initializers are written without shardings: inside, the compiler chooses them.
         make = jax.sharding.auto_axes(make, out_sharding=at)
     known = not isinstance(getattr(shardings[0], "mesh", None), AbstractMesh)

@@ -109,9 +109,9 @@ def in_mesh_of_any(arrays: Iterable[Any]) -> Any:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def is_explicit(x: ArrayLike) -> bool:
-    """Whether the type of an array has a sharding, along explicit axes of a mesh."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+def is_explicit(sharding: Any) -> bool:
+    """Whether a sharding is along explicit axes of a mesh, so that the types of arrays have it."""
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
 
 
 def sharded_like(x: Any, like: ArrayLike) -> Any:
@@ -119,9 +119,9 @@ def sharded_like(x: Any, like: ArrayLike) -> Any:
 
     It is returned as it is unless the types of arrays have shardings.
     """
-    if not is_explicit(like):
-        return x
     sharding = jax.typeof(like).sharding
+    if not is_explicit(sharding):
+        return x
     sizes = zip(x.shape, jnp.shape(like), sharding.spec, strict=True)
     spec = PartitionSpec(*(names if size == full else None for size, full, names in sizes))
     to = NamedSharding(sharding.mesh, spec)

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 from jax.sharding import (
     AbstractMesh,
-    AxisType,
     Mesh,
     NamedSharding,
     PartitionSpec,
@@ -76,7 +75,7 @@ def sharding_of(base: PyTree) -> NamedSharding | SingleDeviceSharding | None:
     sharding = getattr(base, "sharding", None)
     if _compat.is_traced(base):
         sharding = jax.typeof(base).sharding
-        return sharding if is_explicit(sharding) else None
+        return sharding if _compat.is_explicit(sharding) else None
     # An array that is not committed to its device follows the others of a program.
     if not getattr(base, "committed", True):
         return None
@@ -102,11 +101,6 @@ def _of_stored(weight: Any) -> NamedSharding | SingleDeviceSharding | None:
 def _blocks(shape: Sequence[int], of: Sequence[int]) -> bool:
     """Whether an array has the axes of a weight, with one entry for a block of its entries."""
     return len(shape) == len(of) and all(m and n % m == 0 for m, n in zip(shape, of, strict=True))
-
-
-def is_explicit(sharding: Sharding | None) -> bool:
-    """Whether the mesh of a sharding has explicit axes, so that types have shardings."""
-    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
 
 
 def at_base(

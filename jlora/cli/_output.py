@@ -1,5 +1,6 @@
 """Write a folder beside its place and rename it; show the progress; print what was done."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -12,6 +13,13 @@ from jlora._disk import replacing
 from jlora.cli._safetensors import Target, encoded, write
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what every verb takes that writes a PEFT folder."""
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it has files")
+    parser.add_argument("--json", action="store_true", help="report as JSON")
 
 
 def bytes_of(text: str) -> int:

@@ -10,7 +10,7 @@ from jlora import arithmetic
 from jlora._arrays import FullArray
 from jlora.cli._adapter import open_adapter, weighted
 from jlora.cli._folder import Tree, aligned, ranks_of, tree_of, write_adapter
-from jlora.cli._output import check_target, report
+from jlora.cli._output import add_folder_options, check_target, report
 
 HELP = "combine adapters: the exact sum, or TIES, DARE, DELLA, breadcrumbs, SCE, KnOTS, slerp"
 # By method: the options that it needs, and those that it may have.
@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outliers", type=float, help="breadcrumbs: the largest part to drop")
     parser.add_argument("--elect", action="store_true", default=None, help="elect signs, as TIES")
     parser.add_argument("--seed", type=int, help="of random drops, 0 by default")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it has files")
-    parser.add_argument("--json", action="store_true", help="report as JSON")
+    add_folder_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

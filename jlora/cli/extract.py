@@ -18,7 +18,7 @@ from jlora._paths import near_misses
 from jlora._spec import LoraSpec
 from jlora.cli._checkpoint import EMBEDDINGS, HEADS, Checkpoint, open_checkpoint
 from jlora.cli._folder import Tree, ranks_of, write_adapter
-from jlora.cli._output import check_target, report
+from jlora.cli._output import add_folder_options, check_target, report
 from jlora.cli._safetensors import WEIGHTS, Entry, blocks
 
 HELP = "make an adapter of the difference of two checkpoints: truncated SVD"
@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "embeddings and output heads",
     )
     parser.add_argument("--full", action="store_true", help="keep all else that changed whole")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it has files")
-    parser.add_argument("--json", action="store_true", help="report as JSON")
+    add_folder_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jlora.arithmetic import compress
 from jlora.cli._adapter import open_adapter
 from jlora.cli._folder import ranks_of, tree_of, write_adapter
-from jlora.cli._output import check_target, report
+from jlora.cli._output import add_folder_options, check_target, report
 
 HELP = "approximate an adapter by lower ranks: truncated SVD, from the factors"
 
@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--rank", type=int, help="of every weight")
     how.add_argument("--energy", type=float, help="the part of each update's square norm to keep")
     how.add_argument("--error", type=float, help="the largest relative error of each update")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it has files")
-    parser.add_argument("--json", action="store_true", help="report as JSON")
+    add_folder_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

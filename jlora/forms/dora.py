@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
@@ -118,7 +117,7 @@ def _mesh_axes(w: Array, dims: str) -> dict[str, Any] | None:
     The norm is sharded like the outputs of W.
     """
     sharding = jax.typeof(w).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    if not _compat.is_explicit(sharding):
         return None
     return dict(zip(dims, sharding.spec, strict=True))
 

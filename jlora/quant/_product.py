@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -70,7 +69,7 @@ def _in_blocks(out: int, inputs: int, arrays: Iterable[Array]) -> bool:
 
 
 def _on_mesh(x: Array) -> bool:
-    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    explicit = _compat.is_explicit(jax.typeof(x).sharding)
     return explicit or bool(_compat.varying_axes(x))
 
 

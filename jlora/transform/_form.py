@@ -107,9 +107,9 @@ def places(base: AnyArray, x: AnyArray, form: Form) -> tuple[Places | None, Plac
     The rank is not sharded. A product whose contracted axes are sharded, as in a row-parallel
     layer, has no sharding of its own: it must be told.
     """
-    if not _compat.is_explicit(base):
-        return None, None
     sharding = jax.typeof(base).sharding
+    if not _compat.is_explicit(sharding):
+        return None, None
     of_x = jax.typeof(x).sharding.spec or (None,) * x.ndim
     merged = len(sharding.spec) - len(form.out)  # all token axes are one, sharded as the first
     first = form.out.index(TOKENS) + 1 if merged else 0
@@ -208,7 +208,7 @@ def choose(
     shape = tuple(sizes[k] for k in x_labels)
     middle = tuple(between(first))
     summed = [k for k in labels[1 - first] if k not in out_labels]
-    explicit = AxisType.Explicit in x.sharding.mesh.axis_types
+    explicit = _compat.is_explicit(x.sharding)
     terms = summed == [RANK] and sizes[RANK] <= MOST_TERMS and not explicit
     # With at most `rank` tokens, transposing A costs more than it saves in the gradient.
     many = math.prod(sizes[k] for k in tokens)

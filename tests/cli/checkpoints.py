@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from jlora.cli import main
+
 BFLOAT16 = np.dtype(jnp.bfloat16)
+UP = "model.layers.0.mlp.up_proj"
 D, FFN, VOCAB, LAYERS = 8, 12, 20, 2
 SHAPES = {
     "model.embed_tokens.weight": (VOCAB, D),
@@ -26,6 +29,11 @@ SHAPES = {
     "model.norm.weight": (D,),
     "lm_head.weight": (VOCAB, D),
 }
+
+
+def run(*words, code=0):
+    """Run `jlora` with these words."""
+    assert main(list(map(str, words))) == code
 
 
 def drawn(shape, dtype=np.float32, seed=0):

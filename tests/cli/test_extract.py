@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import (
     TARGETS,
+    UP,
     VOCAB,
     D,
     adapter,
@@ -14,16 +15,9 @@ from checkpoints import (
     pair,
     q_and_up,
     read,
+    run,
     tensors_of,
 )
-
-from jlora.cli import main
-
-UP = "model.layers.0.mlp.up_proj"
-
-
-def run(*words, code=0):
-    assert main(list(map(str, words))) == code
 
 
 @pytest.fixture

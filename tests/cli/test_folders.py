@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from checkpoints import (
     TARGETS,
+    UP,
     VOCAB,
     D,
     adapter,
@@ -15,18 +16,12 @@ from checkpoints import (
     pair,
     q_and_up,
     read,
+    run,
     tensors_of,
     update,
 )
 
-from jlora.cli import main
-
-UP = "model.layers.0.mlp.up_proj"
 Q = "model.layers.1.self_attn.q_proj"
-
-
-def run(*words, code=0):
-    assert main(list(map(str, words))) == code
 
 
 def delta(folder, module, embedding=False):
