@@ -77,6 +77,17 @@ def check_target(out: Path, inputs: list[Path], overwrite: bool, call: str) -> N
         )
 
 
+def check_space(out: Path, size: int, call: str) -> None:
+    """Refuse to write more than the disk has free."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise OSError(
+            f"`{call}`: {shown(size)} are to be written, and {parent} has {shown(free)} free. "
+            "Nothing was written. Give a folder on another disk."
+        )
+
+
 def write_folder(
     out: Path,
     files: Mapping[str, tuple[Mapping[str, Target], Mapping[str, str]]],
@@ -90,13 +101,7 @@ def write_folder(
         for targets, metadata in files.values()
     ]
     total = sum(sizes) + sum(f.stat().st_size for f in copies)
-    parent = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if total > free:
-        raise OSError(
-            f"`{call}`: {shown(total)} are to be written, and {parent} has {shown(free)} free. "
-            "Nothing was written. Give a folder on another disk."
-        )
+    check_space(out, total, call)
     progress = Progress(sum(t.size for targets, _ in files.values() for t in targets.values()))
     with replacing(out) as new:
         for name, (targets, metadata) in files.items():
