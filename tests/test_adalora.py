@@ -96,6 +96,7 @@ def test_the_most_important_stay():
         np.testing.assert_array_equal(node.extra[VALUES] != 0, [False, False, True, False])
 
 
+@pytest.mark.nightly
 def test_a_gradient_that_is_passed_over_is_forgotten():
     """One NaN would stay in the mean importance, and drop every singular value."""
     tree = params(True)

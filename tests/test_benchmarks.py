@@ -190,6 +190,7 @@ def test_cases_are_judged():
     assert found["normalized"]["reason"].startswith("builds float32[11,7]")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_qwix_is_judged():

@@ -154,7 +154,7 @@ def test_a_step_keeps_the_boxes():
     assert jax.tree.structure(after) == jax.tree.structure(params) and float(loss(after)) < value
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "make",
     [

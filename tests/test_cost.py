@@ -52,6 +52,7 @@ def squared(fn):
     return of
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["forward", "gradient"])
 def test_equations_are_linear_in_layers(kind):
     counts = []

@@ -71,7 +71,7 @@ def papers(node):
     return 1.5 * a @ d @ b @ np.stack([np.diag(x) for x in of_b])
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @every
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -243,6 +243,7 @@ def test_one_step_and_where_a_smoke_test_writes() -> None:
     assert finetune.parse(["--smoke"]).out != finetune.parse([]).out == Path("runs/finetune")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_capital_of_france(capsys: Any) -> None:
     text = "The capital of France is"

@@ -64,6 +64,7 @@ def close(got: Any, want: Any, rtol: float) -> None:
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tied", [False, True])
 def test_remat_and_chunks_compute_the_same(layer: Any, tied: bool) -> None:
     config, params = layer
@@ -79,6 +80,7 @@ def test_remat_and_chunks_compute_the_same(layer: Any, tied: bool) -> None:
         close(value_and_grad(again, params, batch), want, 1e-5)
 
 
+@pytest.mark.nightly
 def test_scanned_layers_compute_the_same(tiny: Any) -> None:
     """The program does not grow with the number of layers; generation has a stacked cache."""
     config, base = tiny

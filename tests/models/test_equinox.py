@@ -55,6 +55,7 @@ class Image(eqx.Module):
         return self.mlp(jax.nn.relu(self.up(h)).mean(axis=(1, 2)))
 
 
+@pytest.mark.nightly
 def test_image_model() -> None:
     others = {".*/bias": "a bias (channels, 1, 1) of a convolution, which is added"}
     model(Image, x(2, 3, 12, 17), others=others, eager=True)
@@ -109,6 +110,7 @@ class Recurrent(eqx.Module):
         return jax.tree.leaves(jax.lax.scan(step, (zero, zero) if pair else zero, sequence)[0])[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cell", [eqx.nn.LSTMCell, eqx.nn.GRUCell])
 def test_recurrence(cell: Any) -> None:
     model(lambda: Recurrent(cell(11, 7, key=KEY)), x(2, 5, 11))

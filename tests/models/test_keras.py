@@ -55,6 +55,7 @@ def test_perceptron() -> None:
     model(sequential((11,), *stack), x(4, 11), eager=True)
 
 
+@pytest.mark.nightly
 def test_image_model() -> None:
     net = sequential(
         (9, 11, 4),
