@@ -26,7 +26,10 @@ def __dir__() -> list[str]:
 
 
 def load(
-    file: str | os.PathLike[str], backbone: Any, params: dict[str, Any], alpha: float | int | None = None
+    file: str | os.PathLike[str],
+    backbone: Any,
+    params: dict[str, Any],
+    alpha: float | int | None = None,
 ) -> dict[str, Any]:
     """Put the A and B of a file on the weights of a Keras model.
 

@@ -53,7 +53,17 @@ FLOORS = [
         "_sharding",
     }
     | {"arithmetic", "bank", "optim", "transform"},
-    {"_tensor_file", "bitsandbytes", "checkpoint", "diffusers", "gguf", "kohya", "mlx", "peft"}
+    {
+        "_plot",
+        "_tensor_file",
+        "bitsandbytes",
+        "checkpoint",
+        "diffusers",
+        "gguf",
+        "kohya",
+        "mlx",
+        "peft",
+    }
     | {"keras", "qwix"},
     {"cli", "__main__"},
     {"__init__"},

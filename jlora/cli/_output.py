@@ -19,6 +19,7 @@ def add_folder_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every verb takes that writes a PEFT folder."""
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it has files")
+    parser.add_argument("--dry-run", action="store_true", help="compute, write nothing")
     parser.add_argument("--json", action="store_true", help="report as JSON")
 
 
@@ -112,8 +113,9 @@ def write_folder(
             (new / name).write_text(text, encoding="utf-8")
 
 
-def report(said: Mapping[str, Any], as_json: bool) -> None:
+def report(said: Mapping[str, Any], as_json: bool, dry: bool = False) -> None:
     """Print what was done, as a table or as JSON."""
+    said = {**said, "written": "nothing (--dry-run)"} if dry else said
     if as_json:
         print(json.dumps(said, indent=2))
         return

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         "from": source.format,
         "format": args.to,
     }
-    report(said | ({"written": "nothing (--dry-run)"} if args.dry_run else {}), args.json)
+    report(said, args.json, args.dry_run)
 
 
 def _cast(modules: list[Module], dtype: str | None, call: str) -> list[Module]:
