@@ -55,7 +55,7 @@ def train(
     asked: Stopping,
 ) -> State:
     """Train until the run is finished or a signal asks to stop; evaluate and save when due."""
-    record = functools.partial(report.record, job, make_schedule(args.lr, args.steps))
+    record = functools.partial(report.record, make_schedule(args.lr, args.steps))
     log = args.out / "metrics.jsonl"
     write_beside(log, report.lines(report.records(state, record)))
     bar = tqdm(total=args.steps, initial=state.step, desc="train", unit="step")
@@ -72,7 +72,8 @@ def train(
                 metrics.write(report.lines([report.evaluation(state.evals[-1])]))
                 bar.unpause()  # its steps per second are those of training
             else:
-                state = training.advance(programs.step, state, frozen, job.batches[state.step])
+                batch = job.batches[state.step]
+                state = training.advance(programs.step, state, frozen, batch, job.batches.position)
                 line = record(state, state.step)
                 metrics.write(report.lines([line]))
                 speed = int(line["tokens_per_second"])

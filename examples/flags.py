@@ -9,7 +9,7 @@ from pathlib import Path
 # What the results of a run depend on, so --resume requires the same values.
 SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
 SETTINGS += ("eval_every", "patience", "batch", "length", "accumulate", "dtype", "remat", "chunk")
-SETTINGS += ("scan",)
+SETTINGS += ("scan", "window")
 SETTINGS += ("targets", "form", "init", "dora", "rslora", "lora_plus")
 # The flags of a new adapter, and what they are by default.
 ADAPTER = {"rank": 8, "alpha": 16.0, "targets": [r".*_proj/kernel"], "form": "lora", "init": None}
@@ -26,7 +26,8 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="a Hugging Face directory or a .gguf file (default: SmolLM2-135M-Instruct)")
-    add("--data", help="a .jsonl or .txt file (default: CMUdict)")
+    add("--data", nargs="+", metavar="FILE", help=".jsonl and .txt files (default: CMUdict)")
+    add("--window", type=positive, default=4096, metavar="N", help="examples shuffled at a time")
     add("--out", type=Path, help="default: runs/finetune, or runs/smoke with --smoke")
     add("--smoke", action="store_true", help="the first 4 layers and 4 steps, to try the path")
     add("--seed", type=not_below_zero, default=0, help="of A and the order of the data; default: 0")

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from data import Dataset
-from evaluation import Job
 from matplotlib.figure import Figure
 from states import write_beside
 from training import State, best
@@ -25,15 +24,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensor
 SAMPLE = 1 << 20
 
 
-def record(job: Job, schedule: Any, state: State, step: int) -> dict[str, Any]:
+def record(schedule: Any, state: State, step: int) -> dict[str, Any]:
     """The line of a training step, counted from 1, in metrics.jsonl."""
     seconds = state.seconds[step - 1]
-    tokens = int((job.batches[step - 1]["segments"] > 0).sum())  # without padding
     return {
         "step": step,
         "loss": state.losses[step - 1],
         "learning_rate": float(schedule(step - 1)),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": state.tokens[step - 1] / seconds,
         "seconds": seconds,
     }
 
@@ -70,6 +68,8 @@ def plot(path: Path, state: State) -> None:
 
 def tokens_fingerprint(dataset: Dataset) -> str:
     """The SHA-256 of all examples as tokens: of the data, the tokenizer and the split."""
+    if not isinstance(dataset.train, list):
+        return dataset.train.sha256
     code = hashlib.sha256()
     for e in itertools.chain(dataset.train, dataset.held_out):
         code.update(np.asarray([len(e.tokens), e.start, *e.tokens], np.int32).tobytes())
