@@ -108,7 +108,7 @@ def test_where_a_template_is_found(tiny_path: Path, tmp_path: Path, tokenizer: A
     assert chat.chat_of(tiny_path, tokenizer) is None
     entries: dict[str, Any] = {"eos_token": {"content": "<end>"}, "bos_token": None}
     file = tmp_path / "tokenizer_config.json"
-    say = lambda: chat.chat_of(tmp_path, tokenizer).render([])[0]  # type: ignore[union-attr]
+    say = lambda: chat.chat_of(tmp_path, tokenizer).render([])[0]
     file.write_text(json.dumps(entries | {"chat_template": "one {{ eos_token }}"}))
     assert say() == "one <end>"
     several = [{"name": n, "template": n} for n in ("tool_use", "default")]
