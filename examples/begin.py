@@ -121,6 +121,9 @@ def check_folders(args: argparse.Namespace) -> None:
     for flag, folder in folders.items():
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
+    file = args.export_gguf
+    if file is not None and (file.is_dir() or (file.exists() and not args.resume)):
+        raise ValueError(f"`--export-gguf {file}`: it exists. Name a new file.")
     if args.merge is not None:
         check_source(weights.path_of(args.model), args.merge, args.resume)
 

@@ -310,19 +310,21 @@ def test_a_row_has_few_targets_more_than_on_average(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_files(tmp_path: Path, monkeypatch: Any) -> None:
-    """A file of six times as many lines, with what is constant made small."""
+    """Files of five times as many lines, with what is constant made small."""
     monkeypatch.setattr(stream_module, "HELD_OUT", 20)
     monkeypatch.setattr(records, "PIECE", 1 << 10)
-    peaks = []
-    for lines in (120, 720):
+
+    def peak(lines: int) -> int:
         files = write_files(tmp_path, lines)
-        stream_of(files, window=32)  # what is imported and cached
         tracemalloc.start()
-        batches = Streamed(stream_of(files, window=32), 6, 2, 1, seed=0)
+        batches = Streamed(stream_of(files), 6, 2, 1, seed=0)
         assert sum(1 for _ in batches) == 6
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0], peaks
+        return found
+
+    peak(20)  # what is imported and cached
+    assert peak(1500) < 1.3 * peak(300)
 
 
 def test_text_is_read_in_pieces_of_characters(tmp_path: Path) -> None:
