@@ -56,6 +56,7 @@ def train(tree, loss, steps=12, **settings):
     return cores
 
 
+@pytest.mark.nightly
 def test_a_stack_is_chosen_from_as_single_weights_are():
     stacked, single = train(params(True), stacked_loss), train(params(False), single_loss)
     for k, (one, other) in enumerate(zip(stacked, single, strict=True)):

@@ -476,6 +476,7 @@ def test_what_lora_returned_and_what_wraps_it_may_be_passed():
         bank.each(wrapped, BASE, many, IDS, X)
 
 
+@pytest.mark.nightly
 def test_ids_in_every_form_and_traced_ones_out_of_range():
     many = bank.stack(unlike())
     run = jax.jit(functools.partial(bank.each, model))
@@ -518,6 +519,7 @@ def test_shared_arguments_and_results():
     same(got.swapaxes(0, 1), bank.each(model, BASE, many, IDS, X))
 
 
+@pytest.mark.nightly
 def test_a_stored_base_and_adapters_from_files(tmp_path):
     base = {**BASE, "one": {"w": pack(BASE["one"]["w"]), "b": BASE["one"]["b"]}}
     adapters = []
@@ -561,6 +563,7 @@ def test_dtypes_are_widened_and_never_narrowed():
         bank.put(bank.stack([narrow]), 0, wide)
 
 
+@pytest.mark.nightly
 def test_a_slot_at_a_time():
     many = bank.stack(with_dora(), slots=5)
     run = lambda one: jlora.lora(model)(bank.bind(BASE, one), X)

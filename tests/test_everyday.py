@@ -282,6 +282,7 @@ def test_a_materialized_weight_is_right_and_says_where():
         jlora.lora(case.fn, fallback="error")(params, *case.args)
 
 
+@pytest.mark.nightly
 def test_associative_scans_and_loops_in_loops():
     def fn(p, x):
         decay = lax.associative_scan(lambda a, b: jnp.tanh(a @ p["w"]) + b, x)

@@ -247,6 +247,7 @@ def test_an_embedding_is_stored_by_rows():
     assert x.layout == "oi" and x.parts["scale"].shape == (12,)
 
 
+@pytest.mark.nightly
 def test_dequantize_keeps_an_adapter():
     params = adapted(stored("int8"))
     plain = jlora.dequantize(params)
@@ -419,6 +420,7 @@ def test_a_step_changes_the_adapter_alone():
     assert second < first and codes(params) == before and step._cache_size() == compiled
 
 
+@pytest.mark.nightly
 def test_capture_and_tie():
     """Inputs are summed as over arrays, and a stored base stays one under a tied adapter."""
     base = jlora.quantize({"q": W, "k": W}, {".*": "nf4"})
