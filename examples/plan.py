@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import llama
 import training
 import weights
-from begin import LENGTH, attach, configured, layers_of
+from begin import attach, configured, layers_of
+from data import LENGTH
 from evaluation import make_apply
 from tqdm import tqdm
 

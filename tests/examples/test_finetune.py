@@ -37,6 +37,7 @@ KEYS = [
     "settings",
     "data_sha256",
     "base_sha256",
+    "data",
     "versions",
 ]
 
