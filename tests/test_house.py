@@ -37,8 +37,8 @@ FLOORS = [
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
-    {"_adapt", "_adapters", "_attach", "_begin", "_modules", "_placed", "_report", "_sharding"}
-    | {"arithmetic", "bank", "optim", "transform"},
+    {"_adapt", "_adapters", "_attach", "_begin", "_merge", "_modules", "_placed", "_reading"}
+    | {"_report", "_sharding", "arithmetic", "bank", "optim", "transform"},
     {"bitsandbytes", "checkpoint", "gguf", "mlx", "peft"},
     {"cli", "__main__"},
     {"__init__"},
