@@ -41,30 +41,10 @@ FLOORS = [
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
-    {
-        "_adapt",
-        "_adapters",
-        "_attach",
-        "_begin",
-        "_diffusion",
-        "_modules",
-        "_placed",
-        "_report",
-        "_sharding",
-    }
-    | {"arithmetic", "bank", "optim", "transform"},
-    {
-        "_plot",
-        "_tensor_file",
-        "bitsandbytes",
-        "checkpoint",
-        "diffusers",
-        "gguf",
-        "kohya",
-        "mlx",
-        "peft",
-    }
-    | {"keras", "qwix"},
+    {"_adapt", "_adapters", "_attach", "_begin", "_diffusion", "_merge", "_modules", "_placed"}
+    | {"_reading", "_report", "_sharding", "arithmetic", "bank", "optim", "transform"},
+    {"_plot", "_tensor_file", "bitsandbytes", "checkpoint", "diffusers", "gguf", "keras", "kohya"}
+    | {"mlx", "peft", "qwix"},
     {"cli", "__main__"},
     {"__init__"},
 ]
