@@ -34,6 +34,7 @@ KEYS = [
     "adapter_bytes",
     "merged_max_abs_diff",
     "restored_max_abs_diff",
+    "peak_memory_bytes",
     "settings",
     "data_sha256",
     "base_sha256",
