@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import chat
 import data
+import formats
 import jax
 import llama
 import optax
@@ -71,7 +72,8 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
-            return attach(args, base)
+            params = attach(args, base)
+            return formats.loftq(args, layers_of(args), params) if args.init == "loftq" else params
     except (ValueError, UserWarning) as error:
         targets = "" if args.targets == ADAPTER["targets"] else f" --targets {args.targets}"
         flags = f"--rank {args.rank} --alpha {args.alpha}{targets}"
@@ -90,7 +92,7 @@ def rules(args: argparse.Namespace) -> dict[str, jlora.LoraSpec]:
         rank=args.rank,
         alpha=args.alpha,
         scaling="rslora" if args.rslora else "lora",
-        init=args.init and getattr(jlora.initializers, args.init),
+        init=None if args.init in (None, "loftq") else getattr(jlora.initializers, args.init),
         dora=args.dora,
         form=args.form,
     )
@@ -99,7 +101,7 @@ def rules(args: argparse.Namespace) -> dict[str, jlora.LoraSpec]:
 
 def load_model(args: argparse.Namespace) -> weights.Model:
     """The plain model; for a smoke test, its first layers."""
-    config, base, tokenizer, stop = weights.load(args.model, layers_of(args), args.dtype)
+    config, base, tokenizer, stop = formats.load(args, layers_of(args))
     base = stacked(base, config.layers) if args.scan else base
     return configured(args, config), base, tokenizer, stop
 

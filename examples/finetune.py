@@ -25,6 +25,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import formats
 import jax
 import llama
 import numpy as np
@@ -148,14 +149,17 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     restored = checkpoint.restore(folder, load_model(args)[1])
     # NumPy's maximum propagates NaN.
     differ = lambda other: float(np.max(np.abs(np.asarray(logits - other))))
+    # A quantized run holds no dense model, unless one was asked for.
+    dense = args.quantize is None or args.merge is not None
     trainable = sum(leaf.size for leaf in jax.tree.leaves(jlora.partition(params)[0]))
-    base = sum(leaf.size for leaf in jax.tree.leaves(jlora.detach(params)[0]))
+    base = formats.count(jlora.detach(params)[0])
     return {
         "trainable": trainable,
         "total": base + trainable,
         "adapter_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
-        "merged_max_abs_diff": differ(merged(jlora.merge(params), *inputs)),
+        "merged_max_abs_diff": differ(merged(jlora.merge(params), *inputs)) if dense else None,
         "restored_max_abs_diff": differ(adapted(restored, *inputs)),
+        "peak_memory_bytes": report.peak_memory(),
     }
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 # What the results of a run depend on, so --resume requires the same values.
 SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
 SETTINGS += ("eval_every", "patience", "batch", "length", "accumulate", "dtype", "remat", "chunk")
-SETTINGS += ("scan", "window", "beta")
+SETTINGS += ("scan", "window", "quantize", "beta")
 SETTINGS += ("targets", "form", "init", "dora", "rslora", "lora_plus")
 # The flags of a new adapter, and what they are by default.
 ADAPTER = {"rank": 8, "alpha": 16.0, "targets": [r".*_proj/kernel"], "form": "lora", "init": None}
 ADAPTER |= {"dora": False, "rslora": False}
 FORMS = ("lora", "lora_fa", "lora_xs", "mica")  # those that the optimizer of this job trains
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "milora")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "milora", "loftq")
 RESIDUAL = ("pissa", "olora", "milora")  # A and B start as a part of the weight
 
 
@@ -57,6 +57,8 @@ def parse(
     add("--patience", type=positive, metavar="N", help="stop after N evaluations without progress")
     add = parser.add_argument_group("memory and time").add_argument
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
+    kinds = ("keep", "nf4", "int8")
+    add("--quantize", choices=kinds, help="store the base in fewer bits; keep: as the file does")
     add("--remat", action="store_true", help="compute layers again instead of keeping their values")
     add("--chunk", type=positive, default=0, metavar="N", help="rows of logits at once in the loss")
     add("--scan", action="store_true", help="one program for all layers, which compiles sooner")
@@ -87,6 +89,14 @@ def parse(
             parser.error(f"--{flag} writes plain LoRA, and --init {args.init} changes the base")
     if args.export_gguf is not None and args.dora:
         parser.error("--export-gguf: llama.cpp has no DoRA. Use --merge or --export-peft")
+    if args.init == "loftq" and args.quantize not in ("nf4", "int8"):
+        parser.error("--init loftq starts at the error of --quantize nf4 or int8: give one of them")
+    if args.init == "loftq" and args.scan:
+        parser.error("--init loftq reads the weights one by one: leave --scan out")
+    if args.init in RESIDUAL and args.quantize is not None:
+        parser.error(f"--init {args.init} changes the base, and --quantize stores it: use loftq")
+    if args.plan and args.quantize == "keep":
+        parser.error("--plan reads no weights, and --quantize keep depends on them: give nf4, int8")
     if args.batch % args.accumulate:
         parser.error(f"--batch {args.batch} is not a multiple of --accumulate {args.accumulate}")
     if args.patience is not None and args.eval_every is None:

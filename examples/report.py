@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -102,6 +103,13 @@ def files_fingerprint(path: Path) -> str:
             f.seek(max(0, size - SAMPLE))
             code.update(f.read(SAMPLE))
     return code.hexdigest()
+
+
+def peak_memory() -> int | None:
+    """The most memory that the process has had at once, in bytes; None but on Linux."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return None if found is None else 1024 * int(found[1])
 
 
 def versions() -> dict[str, str]:
