@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 from llama import Config
-from param_tree import Model, build, names
+from param_tree import Model, Store, build, names
 from rope import Divided, Linear
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -38,11 +38,15 @@ SPLITS: dict[str, list[Any]] = {
 
 
 def read_gguf(
-    path: Path, layers: int | None = None, dtype: str = "float32", keep: bool = False
+    path: Path,
+    layers: int | None = None,
+    dtype: str = "float32",
+    keep: bool = False,
+    store: Store | None = None,
 ) -> Model:
     """Read a GGUF file of one of the `ARCHITECTURES`, whatever its quantization.
 
-    With `keep`, quantized weights stay as they are in the file.
+    With `keep`, quantized weights stay as they are in the file; `store` is that of `build`.
     """
     fields, tensors = open_gguf(path)
     try:
@@ -72,7 +76,7 @@ def read_gguf(
 
     # GGUF lists the dimensions from the innermost to the outermost.
     shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
-    return config, build(config, shapes, read, 0, path), tokenizer, stop
+    return config, build(config, shapes, read, 0, path, store), tokenizer, stop
 
 
 def read_gguf_sizes(path: Path, layers: int | None = None) -> Config:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from families import hf_config
 from llama import Config
-from param_tree import Model, build, names
+from param_tree import Model, Store, build, names
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
@@ -31,11 +31,16 @@ class Tensor(NamedTuple):
 
 
 def read_directory(
-    path: Path, layers: int | None = None, dtype: str = "float32", keep: bool = False
+    path: Path,
+    layers: int | None = None,
+    dtype: str = "float32",
+    keep: bool = False,
+    store: Store | None = None,
 ) -> Model:
     """Read a model of one of the `families`, and convert its weights to `dtype`.
 
-    With `keep`, the 4-bit weights of bitsandbytes stay as they are in the files.
+    With `keep`, the 4-bit weights of bitsandbytes stay as they are in the files; `store` is that of
+    `build`.
     """
     entries = read_json(path / "config.json")
     config, stop = hf_config(path, entries, layers)
@@ -44,7 +49,7 @@ def read_directory(
     found = list_tensors(path)
     stored = {name for name in found if f"{name}.{NF4}" in found}
     shapes = {name: x.shape for name, x in found.items() if x.dtype in DTYPES}
-    shapes |= {name: stored_shape(path, found, name) for name in stored}
+    shapes |= {name: stored_state(path, found, name)["shape"] for name in stored}
     check_all_read(path, hf_config(path, entries, None)[0], found, stored)
     tokenizer = read_tokenizer(path / "tokenizer.json")
 
@@ -54,7 +59,7 @@ def read_directory(
         weight = read_stored(path, found, name)
         return weight if keep else np.asarray(weight.dequantize().astype(jnp.float32))
 
-    return config, build(config, shapes, read, 1, path), tokenizer, stop
+    return config, build(config, shapes, read, 1, path, store), tokenizer, stop
 
 
 def list_tensors(path: Path) -> dict[str, Tensor]:
@@ -105,11 +110,11 @@ def check_quantization(path: Path, entries: Any) -> None:
         )
 
 
-def stored_shape(path: Path, found: dict[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a 4-bit weight, (out, in), from its state alone."""
+def stored_state(path: Path, found: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """The shape of a 4-bit weight, (out, in), and its dtype."""
     try:
         state = json.loads(bytes(read_tensor(found, f"{name}.{NF4}").astype(np.uint8)))
-        return tuple(map(int, state["shape"]))
+        return {"shape": tuple(map(int, state["shape"])), "dtype": state["dtype"]}
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"`--model {path}`: {name}.{NF4} is not what bitsandbytes writes ({error!r:.100}). "

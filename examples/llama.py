@@ -266,7 +266,7 @@ class Llama(nn.Module):
         if isinstance(c.rope_scaling, BY_LENGTH):
             length = lengths(mask, key_positions, cache is not None)
         ahead = key_positions[:, None, :] - positions[:, :, None] if c.window else None
-        mask &= key_positions[:, None, :] <= positions[:, :, None]
+        mask = mask & (key_positions[:, None, :] <= positions[:, :, None])
 
         embed = nn.Embed(c.vocab, c.width, name="embed")
         x: jax.Array = embed(tokens)  # (B, T, C)

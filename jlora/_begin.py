@@ -17,6 +17,7 @@ from jlora._arrays import FullArray, Geometry, LoraArray
 from jlora._base import built, is_stored, layer_by_layer, stored_as
 from jlora._paths import describe
 from jlora._placed import Names, at_base, sharding_of
+from jlora._reading import initializer, reads
 from jlora._spec import LoraSpec
 
 
@@ -147,8 +148,7 @@ def _factors(
     reads the weight gets one element of the stack at a time, unless it gets them `together`.
     """
     geometry = Geometry.of(weight.shape, layout)
-    chosen = spec.init or forms.named(spec.form).init
-    init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
+    init = initializer(spec)
     one, depth = dataclasses.replace(geometry, stack=()), len(geometry.stack)
     shapes = forms.factor_shapes(one, spec.rank, spec.slices)
     run = init if spec.slices is None else _sliced(init, spec.slices, geometry)
@@ -159,21 +159,13 @@ def _factors(
 
     if depth:
         key = jax.random.split(key, geometry.stack)
-    if depth and not together and _reads(init, one, weight.dtype):
+    if depth and not together and reads(spec, one, weight.dtype):
         whole = is_stored(weight) and getattr(weight, "stack", 0) < depth
         return layer_by_layer(make, depth)(key, built(weight) if whole else weight)
     weight = built(weight)
     for _ in range(depth):
         make = jax.vmap(make)
     return make(key, weight)
-
-
-def _reads(init: Callable[..., Any], geometry: Geometry, dtype: Any) -> bool:
-    """Whether an initializer reads more of the weight than its shape."""
-    matrix = jax.ShapeDtypeStruct((geometry.fan_in, geometry.fan_out), dtype)
-    body = _compat.body(jax.make_jaxpr(init)(jax.random.key(0), matrix))
-    used = [*body.outvars, *(x for eqn in body.eqns for x in eqn.invars)]
-    return any(x is body.invars[-1] for x in used)
 
 
 def _sliced(

@@ -153,7 +153,8 @@ def olora(
 ) -> Split:
     """Initialize A and B with the leading part of a QR decomposition of Wᵀ.
 
-    `Wᵀ = Q R`, `B = Qᵣᵀ`, `A = Rᵣᵀ`; the residual is `W - s A B`.
+    `Wᵀ = Q R`, `B = Qᵣᵀ`, `A = Rᵣᵀ = W Qᵣ`; the residual is `W - s A B`. Qᵣ is computed from the
+    first r rows of W alone.
 
     Args:
         key: a PRNG key; not read.
@@ -174,6 +175,9 @@ def olora(
     Reference: Büyükakyüz 2024, arXiv:2406.01775. PEFT's `init_lora_weights="olora"`,
     which does not divide by s either.
     """
-    q, r = jnp.linalg.qr(_wide(weight).T)  # (out, k), (k, in)
-    a, b = r[:rank].T.astype(dtype), q[:, :rank].T.astype(dtype)
+    wide = _wide(weight)
+    # The first r columns of Q are determined by those of Wᵀ, and Rᵣ = QᵣᵀWᵀ: no decomposition, and
+    # on a mesh no gather, of all of W.
+    q, _ = jnp.linalg.qr(wide[:rank].T)  # (out, rank)
+    a, b = jnp.matmul(wide, q, precision=_EXACT).astype(dtype), q.T.astype(dtype)
     return a, b, residual_of(weight, a, b, scaling)

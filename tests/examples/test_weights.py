@@ -64,7 +64,7 @@ def test_tied_head_has_no_kernel(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*unknown"),
         ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM.*of model_type 'llama'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"lacks.*low_freq_factor"),
-        ({"attention_bias": True}, "self_attn.o_proj.bias is in none"),
+        ({"attention_bias": True}, "self_attn.q_proj.bias is in none"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*'gptq'.*nf4"),
         ({"eos_token_id": None}, "config.json lacks"),
         ({"hidden_size": None}, "config.json lacks"),
@@ -172,6 +172,10 @@ def test_four_bit_directories(tiny_dir: Path, double: bool) -> None:
     tokens = np.arange(8, dtype=np.int32)[None]
     one, two = jax.jit(lambda *params: [apply(x, tokens) for x in params])(kept, dense)
     np.testing.assert_allclose(one, two, atol=0.02 * np.abs(two).max())  # bfloat16 products of W
+
+    merged.write_merged(tiny_dir / "merged", tiny_dir, config, kept)
+    again = weights.load(str(tiny_dir / "merged"))[1]
+    jax.tree.map(np.testing.assert_array_equal, again, dense)
 
 
 def test_damaged_four_bit_directories(tiny_dir: Path) -> None:
