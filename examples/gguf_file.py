@@ -2,18 +2,30 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from llama import Config
-from param_tree import Model, build
+from param_tree import Model, Store, build
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import jlora.gguf
 
 GGML = "tokenizer.ggml"
 
 
-def read_gguf(path: Path, layers: int | None = None, dtype: str = "float32") -> Model:
-    """Read a GGUF file of the architecture `llama`, whatever its quantization."""
+def read_gguf(
+    path: Path,
+    layers: int | None = None,
+    dtype: str = "float32",
+    keep: bool = False,
+    store: Store | None = None,
+) -> Model:
+    """Read a GGUF file of the architecture `llama`, whatever its quantization.
+
+    With `keep`, quantized weights stay as they are in the file; `store` is that of `build`.
+    """
     fields, tensors = open_gguf(path)
     try:
         config, stop = gguf_config(path, fields, tensors, layers), fields[f"{GGML}.eos_token_id"]
@@ -22,7 +34,11 @@ def read_gguf(path: Path, layers: int | None = None, dtype: str = "float32") -> 
     except KeyError as error:
         raise ValueError(f"`--model {path}`: its metadata lacks the key {error}.") from error
 
-    def read(name: str) -> np.ndarray:
+    kept = jlora.gguf.read(path) if keep else {}  # with q and k as `unpermute` returns them
+
+    def read(name: str) -> Any:
+        if keep:
+            return kept.pop(name)
         value = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)  # (out, in)
         if ".attn_q." in name:
             return unpermute(value, config.heads)
@@ -30,7 +46,7 @@ def read_gguf(path: Path, layers: int | None = None, dtype: str = "float32") -> 
 
     # GGUF lists the dimensions from the innermost to the outermost.
     shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
-    return config, build(config, shapes, read, 0, path), tokenizer, stop
+    return config, build(config, shapes, read, 0, path, store), tokenizer, stop
 
 
 def read_gguf_sizes(path: Path, layers: int | None = None) -> Config:

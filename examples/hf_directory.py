@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from llama import Config
-from param_tree import Model, build
+from param_tree import Model, Store, build
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
@@ -24,7 +24,13 @@ DTYPES = ("F32", "F16", "BF16")  # of weights; any other tensor is not read
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def read_directory(path: Path, layers: int | None = None, dtype: str = "float32") -> Model:
+def read_directory(
+    path: Path,
+    layers: int | None = None,
+    dtype: str = "float32",
+    keep: bool = False,
+    store: Store | None = None,
+) -> Model:
     """Read a model of the Llama family, in whatever dtype, and convert its weights to `dtype`."""
     entries = read_json(path / "config.json")
     config, stop = hf_config(path, entries, layers)
@@ -42,7 +48,7 @@ def read_directory(path: Path, layers: int | None = None, dtype: str = "float32"
         with open_shard(places[name]) as shard:
             return np.asarray(shard.get_tensor(name)).astype(np.float32)
 
-    return config, build(config, shapes, read, 1, path), tokenizer, stop
+    return config, build(config, shapes, read, 1, path, store), tokenizer, stop
 
 
 def read_sizes(path: Path, layers: int | None = None) -> Config:

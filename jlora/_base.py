@@ -41,6 +41,10 @@ class StoredWeight(Protocol):
       weight, in `dtype`. If it returns `NotImplemented`, the weight is built.
       It is asked for products of one dtype at the default precision.
 
+    A third is for weights on a mesh whose leaves have other axes than the weight:
+    `axes_of(entries, mesh)` returns the mesh axes of each axis of the weight, given those of its
+    largest leaf.
+
     Example:
         >>> import dataclasses, functools, jax, jax.numpy as jnp, jlora
         >>> @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"),

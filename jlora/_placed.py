@@ -28,7 +28,7 @@ from jlora._arrays import Adapted, FullArray, LoraArray, Tied
 from jlora._base import is_stored
 from jlora._boxes import of_parts
 from jlora._paths import brief, describe
-from jlora._processes import put
+from jlora._processes import divided, put
 
 Names = Sequence[str]
 
@@ -92,6 +92,11 @@ def _of_stored(weight: Any) -> NamedSharding | SingleDeviceSharding | None:
     named = [(x, s) for x, s in found if isinstance(s, NamedSharding)]
     if not named:
         return next((s for _, s in found if s is not None), None)
+    if hasattr(weight, "axes_of"):
+        x, at = max(named, key=lambda pair: (pair[0].ndim, math.prod(pair[0].shape)))
+        return NamedSharding(
+            at.mesh, PartitionSpec(*weight.axes_of(_full(at.spec, x.ndim), at.mesh))
+        )
     alike = [(x, s) for x, s in named if _blocks(x.shape, shape)]
     if alike:
         return max(alike, key=lambda pair: math.prod(pair[0].shape))[1]
@@ -141,17 +146,6 @@ def _check_axes(replicate: Names, mesh: Mesh | AbstractMesh, call: str) -> None:
                 f"`{call}`: `replicate` has {brief(name)}, but the mesh has the axes "
                 f"{mesh.axis_names}." + (f" Did you mean {near[0]!r}?" if near else "")
             )
-
-
-def divided(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Leave out the mesh axes that do not divide their axis of an array."""
-
-    def fits(size: int, names: Any) -> bool:
-        each = names if isinstance(names, tuple) else (names,)
-        return names is not None and size % math.prod(mesh.shape[name] for name in each) == 0
-
-    pairs = zip(shape, spec, strict=False)
-    return PartitionSpec(*(names if fits(size, names) else None for size, names in pairs))
 
 
 def warn_of_undivided(leaves: Mapping[str, PyTree], call: str) -> None:

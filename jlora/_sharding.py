@@ -16,12 +16,12 @@ from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misse
 from jlora._placed import (
     at_base,
     check_replicate,
-    divided,
     names_of_parts,
     sharding_of,
     warn_of_undivided,
     warn_of_uneven,
 )
+from jlora._processes import divided
 
 
 def shardings(params: PyTree, replicate: Sequence[str] = (), *, of: PyTree = None) -> PyTree:

@@ -56,6 +56,7 @@ def train(tree, loss, steps=12, **settings):
     return cores
 
 
+@pytest.mark.nightly
 def test_a_stack_is_chosen_from_as_single_weights_are():
     stacked, single = train(params(True), stacked_loss), train(params(False), single_loss)
     for k, (one, other) in enumerate(zip(stacked, single, strict=True)):
@@ -96,6 +97,7 @@ def test_the_most_important_stay():
         np.testing.assert_array_equal(node.extra[VALUES] != 0, [False, False, True, False])
 
 
+@pytest.mark.nightly
 def test_a_gradient_that_is_passed_over_is_forgotten():
     """One NaN would stay in the mean importance, and drop every singular value."""
     tree = params(True)

@@ -161,7 +161,7 @@ def alone(fn, adapters, n, base=BASE):
 IDS = np.array([1, 0, -1, 2, 1, 0])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 @pytest.mark.parametrize("make", [unlike, with_dora])
 def test_unlike_adapters_in_one_batch(x, make):
@@ -244,6 +244,7 @@ def test_a_slot_without_examples_stays_and_the_others_train_as_alone():
     jax.tree.map(lambda a, b: same(a, b, 1e-5), bank.pick(many, 0), one)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 def test_a_sweep_is_as_many_separate_runs():
     rates = np.array([0.003, 0.01, 0.03], np.float32)
@@ -335,6 +336,7 @@ def test_the_base_is_held_once():
     assert sum(x.nbytes for x in jax.live_arrays()) - before <= kept
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("spec", [P("slots"), P()], ids=["sharded", "replicated"])
 def test_a_sharded_bank_over_a_sharded_base(spec):
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -361,7 +363,7 @@ def weights_only():
     return found, bank.stack(found, slots=4)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_an_id_for_each_token(weights_only, wrap):
     adapters, many = weights_only
@@ -427,6 +429,7 @@ def test_a_mixture_is_the_sum_of_the_updates(name):
             same(y[k * n : (k + 1) * n], want_y, 1e-5)
 
 
+@pytest.mark.nightly
 def test_a_mixture_of_biases_and_of_tokens(weights_only):
     adapters, made = unlike(), bank.stack(unlike())
     halves = np.array([[0.5, 0.5, 0.0]] * 6, np.float32)
@@ -443,6 +446,7 @@ def test_a_mixture_of_biases_and_of_tokens(weights_only):
     assert jax.grad(loss)(by_token)[..., :3].all() and jax.grad(loss)(by_token[:, 0])[:, :3].all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 def test_dropout_draws_from_another_key_for_each_example(x):
     adapters, many, key = unlike(), bank.stack(unlike()), jax.random.key(3)
@@ -459,6 +463,7 @@ def test_dropout_draws_from_another_key_for_each_example(x):
         same(got[k : k + 1], alone(own, adapters, n)(rows[k : k + 1]))
 
 
+@pytest.mark.nightly
 def test_what_lora_returned_and_what_wraps_it_may_be_passed():
     many, kinds = bank.stack(unlike()), [jlora.lora(model), jax.jit(jlora.lora(model))]
     for x in (X, FEW):
@@ -471,6 +476,7 @@ def test_what_lora_returned_and_what_wraps_it_may_be_passed():
         bank.each(wrapped, BASE, many, IDS, X)
 
 
+@pytest.mark.nightly
 def test_ids_in_every_form_and_traced_ones_out_of_range():
     many = bank.stack(unlike())
     run = jax.jit(functools.partial(bank.each, model))
@@ -513,6 +519,7 @@ def test_shared_arguments_and_results():
     same(got.swapaxes(0, 1), bank.each(model, BASE, many, IDS, X))
 
 
+@pytest.mark.nightly
 def test_a_stored_base_and_adapters_from_files(tmp_path):
     base = {**BASE, "one": {"w": pack(BASE["one"]["w"]), "b": BASE["one"]["b"]}}
     adapters = []
@@ -556,6 +563,7 @@ def test_dtypes_are_widened_and_never_narrowed():
         bank.put(bank.stack([narrow]), 0, wide)
 
 
+@pytest.mark.nightly
 def test_a_slot_at_a_time():
     many = bank.stack(with_dora(), slots=5)
     run = lambda one: jlora.lora(model)(bank.bind(BASE, one), X)

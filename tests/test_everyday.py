@@ -154,7 +154,7 @@ def test_a_program_of_the_table_is_factored(name: str) -> None:
     assert report.materialized == case.materialized and not report.unused, f"\n{report}"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", sorted(MADE))
 def test_an_everyday_program(name: str) -> None:
     """Factored, and equal to the merged model in output and gradients."""
@@ -282,6 +282,7 @@ def test_a_materialized_weight_is_right_and_says_where():
         jlora.lora(case.fn, fallback="error")(params, *case.args)
 
 
+@pytest.mark.nightly
 def test_associative_scans_and_loops_in_loops():
     def fn(p, x):
         decay = lax.associative_scan(lambda a, b: jnp.tanh(a @ p["w"]) + b, x)

@@ -344,6 +344,7 @@ def test_an_initializer_reads_one_layer_at_a_time():
         np.testing.assert_allclose(want.base[k], rest, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_initializers_from_data_keep_the_places():
     weights = {"w": jax.device_put(base()["dense"], NamedSharding(mesh_of(), P("x", "y")))}
     rules = {"w": LoraSpec(2, layout="io")}

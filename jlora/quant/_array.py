@@ -14,6 +14,7 @@ from jlora import _serialization
 from jlora._arrays import Geometry
 from jlora._node import Node
 from jlora._spec import check_layout
+from jlora.quant import _axes
 from jlora.quant._format import Format
 from jlora.quant._formats import read_format
 from jlora.quant._product import product
@@ -106,6 +107,10 @@ class QuantArray(Node):
             )
         return dataclasses.replace(self, layout=layout, dims=dims)
 
+    def axes_of(self, entries: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
+        """Return the mesh axes of each axis of the weight, given those of its codes."""
+        return _axes.of_weight(entries, self.layout, self.dims, mesh)
+
     def dot(self, x: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike) -> Any:
         """Return the format's own product with x, if it has one: see `jlora._base.StoredWeight`."""
         floats = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
@@ -144,6 +149,7 @@ def pack(weight: Array, format: Format, layout: str) -> QuantArray:
         parts = format.pack(_rows(weight, layout))
     else:
         parts = _packed(weight, format, layout)
+    parts = _axes.placed(parts, weight, layout)
     dims = tuple(weight.shape[len(geometry.stack) :])
     return QuantArray(parts, format, layout, dims, jnp.dtype(weight.dtype).name)
 

@@ -155,7 +155,7 @@ def call(
         args, kwargs = tree.unflatten(_constants(pairs, leaves) if freeze else leaves)
         return fn(*args, **kwargs)
     for name, x in zip(names, leaves, strict=True):
-        if isinstance(x, LoraArray):
+        if isinstance(x, LoraArray) and settings.mix is None:  # a bank's adapters were checked
             forms.check(name, x, "jlora.lora")
     bases = [x.base if isinstance(x, LoraArray) else x for x in leaves]
     traced = Traced(functools.wraps(fn)(lambda *a, **k: arguments.run(*a, **k)), tree, bases)
