@@ -73,8 +73,8 @@ def warn_of_gathers(leaves: Mapping[str, PyTree], plan: Mapping[str, Any]) -> No
     most = max(found, key=found.__getitem__, default=None)
     if most is None or not found[most]:
         return
-    chosen = plan[most][0].init
-    name = getattr(chosen, "__name__", getattr(getattr(chosen, "func", None), "__name__", "init"))
+    init = initializer(plan[most][0]).func
+    name = getattr(init, "__name__", getattr(getattr(init, "func", None), "__name__", repr(init)))
     others = sum(map(bool, found.values())) - 1
     warnings.warn(
         f"`jlora.attach`: the initializer `{name}` decomposes {describe(most, leaves[most])}, "
