@@ -55,7 +55,9 @@ def test_the_license_of_the_base(tiny_path: Path, tmp_path: Path) -> None:
     settings = dict.fromkeys((*card.SETTINGS, *card.ADAPTER, "model", "data"))
     text = card.card(tmp_path / "m.gguf", report | {"settings": settings})
     assert '\nlicense: "mit"\n' in text and "Its licence is mit" in text
-    assert f'base_model: "{card.DEFAULT}"' in text and "CMUdict" in text
+    assert f'base_model: "{card.DEFAULT}"' in text and "made by the example" in text
+    text = card.card(tiny_path, report | {"settings": settings, "phoneme_error_rate_after": 0.25})
+    assert "CMUdict" in text and "Phoneme error rate: 0.250" in text
 
 
 def test_the_gguf_adapter_has_the_updates(finished: Any, tiny: Any) -> None:
