@@ -15,11 +15,13 @@ from jlora._arrays import Geometry, is_adapted, is_leaf
 from jlora._base import is_stored, stored_as
 from jlora._begin import adapted, in_full
 from jlora._boxes import leaves_with_paths, map_with_paths
-from jlora._check import check_key, check_mapping, check_tree
+from jlora._check import check_mapping, check_tree
+from jlora._kinds import check_key
 from jlora._nnx import Opened
 from jlora._paths import describe, is_bias, near_misses
 from jlora._placed import check_replicate
 from jlora._spec import LoraSpec, layout_of, resolve
+from jlora.forms._initial import supports_rank
 
 
 def attach(
@@ -203,8 +205,7 @@ def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str
         )
         init = spec.init or forms.named(spec.form).init
         init = functools.partial(init, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
-        made = jax.eval_shape(init, key, jax.ShapeDtypeStruct(sides, leaves[path].dtype))
-        if made[0].shape[-1:] != (spec.rank,) or made[1].shape[:1] != (spec.rank,):
+        if not supports_rank(init, key, jax.ShapeDtypeStruct(sides, leaves[path].dtype)):
             raise ValueError(
                 f"{said}, but the initializer computes A and B from the weight, which has no more "
                 f"directions. Use `LoraSpec(rank={min(sides)})` or less, or another `init`."

@@ -18,7 +18,7 @@ from jlora._boxes import inside
 from jlora._check import check_function
 from jlora._partition import constant
 from jlora._paths import brief, path_strs
-from jlora.transform._key import call_key
+from jlora.transform._key import call_key, plain
 from jlora.transform._probe import waiting
 from jlora.transform._state import Arguments
 from jlora.transform._view import View
@@ -148,6 +148,8 @@ def call(
     arguments = Arguments(fn, args, kwargs)
     pairs, tree = jax.tree_util.tree_flatten_with_path(arguments.opened, is_leaf=is_leaf)
     if not any(is_leaf(x) for _, x in pairs):
+        if key is not None and not arguments.has_state:
+            args, kwargs = plain((args, kwargs))
         return fn(*args, **kwargs)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
     names = argument_paths(pairs, arguments.opened)
