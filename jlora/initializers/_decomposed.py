@@ -71,7 +71,7 @@ def pissa(
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
 
     Raises:
-        ValueError: scaling not above 0.
+        ValueError: scaling not above 0, or a rank above min(in, out).
 
     Example:
         >>> w = jax.random.normal(jax.random.key(0), (16, 8))
@@ -133,7 +133,7 @@ def milora(
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
 
     Raises:
-        ValueError: scaling not above 0.
+        ValueError: scaling not above 0, or a rank above min(in, out).
 
     Example:
         >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))

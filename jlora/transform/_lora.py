@@ -84,7 +84,8 @@ def lora(
             a node whose parts do not fit, a change to an `nnx.State` that is not returned or, under
             `fallback="error"`, a weight that must be materialized; with dropout, a second call, a
             key that is a constant of a compiled program, or one key for all examples of a
-            `jax.vmap`: the masks would repeat.
+            `jax.vmap`: the masks would repeat; or a call inside a function that another `lora`
+            adapts, where nothing would be dropped.
 
     Example:
         >>> import jax.numpy as jnp
