@@ -67,8 +67,9 @@ def test_the_gguf_adapter_has_the_updates(finished: Any, tiny: Any) -> None:
     found = {tensor.name: np.asarray(tensor.data) for tensor in file.tensors}
     assert len(found) == 2 * 2 * 7
     a, b = (found[f"blk.1.ffn_up.weight.lora_{part}"] for part in "ab")
+    scale = file.fields["adapter.lora.alpha"].contents() / len(a)
     delta = jlora.merge(node) - jlora.detach(node)[0]
-    np.testing.assert_allclose((b @ a).T, delta, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scale * (b @ a).T, delta, rtol=1e-4, atol=1e-6)
 
 
 def test_exports_that_cannot_be_written_are_refused_before_training(
