@@ -36,7 +36,7 @@ import training
 import watch
 from begin import Start, adapt, check_folders, check_run, load_model, prepare, remove_run, start
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
-from exports import export
+from exports import check_export, export
 from flags import parse
 from plan import show_plan
 from states import write_beside
@@ -221,6 +221,7 @@ def main(
             with states.only_run(args.out) as left:
                 check_run(args, left)
                 job = make_job(args)
+                check_export(args, job)
                 if args.sweep:
                     return sweep(args, job)
                 begun = start(args, job)
