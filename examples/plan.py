@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import llama
 import training
 import weights
-from begin import LENGTH, attach, configured, layers_of
+from begin import attach, configured, layers_of
+from data import LENGTH
 from evaluation import make_apply
+from formats import RULES, count
+from param_tree import stacked_layouts
 from tqdm import tqdm
 
 import jlora
@@ -64,6 +67,9 @@ def abstract_step(
     def make() -> Any:
         base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         base = jax.tree.map(lambda x: x.astype(config.dtype), base)
+        if args.quantize is not None:
+            layouts = stacked_layouts(base) if args.scan else None
+            base = jlora.quantize(base, RULES[args.quantize], layouts=layouts)
         return attach(args, base)
 
     trainable, frozen = jlora.partition(jax.eval_shape(make))
@@ -87,10 +93,6 @@ def flops(args: argparse.Namespace, config: llama.Config, length: int) -> float:
     rows = args.batch // args.accumulate
     one, two = of(1), of(2)
     return args.accumulate * (one + (config.layers - 1) * (two - one))
-
-
-def count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def nbytes(tree: Any) -> int:

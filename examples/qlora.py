@@ -3,8 +3,8 @@
     python examples/qlora.py                          # SmolLM2-135M, from its GGUF file
     python examples/qlora.py --layers 2 --steps 4     # to try the path
 
-Projections are stored as NF4 with quantized scales, 4.13 bits a weight, the embedding as int8.
-`jlora.initializers.loftq(params, base)` would start the adapter at the error of the codes.
+Projections are stored as NF4 with quantized scales, 4.13 bits a weight, the embedding as int8, each
+as it is read, so the base never exists in float32. `finetune.py --quantize` has more ways.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import data
 import jax
 import weights
 from evaluation import make_apply
+from formats import storing
 from training import make_loss, make_optimizer, make_step
 
 import jlora
@@ -33,21 +34,19 @@ def report(what: str, params: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model"), parser.add_argument("--data")
+    parser.add_argument("--model"), parser.add_argument("--data", nargs="+")
     parser.add_argument("--layers", type=int), parser.add_argument("--steps", type=int, default=60)
-    args = parser.parse_args(argv)
-    config, base, tokenizer, stop = weights.load(args.model, args.layers)
-    report("read, float32", base)
+    args, store = parser.parse_args(argv), storing(FORMATS, "qlora.py")
+    config, base, tokenizer, stop = weights.load(args.model, args.layers, store=store)
+    report("read, quantized", base)
     rules = {r".*_proj/kernel": jlora.LoraSpec(rank=8, alpha=16)}
-    params = jlora.attach(jlora.quantize(base, FORMATS), rules, key=jax.random.key(0))
-    del base
-    report("quantized, with an adapter", params)
-    examples = data.load(args.data, tokenizer, stop, config.context).train
-    rows = data.pack(data.shuffled(examples, seed=0), length=128, rows=4 * args.steps)
+    params = jlora.attach(base, rules, key=jax.random.key(0))
+    report("with an adapter", params)
+    dataset = data.load(args.data, tokenizer, stop, config.context)
     trainable, frozen = jlora.partition(params)
     tx = make_optimizer(2e-3, args.steps)
     step, state = make_step(make_loss(jlora.lora(make_apply(config))), tx), tx.init(trainable)
-    for n, batch in enumerate(data.batches(rows, 4)):
+    for n, batch in enumerate(data.training_batches(dataset, args.steps, 4)):
         trainable, state, loss = step(trainable, state, frozen, batch)
         if n % 10 == 0 or n == args.steps - 1:
             print(f"step {n}: loss {float(loss):.3f}")

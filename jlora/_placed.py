@@ -8,7 +8,8 @@ in B, each along the mesh axes of the base; the rank is not sharded. Then the me
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +27,8 @@ from jlora import _compat
 from jlora._arrays import Adapted, FullArray, LoraArray, Tied
 from jlora._base import is_stored
 from jlora._boxes import of_parts
-from jlora._paths import brief
-from jlora._processes import put
+from jlora._paths import brief, describe
+from jlora._processes import divided, put
 
 Names = Sequence[str]
 
@@ -91,6 +92,11 @@ def _of_stored(weight: Any) -> NamedSharding | SingleDeviceSharding | None:
     named = [(x, s) for x, s in found if isinstance(s, NamedSharding)]
     if not named:
         return next((s for _, s in found if s is not None), None)
+    if hasattr(weight, "axes_of"):
+        x, at = max(named, key=lambda pair: (pair[0].ndim, math.prod(pair[0].shape)))
+        return NamedSharding(
+            at.mesh, PartitionSpec(*weight.axes_of(_full(at.spec, x.ndim), at.mesh))
+        )
     alike = [(x, s) for x, s in named if _blocks(x.shape, shape)]
     if alike:
         return max(alike, key=lambda pair: math.prod(pair[0].shape))[1]
@@ -142,15 +148,30 @@ def _check_axes(replicate: Names, mesh: Mesh | AbstractMesh, call: str) -> None:
             )
 
 
-def divided(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Leave out the mesh axes that do not divide their axis of an array."""
+def warn_of_undivided(leaves: Mapping[str, PyTree], call: str) -> None:
+    """Warn, once for all leaves, of axes of weights that their mesh axes do not divide."""
+    at = {path: sharding_of(x) for path, x in leaves.items() if hasattr(x, "shape")}
+    named = {path: x for path, x in at.items() if isinstance(x, NamedSharding)}
+    warn_of_uneven({path: (leaves[path], x.spec, x.mesh) for path, x in named.items()}, call)
 
-    def fits(size: int, names: Any) -> bool:
-        each = names if isinstance(names, tuple) else (names,)
-        return names is not None and size % math.prod(mesh.shape[name] for name in each) == 0
 
-    pairs = zip(shape, spec, strict=False)
-    return PartitionSpec(*(names if fits(size, names) else None for size, names in pairs))
+def warn_of_uneven(
+    leaves: Mapping[str, tuple[PyTree, PartitionSpec, Mesh | AbstractMesh]], call: str
+) -> None:
+    """Warn, once for all leaves, of axes that the mesh axes in a spec do not divide."""
+    found = []
+    for path, (leaf, spec, mesh) in leaves.items():
+        pairs = enumerate(zip(spec, divided(spec, leaf.shape, mesh), strict=False))
+        found += [(path, axis, names) for axis, (names, fits) in pairs if names and not fits]
+    if found:
+        path, axis, names = found[0]
+        more = f" (also for {len(found) - 1} more axes)" if len(found) > 1 else ""
+        warnings.warn(
+            f"`{call}`: axis {axis} of {describe(path, leaves[path][0])} is sharded along "
+            f"{names!r}, which does not divide it, so its update is replicated along it{more}. "
+            "Shard the weight along mesh axes that divide its axes, or pad it.",
+            stacklevel=4,
+        )
 
 
 def placed(node: Adapted, base: PyTree, replicate: Names, call: str) -> Adapted:

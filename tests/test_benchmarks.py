@@ -182,6 +182,7 @@ def judged(library, *names):
     return {name: factored.best(factored.table()[name], library) for name in names}
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 def test_cases_are_judged():
     found = judged(factored.LIBRARIES["jlora"], "matmul", "tied", "nnx_linear", "normalized")

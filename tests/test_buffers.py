@@ -73,6 +73,7 @@ def remat():
     }
 
 
+@pytest.mark.nightly
 def test_rematerialized_a_step_keeps_one_block_s_inputs(remat):
     assert remat["limit"] < 0.5 * temp_bytes(
         functools.partial(blocks.loss, head_dim=SIZES.head_dim), (1,), *abstract()[::2]

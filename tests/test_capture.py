@@ -65,7 +65,7 @@ def patches(x, height, width, stride, pad):
     )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize(("stride", "pad"), [(1, 0), (2, 1), (1, 1)])
 def test_convolution(stride, pad):
     def convolve(p, x):

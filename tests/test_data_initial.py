@@ -230,6 +230,7 @@ def test_inputs_that_are_not_finite_are_refused():
             start(params, moments)
 
 
+@pytest.mark.nightly
 def test_elements_of_a_stack_have_ranks_of_their_own():
     """The columns beyond an element's rank are zero, of A and of B: they never train."""
     base = {"w": w(2, 4, 5)}

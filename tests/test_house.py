@@ -37,34 +37,14 @@ from jlora import (
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
-    {"_paths", "_compat", "_disk", "_foreign", "_processes"},
+    {"_paths", "_compat", "_disk", "_foreign", "_kinds", "_processes"},
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
-    {
-        "_adapt",
-        "_adapters",
-        "_attach",
-        "_begin",
-        "_diffusion",
-        "_modules",
-        "_placed",
-        "_report",
-        "_sharding",
-    }
-    | {"arithmetic", "bank", "optim", "transform"},
-    {
-        "_plot",
-        "_tensor_file",
-        "bitsandbytes",
-        "checkpoint",
-        "diffusers",
-        "gguf",
-        "kohya",
-        "mlx",
-        "peft",
-    }
-    | {"keras", "qwix"},
+    {"_adapt", "_adapters", "_attach", "_begin", "_diffusion", "_merge", "_modules", "_placed"}
+    | {"_reading", "_report", "_sharding", "arithmetic", "bank", "optim", "transform"},
+    {"_plot", "_tensor_file", "bitsandbytes", "checkpoint", "diffusers", "gguf", "keras", "kohya"}
+    | {"mlx", "peft", "qwix"},
     {"cli", "__main__"},
     {"__init__"},
 ]

@@ -129,7 +129,7 @@ def peft_paths(tree: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def counted() -> dict[str, tuple[int, int]]:
     found = []
-    for layers in (6, 12):
+    for layers in (4, 8):
         with tempfile.TemporaryDirectory() as folder:
             for fn in calls(layers, folder).values():
                 fn()  # whatever is compiled or cached once is there now

@@ -171,7 +171,7 @@ BOTH = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("given", BOTH.values(), ids=BOTH)
 @optimizers
 def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):
@@ -442,6 +442,7 @@ def test_fa_has_no_state_for_a():
     assert sum(x.size for x in jax.tree.leaves(state)) == 2 * each + 1
 
 
+@pytest.mark.nightly
 def test_fa_takes_each_nodes_own_scaling_from_the_whole_tree():
     shape, layout = (2, 13, 11), "io"
     params = attached(shape, layout)

@@ -34,7 +34,7 @@ CHANGED = (
 ALIKE = ("two_of_one_shape",)  # its activations, which are kept, have the shape of its weights
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "case",
     [

@@ -14,6 +14,7 @@ from jlora import _serialization
 from jlora._arrays import Geometry
 from jlora._node import Node
 from jlora._spec import check_layout
+from jlora.quant import _axes
 from jlora.quant._format import Format
 from jlora.quant._formats import read_format
 from jlora.quant._product import product
@@ -71,6 +72,11 @@ class QuantArray(Node):
         """The dtype of the weight."""
         return jnp.dtype(self.kind)
 
+    @property
+    def builds(self) -> bool:
+        """Whether products build the weight."""
+        return not hasattr(self.format, "dot")
+
     def dequantize(self) -> Array:
         """Build the weight: in float32, then cast to its dtype."""
         rows = self.format.unpack(self.parts).astype(self.dtype)
@@ -105,6 +111,10 @@ class QuantArray(Node):
                 "Give dimensions with these products."
             )
         return dataclasses.replace(self, layout=layout, dims=dims)
+
+    def axes_of(self, entries: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
+        """Return the mesh axes of each axis of the weight, given those of its codes."""
+        return _axes.of_weight(entries, self.layout, self.dims, mesh)
 
     def dot(self, x: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike) -> Any:
         """Return the format's own product with x, if it has one: see `jlora._base.StoredWeight`."""
@@ -144,6 +154,7 @@ def pack(weight: Array, format: Format, layout: str) -> QuantArray:
         parts = format.pack(_rows(weight, layout))
     else:
         parts = _packed(weight, format, layout)
+    parts = _axes.placed(parts, weight, layout)
     dims = tuple(weight.shape[len(geometry.stack) :])
     return QuantArray(parts, format, layout, dims, jnp.dtype(weight.dtype).name)
 

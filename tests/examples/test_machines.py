@@ -147,6 +147,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(layer: Any) -> None:
     close(found[1], found[0], 1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Flax normalizes in float32
 def test_bfloat16(finished: Any) -> None:
     """The base in bfloat16, A and B in float32; generation has a cache of the base's dtype."""

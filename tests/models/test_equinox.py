@@ -116,6 +116,7 @@ def test_recurrence(cell: Any) -> None:
     model(lambda: Recurrent(cell(11, 7, key=KEY)), x(2, 5, 11))
 
 
+@pytest.mark.nightly
 def test_blocks_stacked_by_filter_vmap() -> None:
     """Three layers made at once, and scanned over, as Equinox's documentation stacks them."""
     make = eqx.filter_vmap(lambda key: eqx.nn.MLP(11, 11, 17, 1, key=key))

@@ -175,6 +175,7 @@ def test_scanned_blocks(remat: bool) -> None:
     model(lambda rngs: Stack(remat, rngs), x(2, 4, 11), others=others)
 
 
+@pytest.mark.nightly
 def test_mapped_models() -> None:
     """An ensemble: three models in one, each with its own A and B."""
 

@@ -143,7 +143,7 @@ def test_where_peft_itself_refuses_a_bias_of_lora_b(twin: Twin):
         jlora.peft.rules(config, twin.params(plain(twin)), names=twin.names)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("patterns", PATTERNS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", BIASED, ids=repr)

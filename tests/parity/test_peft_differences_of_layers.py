@@ -18,6 +18,7 @@ from twins import grouped as in_groups
 import jlora
 
 
+@pytest.mark.nightly
 def test_attention_adds_its_output_update_twice(tmp_path):
     model = adapt(attention)
     params = through_files(attention, model, tmp_path)

@@ -1,0 +1,114 @@
+"""Stored weights on a mesh: sharded codes and scales compute what they compute on one device."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import bits
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import LoraSpec
+from jlora.quant import _product
+
+# path: shape, spec, layout, spec of the codes
+WEIGHTS = {
+    "embedding": ((32, 64), P("tp", "fsdp"), "oi", P("tp", "fsdp")),
+    "q": ((64, 4, 16), P("fsdp", "tp"), "ioo", P("tp", "fsdp")),
+    "up": ((64, 128), P("fsdp", "tp"), "io", P("tp", "fsdp")),
+    "down": ((128, 64), P("tp", "fsdp"), "io", P("fsdp", "tp")),
+    "layers": ((2, 64, 64), P(None, "fsdp", "tp"), "io", P(None, "tp", "fsdp")),
+}
+TOKENS = np.random.default_rng(1).integers(0, 32, (8, 4))
+RULES = {"up|q": LoraSpec(2, layout=None), ".*": LoraSpec(2, dora=True)}
+LAYOUTS = {path: layout for path, (_, _, layout, _) in WEIGHTS.items()}
+
+
+@functools.cache
+def base() -> Any:
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape).astype(np.float32) / 8)
+    return {path: draw(shape) for path, (shape, *_) in WEIGHTS.items()}
+
+
+def on(mesh: Any) -> Any:
+    """The weights on a mesh."""
+    at = {path: NamedSharding(mesh, spec) for path, (_, spec, *_) in WEIGHTS.items()}
+    return jax.device_put(base(), at)
+
+
+def attached(weights: Any, name: str) -> Any:
+    stored = jlora.quantize(weights, {".*": name}, layouts=LAYOUTS)
+    params = jlora.attach(stored, RULES, key=jax.random.key(0), layouts=LAYOUTS)
+    trained, frozen = jlora.partition(params)
+    return jlora.combine(jax.tree.map(lambda x: x + 0.02, trained), frozen)
+
+
+def model(p: Any, tokens: Any) -> Any:
+    x = p["embedding"][tokens]
+    heads = jnp.einsum("btd,dhk->bthk", x, p["q"])
+    x = x + jnp.tanh(heads.reshape(*x.shape[:2], -1) + x @ p["up"][:, :64])
+    x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+    x = lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, p["layers"])[0]
+    return x @ p["embedding"].T
+
+
+@jax.jit
+def run(trained: Any, frozen: Any, tokens: Any) -> Any:
+    """Logits, and the gradient of a loss."""
+
+    def loss(trained: Any) -> Any:
+        logits = jlora.lora(model, fallback="error")(jlora.combine(trained, frozen), tokens)
+        return jnp.mean(logits**2), logits
+
+    return jax.grad(loss, has_aux=True)(trained)[::-1]
+
+
+def near(got: Any, want: Any) -> None:
+    most = max(float(abs(x).max()) for x in jax.tree.leaves(want))
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * most)
+
+
+def nightly(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "least"),
+    [
+        ("nf4", (4, 2), _product.LEAST),
+        *(nightly(name, (4, 2), _product.LEAST) for name in ("int8", "q4_1", "q8_0", "int4")),
+        *(nightly(name, (4, 2), 1) for name in ("int8", "nf4", "q4_1")),
+        *(nightly(name, (2, 4), _product.LEAST) for name in ("int8", "nf4", "q4_1")),
+    ],
+)
+def test_as_on_one_device(name: str, shape: Any, least: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(_product, "LEAST", least)
+    run.clear_cache()
+    want_params = attached(base(), name)
+    mesh = jax.make_mesh(shape, ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    params = attached(on(mesh), name)
+    for path, (_, spec, layout, of_codes) in WEIGHTS.items():
+        node, alone = params[path], want_params[path]
+        codes = max(node.base.parts, key=lambda k: node.base.parts[k].nbytes)
+        made, want = node.base.parts[codes], alone.base.parts[codes]
+        assert bits(made) == bits(want), path
+        assert made.sharding.is_equivalent_to(NamedSharding(mesh, of_codes), made.ndim), path
+        first = NamedSharding(mesh, P(*spec[: len(spec) - len(layout) + 1]))
+        part = node.lora_a if layout[0] == "i" else node.lora_b
+        assert layout[0] == "o" or part.sharding.is_equivalent_to(first, part.ndim), path
+    # The mean of NF4's scales is rounded otherwise on a mesh: the same bytes, where those are.
+    params = jax.device_put(want_params, jax.tree.map(lambda x: x.sharding, params))
+    tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("fsdp")))
+    for got, want in zip(
+        run(*jlora.partition(params), tokens),
+        run(*jlora.partition(want_params), TOKENS),
+        strict=True,
+    ):
+        near(got, want)
