@@ -82,7 +82,7 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
 
 def attach(args: argparse.Namespace, base: Any) -> Any:
     """Attach the new adapter that the flags describe."""
-    layouts = stacked_layouts() if args.scan else None
+    layouts = stacked_layouts(base) if args.scan else None
     return jlora.attach(base, rules(args), key=jax.random.key(args.seed), layouts=layouts)
 
 

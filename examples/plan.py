@@ -68,7 +68,7 @@ def abstract_step(
         base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         base = jax.tree.map(lambda x: x.astype(config.dtype), base)
         if args.quantize is not None:
-            layouts = stacked_layouts() if args.scan else None
+            layouts = stacked_layouts(base) if args.scan else None
             base = jlora.quantize(base, RULES[args.quantize], layouts=layouts)
         return attach(args, base)
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora import _compat, forms
@@ -175,7 +174,7 @@ class _Cut(NamedTuple):
             new += [self.parts, self.pieces, n // self.parts // self.pieces] if cut else [n]
         return x.reshape(new)
 
-    def piece(self, view: Array, axis: int | None, n: ArrayLike) -> Array:
+    def piece(self, view: Array, axis: int | None, n: Array | int) -> Array:
         """Return the nth piece of a `view`: `(together, *dims)`."""
         start, size = self._at(view, axis, n)
         found = lax.squeeze(lax.dynamic_slice(view, start, size), (1,))
@@ -185,13 +184,14 @@ class _Cut(NamedTuple):
         joined = shape[axis] * shape[axis + 2]
         return found.reshape(*shape[:axis], joined, *shape[axis + 3 :])
 
-    def put(self, view: Array, piece: Array, axis: int, n: ArrayLike) -> Array:
+    def put(self, view: Array, piece: Array, axis: int, n: Array | int) -> Array:
         """Write the nth piece into a `view`."""
         start, size = self._at(view, axis, n)
         return lax.dynamic_update_slice(view, piece.reshape(size), start)
 
-    def _at(self, view: Array, axis: int | None, n: ArrayLike) -> tuple[list[Any], list[int]]:
-        start, size = [0] * view.ndim, [*view.shape]
+    def _at(self, view: Array, axis: int | None, n: Array | int) -> tuple[list[Any], list[int]]:
+        start: list[Any] = [0] * view.ndim
+        size = [*view.shape]
         start[1], size[1] = n // self.pieces, 1
         if axis is not None and self.pieces > 1:
             start[axis + 2], size[axis + 2] = n % self.pieces, 1
