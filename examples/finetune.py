@@ -10,7 +10,7 @@
     python examples/finetune.py --adapter DIR           # start from a PEFT adapter
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
-`--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
+`--model` takes a Hugging Face directory or a .gguf file (models: README.md). `--data` takes .jsonl
 files, with lines of {"prompt": ..., "completion": ...}, where only the completion is learned, of
 {"messages": [...]}, where only what the assistant says is, or of {"text": ...}; and plain .txt.
 The output directory gets adapter/ (the adapter alone), metrics.jsonl, loss.png, report.json, and

@@ -327,6 +327,8 @@ def test_published_configurations_are_read(name: str) -> None:
     entries, want = PUBLISHED[name]
     config, stop = families.hf_config(Path("m"), {**HUB, **entries}, None)
     assert stop == 2 and {key: getattr(config, key) for key in want} == want
+    for path, _, hf in param_tree.names(config):
+        assert jlora.peft.llama_names(path) == hf
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -352,6 +354,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "llama",
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 5.0}},
         r"low_freq_factor=5.0 is not below high_freq_factor=4.0",
+    ),
+    ("llama", {"attention_bias": "no"}, "attention_bias='no' is not implemented"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 0.5}},
+        "factor=0.5 is not implemented",
     ),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not implemented"),
     ("mistral", {"layer_types": ["full_attention"] * 8}, "layer_types=.*is not implemented"),
