@@ -21,8 +21,9 @@ def card(model: Path, found: dict[str, Any]) -> str:
     base = settings["model"] or DEFAULT
     head = {"base_model": base, "library_name": "peft", "tags": ["lora", "jlora"]}
     head |= {"license": license} if license else {}
-    data = ", ".join(settings["data"] or ["CMUdict, 3 to 12 letters"])
     rate = found.get("phoneme_error_rate_after")
+    default = "made by the example" if rate is None else "CMUdict, words of 3 to 12 letters"
+    data = ", ".join(settings["data"] or [default])
     score = "" if rate is None else f" Phoneme error rate: {rate:.3f}."
     return f"""---
 {"".join(f"{key}: {json.dumps(value)}" + chr(10) for key, value in head.items())}---

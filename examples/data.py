@@ -241,7 +241,7 @@ def fill(lines: Sequence[Sequence[Example]], length: int) -> Rows:
     return packed
 
 
-def shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
+def shuffled(examples: Sequence[Any], seed: int) -> Iterator[Any]:
     """Yield the examples forever, reshuffled in every epoch."""
     epoch = 0
     while True:

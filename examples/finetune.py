@@ -22,7 +22,7 @@ import functools
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import formats
@@ -196,9 +196,16 @@ def continue_text(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; invalid input ends in a one-paragraph error and status 2."""
-    args = parse(argv, __doc__)
+def main(
+    argv: Sequence[str] | None = None,
+    about: str = __doc__ or "",
+    make_job: Callable[[argparse.Namespace], Job] = prepare,
+) -> int:
+    """Run the command line; invalid input ends in a one-paragraph error and status 2.
+
+    `make_job` is another task's, as that of dpo.py.
+    """
+    args = parse(argv, about, preferences=make_job is not prepare)
     running = False
     with stoppable() as asked:
         try:
@@ -211,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch.check(args.log)
             with states.only_run(args.out) as left:
                 check_run(args, left)
-                job = prepare(args)
+                job = make_job(args)
                 begun = start(args, job)
                 running = True
                 return run(args, job, begun, asked)

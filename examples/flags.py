@@ -9,7 +9,7 @@ from pathlib import Path
 # What the results of a run depend on, so --resume requires the same values.
 SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
 SETTINGS += ("eval_every", "patience", "batch", "length", "accumulate", "dtype", "remat", "chunk")
-SETTINGS += ("scan", "window", "quantize")
+SETTINGS += ("scan", "window", "quantize", "beta")
 SETTINGS += ("targets", "form", "init", "dora", "rslora", "lora_plus")
 # The flags of a new adapter, and what they are by default.
 ADAPTER = {"rank": 8, "alpha": 16.0, "targets": [r".*_proj/kernel"], "form": "lora", "init": None}
@@ -19,8 +19,10 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "milora", "loftq
 RESIDUAL = ("pissa", "olora", "milora")  # A and B start as a part of the weight
 
 
-def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
-    """Read the command line; `about` is what --help says first."""
+def parse(
+    argv: Sequence[str] | None, about: str = "", preferences: bool = False
+) -> argparse.Namespace:
+    """Read the command line; `about` is what --help says first. `preferences`: that of dpo.py."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +71,15 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
     add("--generate", metavar="TEXT", help="continue TEXT instead of training")
     kinds = ("base", "adapted", "merged")
     add("--weights", choices=kinds, default="adapted", help="which model --generate runs")
+    others = {"beta": 0.1, "batch": 4, "lr": 5e-4} if preferences else {"beta": None}
+    parser.set_defaults(**others)
+    if preferences:
+        add = parser.add_argument_group("preferences").add_argument
+        add("--beta", type=above_zero, help="how close to the base to stay; default: 0.1")
     args = parser.parse_args(argv)
+    unfit = {"accumulate": args.accumulate > 1, "chunk": args.chunk, "plan": args.plan}
+    for name in (name for name, given in unfit.items() if given and preferences):
+        parser.error(f"--{name} is not implemented for preferences: leave it out")
     new = [name for name in ADAPTER if getattr(args, name) is not None]
     if args.adapter is not None and new:
         parser.error(f"--{new[0]} describes a new adapter; the one of --adapter has its own")
@@ -98,8 +108,9 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
         parser.error("--generate trains nothing: leave --resume and all exports out")
     for name, default in ADAPTER.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    args.steps = args.steps or (4 if args.smoke else 120)
-    args.out = args.out or Path("runs/smoke" if args.smoke else "runs/finetune")
+    args.steps = args.steps or (4 if args.smoke else 30 if preferences else 120)
+    names = ("dpo-smoke", "dpo") if preferences else ("smoke", "finetune")
+    args.out = args.out or Path("runs") / names[0 if args.smoke else 1]
     return args
 
 

@@ -43,7 +43,8 @@ def record(schedule: Any, flops: float, state: State, step: int) -> dict[str, An
 def evaluation(score: dict[str, Any]) -> dict[str, Any]:
     """The line of an evaluation in metrics.jsonl."""
     rate = {} if score["rate"] is None else {"phoneme_error_rate": score["rate"]}
-    return {"step": score["step"], "held_out_loss": score["loss"], **rate}
+    measured = {f"held_out_{name}": value for name, value in score.get("measured", {}).items()}
+    return {"step": score["step"], "held_out_loss": score["loss"], **rate, **measured}
 
 
 def records(state: State, record: Callable[[State, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,7 +64,8 @@ def plot(path: Path, state: State) -> None:
     axes.plot(range(1, state.step + 1), state.losses, lw=1, label="training")
     steps, losses = zip(*((e["step"], e["loss"]) for e in state.evals), strict=True)
     axes.plot(steps, losses, "o-", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    unit = "DPO loss" if "measured" in state.evals[0] else "loss (nats per token)"
+    axes.set(xlabel="step", ylabel=unit, ylim=(0, None))
     axes.legend()
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
@@ -120,7 +122,13 @@ def results(state: State) -> dict[str, Any]:
     """The numbers of a run: "before" is its first evaluation, "after" that of the adapter."""
     before = state.evals[0]
     after = state.evals[-1] if state.best is None else best(state)
+    measured = {
+        f"{name}_{when}": value
+        for when, score in (("before", before), ("after", after))
+        for name, value in score.get("measured", {}).items()
+    }
     return {
+        **measured,
         "loss_before": before["loss"],
         "loss_after": after["loss"],
         "phoneme_error_rate_before": before["rate"],

@@ -13,12 +13,14 @@ from jlora._arrays import Geometry, is_adapted, is_leaf
 from jlora._base import is_stored, stored_as
 from jlora._begin import adapted, in_full
 from jlora._boxes import leaves_with_paths, map_with_paths
-from jlora._check import check_key, check_mapping, check_tree
+from jlora._check import check_mapping, check_tree
+from jlora._kinds import check_key
 from jlora._nnx import Opened
 from jlora._paths import describe, is_bias, near_misses
 from jlora._placed import check_replicate, warn_of_undivided
 from jlora._reading import initializer, warn_of_gathers
 from jlora._spec import LoraSpec, layout_of, resolve
+from jlora.forms._initial import supports_rank
 
 
 def attach(
@@ -206,10 +208,9 @@ def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str
             f"`jlora.attach`: rank {spec.rank} is above min(in, out) = min({sides[0]}, {sides[1]}) "
             f"of {describe(path, leaves[path])} with layout {layout!r}"
         )
-        made = jax.eval_shape(
+        if not supports_rank(
             initializer(spec), key, jax.ShapeDtypeStruct(sides, leaves[path].dtype)
-        )
-        if made[0].shape[-1:] != (spec.rank,) or made[1].shape[:1] != (spec.rank,):
+        ):
             raise ValueError(
                 f"{said}, but the initializer computes A and B from the weight, which has no more "
                 f"directions. Use `LoraSpec(rank={min(sides)})` or less, or another `init`."

@@ -41,9 +41,9 @@ class StoredWeight(Protocol):
       weight, in `dtype`. If it returns `NotImplemented`, the weight is built.
       It is asked for products of one dtype at the default precision.
 
-    A third is for weights on a mesh whose leaves have other axes than the weight:
-    `axes_of(entries, mesh)` returns the mesh axes of each axis of the weight, given those of its
-    largest leaf.
+    Two more: `builds = True` says that `dot` builds the weight. Where the leaves have other axes
+    than the weight, `axes_of(entries, mesh)` returns the mesh axes of each axis of the weight,
+    given those of its largest leaf.
 
     Example:
         >>> import dataclasses, functools, jax, jax.numpy as jnp, jlora
@@ -291,7 +291,8 @@ def how(eqn: JaxprEqn, weight: PyTree) -> str:
     if eqn.primitive.name == "dot_general" and at:
         zeros = [lax.full(x.shape, 0, x.dtype) for x in avals]
         own = _own_product(eqn, [weight if k == at[0] else x for k, x in enumerate(zeros)])
-    return f"{stored_as(root)}, {'built here' if own is NotImplemented else 'used as stored'}"
+    builds = own is NotImplemented or getattr(root, "builds", False)
+    return f"{stored_as(root)}, {'built here' if builds else 'used as stored'}"
 
 
 def peel(x: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:

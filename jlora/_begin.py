@@ -19,6 +19,7 @@ from jlora._paths import describe
 from jlora._placed import Names, at_base, sharding_of
 from jlora._reading import initializer, reads
 from jlora._spec import LoraSpec
+from jlora.forms._initial import ReturnError, check_returned
 
 
 def adapted(
@@ -28,10 +29,14 @@ def adapted(
     sharding, abstract = sharding_of(weight), _is_abstract(weight)
     if not abstract:
         key = jax.random.fold_in(_at(key, sharding), zlib.crc32(path.encode()))
-    if abstract or sharding is not None:
-        node = _begun.eval_shape(*jax.tree.map(_without_sharding, (key, weight)), spec, layout)
-    else:
-        node = _begun(key, weight, spec, layout)
+    try:
+        if abstract or sharding is not None:
+            node = _begun.eval_shape(*jax.tree.map(_without_sharding, (key, weight)), spec, layout)
+        else:
+            node = _begun(key, weight, spec, layout)
+    except ReturnError as error:
+        said = f"`jlora.attach`: the initializer of {describe(path, weight)} {error}"
+        raise TypeError(said) from None
     _check(path, weight, spec, node)
     if sharding is not None:
         at = at_base(node, weight.shape, sharding, replicate, "jlora.attach(replicate=...)")
@@ -148,7 +153,13 @@ def _factors(
     reads the weight gets one element of the stack at a time, unless it gets them `together`.
     """
     geometry = Geometry.of(weight.shape, layout)
-    init = initializer(spec)
+    given = initializer(spec)
+
+    def init(key: PRNGKeyArray, matrix: Array) -> tuple[Array, ...]:
+        made = given(key, matrix)
+        check_returned(made, matrix.shape, spec.rank)
+        return made
+
     one, depth = dataclasses.replace(geometry, stack=()), len(geometry.stack)
     shapes = forms.factor_shapes(one, spec.rank, spec.slices)
     run = init if spec.slices is None else _sliced(init, spec.slices, geometry)

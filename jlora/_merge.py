@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora import _compat, forms
 from jlora._adapt import check_nodes, rounded
-from jlora._arrays import FullArray, Geometry, LoraArray, is_adapted, is_leaf
+from jlora._arrays import FullArray, Geometry, LoraArray, accumulator, is_adapted, is_leaf
 from jlora._base import built, is_stored, stored_as
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_tree
@@ -98,16 +97,40 @@ def _merged(node: LoraArray, measured: bool) -> tuple[Array, Array | None]:
     traced = any(map(_compat.is_traced, jax.tree.leaves(node.base)))
     together = _together(sharding, stack[0], traced) if stack else 0
     if not together:
-        return _at_once(node, measured)
+        summed = forms.weight(node)
+        merged = rounded(summed, node.dtype)
+        return merged, _squares(node, summed, merged) if measured else None
     named = isinstance(sharding, NamedSharding) and not _compat.is_explicit(sharding)
     at = sharding if named and not is_stored(node.base) else None
-    return _in_turn(node, together, _devices(sharding), measured, at)
+    merged = _stacked(node, together, _devices(sharding), at)
+    if not measured:
+        return merged, None
+    if together > 1:
+        return merged, _squares(node, forms.weight(node), merged)
+    return merged, _squares_by_layer(_with_stacked_scaling(node), merged)
 
 
-def _at_once(node: LoraArray, measured: bool) -> tuple[Array, Array | None]:
-    summed = forms.weight(node)
-    merged = rounded(summed, node.dtype)
-    return merged, _squares(node, summed, merged) if measured else None
+def _with_stacked_scaling(node: LoraArray) -> LoraArray:
+    stack = Geometry.of(node.shape, node.layout).stack
+    return dataclasses.replace(node, scaling=jnp.broadcast_to(node.scaling, stack))
+
+
+@functools.partial(jax.jit, static_argnames=("together", "devices", "at"))
+def _stacked(node: LoraArray, together: int, devices: int, at: NamedSharding | None) -> Array:
+    """Merge a stack without its sums in float32, in the buffer of W if it is donated.
+
+    XLA's CPU compiler would copy a stack of 16 bits for each layer that is written into it. There
+    the product is a sum over the rank in one loop over the elements of W.
+    """
+    node = forms.as_lora(_with_stacked_scaling(node))
+    turn = functools.partial(_in_turn, together=together, devices=devices)
+    if getattr(node.base, "stack", 0):
+        return turn(node)
+    node = dataclasses.replace(node, base=built(node.base))
+    narrow = jnp.finfo(node.dtype).bits < 32
+    cpu = lambda node: rounded(_by_element(node), node.dtype)
+    merged = lax.platform_dependent(node, cpu=cpu, default=turn) if narrow else turn(node)
+    return merged if at is None else lax.with_sharding_constraint(merged, at)
 
 
 def _together(sharding: Any, size: int, traced: bool) -> int:
@@ -151,7 +174,7 @@ class _Cut(NamedTuple):
             new += [self.parts, self.pieces, n // self.parts // self.pieces] if cut else [n]
         return x.reshape(new)
 
-    def piece(self, view: Array, axis: int | None, n: ArrayLike) -> Array:
+    def piece(self, view: Array, axis: int | None, n: Array | int) -> Array:
         """Return the nth piece of a `view`: `(together, *dims)`."""
         start, size = self._at(view, axis, n)
         found = lax.squeeze(lax.dynamic_slice(view, start, size), (1,))
@@ -161,29 +184,51 @@ class _Cut(NamedTuple):
         joined = shape[axis] * shape[axis + 2]
         return found.reshape(*shape[:axis], joined, *shape[axis + 3 :])
 
-    def put(self, view: Array, piece: Array, axis: int, n: ArrayLike) -> Array:
+    def put(self, view: Array, piece: Array, axis: int, n: Array | int) -> Array:
         """Write the nth piece into a `view`."""
         start, size = self._at(view, axis, n)
         return lax.dynamic_update_slice(view, piece.reshape(size), start)
 
-    def _at(self, view: Array, axis: int | None, n: ArrayLike) -> tuple[list[Any], list[int]]:
-        start, size = [0] * view.ndim, [*view.shape]
+    def _at(self, view: Array, axis: int | None, n: Array | int) -> tuple[list[Any], list[int]]:
+        start: list[Any] = [0] * view.ndim
+        size = [*view.shape]
         start[1], size[1] = n // self.pieces, 1
         if axis is not None and self.pieces > 1:
             start[axis + 2], size[axis + 2] = n % self.pieces, 1
         return start, size
 
 
-@functools.partial(jax.jit, static_argnames=("together", "devices", "measured", "at"))
-def _in_turn(
-    node: LoraArray, together: int, devices: int, measured: bool, at: NamedSharding | None
-) -> tuple[Array, Array | None]:
+def _by_element(node: LoraArray) -> Array:
+    """Return `forms.weight(node)`, of a LoRA node, as one loop over the elements of W.
+
+    The product is written as a sum over the rank, which XLA fuses with what uses it.
+    """
+    wide = jnp.promote_types(accumulator(node.lora_a.dtype), accumulator(node.dtype))
+    depth = len(node.shape) - len(node.layout)
+    roles = "s" * depth + node.layout
+
+    def spread(x: Array, over: str) -> Array:
+        dims = [n if role in over else 1 for n, role in zip(node.shape, roles, strict=True)]
+        return x.astype(wide).reshape(*dims, x.shape[-1])
+
+    a = spread(node.lora_a, "si")
+    b = spread(jnp.moveaxis(node.lora_b, depth, -1), "so")
+    ab = jnp.sum(jnp.multiply(*jnp.broadcast_arrays(a, b)), -1)
+    s = node.scaling.astype(wide).reshape(*node.scaling.shape, *(1,) * len(node.layout))
+    summed = node.base.astype(wide) + jnp.broadcast_to(s, ab.shape) * ab
+    gain = forms.gain(node)
+    if gain is None:
+        return summed
+    across = Geometry.of(node.shape, node.layout).across(gain)
+    return summed * jnp.broadcast_to(across, summed.shape)
+
+
+def _in_turn(node: LoraArray, together: int, devices: int) -> Array:
     """Merge `together` elements of a stack at a time, writing them where those of W were.
 
     If they are several, in pieces of the first axis after the stack, each no larger than one.
     """
-    node = forms.as_lora(node)
-    depth, dense = len(node.shape) - len(node.layout), not getattr(node.base, "stack", 0)
+    depth, dense = len(node.shape) - len(node.layout), not is_stored(node.base)
     axes = {"lora_a": depth} if node.layout[0] == "i" else {"lora_b": depth + 1, "magnitude": depth}
     cut = _Cut(together)
     # A gain is computed from all inputs, and a stored weight is built as a whole.
@@ -192,28 +237,20 @@ def _in_turn(
         run = node.shape[depth] // parts
         pieces = next(n for n in range(min(together, run), run + 1) if run % n == 0)
         cut = _Cut(together, parts, pieces)
-    scaling = jnp.broadcast_to(node.scaling, node.shape[:depth])
-    views = {k: cut.view(x, axes.get(k)) for k, x in {**node.parts, "scaling": scaling}.items()}
+    parts_of = {**node.parts, "scaling": node.scaling}
+    views = {k: cut.view(x, axes.get(k)) for k, x in parts_of.items()}
     codes = None if dense else jax.tree.map(lambda x: cut.view(x, None), node.base)
 
-    def step(n: Any, carry: Any) -> Any:
-        weights, squares = carry
+    def step(n: Any, weights: Array) -> Array:
         own = {k: cut.piece(x, axes.get(k), n) for k, x in views.items()}
         piece = lambda x: cut.piece(x, None, n)
         base = cut.piece(weights, depth, n) if dense else jax.tree.map(piece, codes)
         layer = dataclasses.replace(node, base=base, scaling=own.pop("scaling")).with_parts(own)
-        merged, more = _at_once(layer, measured)
-        squares = None if more is None else squares + more
-        return cut.put(weights, merged, depth, n), squares
+        return cut.put(weights, rounded(forms.weight(layer), node.dtype), depth, n)
 
-    start = cut.view(built(node.base) if dense else jnp.zeros(node.shape, node.dtype), depth)
-    none = jnp.zeros(3, jnp.float32) if measured else None
+    start = cut.view(node.base if dense else jnp.zeros(node.shape, node.dtype), depth)
     count = node.shape[0] // together * cut.pieces
-    weights, squares = lax.fori_loop(0, count, step, (start, none))
-    weights = weights.reshape(node.shape)
-    if at is not None:
-        weights = lax.with_sharding_constraint(weights, at)
-    return weights, squares
+    return lax.fori_loop(0, count, step, start).reshape(node.shape)
 
 
 def _stored_again(path: str, base: PyTree, merged: Array) -> PyTree:
@@ -240,6 +277,12 @@ def _squares(node: LoraArray, summed: Array, merged: Array) -> Array:
     update = summed - built(node.base).astype(summed.dtype)
     error = merged.astype(summed.dtype) - summed
     return jnp.stack([jnp.sum(x * x) for x in (summed, update, error)]).astype(jnp.float32)
+
+
+@jax.jit
+def _squares_by_layer(node: LoraArray, merged: Array) -> Array:
+    each = lambda pair: _squares(pair[0], forms.weight(pair[0]), pair[1])
+    return jnp.sum(lax.map(each, (node, merged)), axis=0)
 
 
 def _lost_share(squares: Array) -> Array:

@@ -6,7 +6,7 @@ On a mesh only the last needs a weight that is sharded in one place, which `atta
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jlora._spec import LoraSpec
 _DECOMPOSITIONS = {"svd", "qr", "geqrf", "geqp3", "householder_product", "eig", "eigh", "lu"}
 
 
-def initializer(spec: LoraSpec) -> Callable[..., Any]:
+def initializer(spec: LoraSpec) -> functools.partial[Any]:
     """Return the initializer of one `(in, out)` matrix, with the spec's rank, scaling and dtype."""
     chosen = spec.init or forms.named(spec.form).init
     return functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
@@ -51,7 +51,7 @@ def decomposes(spec: LoraSpec, geometry: Geometry, dtype: Any) -> bool:
     body = _program(spec, geometry.fan_in, geometry.fan_out, jnp.dtype(dtype))
     return any(
         eqn.primitive.name in _DECOMPOSITIONS
-        and any(math.prod(x.aval.shape) >= size for x in eqn.invars)
+        and any(math.prod(getattr(x.aval, "shape", ())) >= size for x in eqn.invars)
         for eqn in _equations(body)
     )
 
@@ -73,8 +73,8 @@ def warn_of_gathers(leaves: Mapping[str, PyTree], plan: Mapping[str, Any]) -> No
     most = max(found, key=found.__getitem__, default=None)
     if most is None or not found[most]:
         return
-    chosen = plan[most][0].init
-    name = getattr(chosen, "__name__", getattr(getattr(chosen, "func", None), "__name__", "init"))
+    init = initializer(plan[most][0]).func
+    name = getattr(init, "__name__", getattr(getattr(init, "func", None), "__name__", repr(init)))
     others = sum(map(bool, found.values())) - 1
     warnings.warn(
         f"`jlora.attach`: the initializer `{name}` decomposes {describe(most, leaves[most])}, "

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from jlora._arrays import FullArray, LoraArray, Tied, is_adapted, is_leaf
 from jlora._boxes import unboxed
 from jlora._check import check_tree
-from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._paths import brief, describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._placed import (
     at_base,
     check_replicate,
@@ -165,7 +165,8 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
     Raises:
         KeyError: a parameter has no spec.
         ValueError: a spec has more entries than its weight has axes.
-        TypeError: `replicate` is not a tuple of names.
+        TypeError: `replicate` is not a tuple of names; a spec is neither a `PartitionSpec`, a tuple
+            of names nor None.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -177,6 +178,12 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
     """
     call = "jlora.specs(params, base_specs)"
     check_replicate(replicate, call)
+    if any(map(is_adapted, jax.tree.leaves(base_specs, is_leaf=is_adapted))):
+        raise TypeError(
+            f"`{call}`: `base_specs` has adapted weights. The parameters come first, and the specs "
+            "of the base second: `jlora.specs(params, base_specs)`."
+        )
+    check_tree(params, call)
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or _is_names(x)
     known = dict(leaves_with_paths(base_specs, is_spec))
     mesh, checked = jax.sharding.get_abstract_mesh(), {}
@@ -188,6 +195,12 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
                 f"`nn.get_partition_spec(base)` does. {near_misses(path, known)}"
             )
         spec = PartitionSpec() if known[path] is None else known[path]
+        if not is_spec(spec):
+            raise TypeError(
+                f"`{call}`: the spec of {describe(path, leaf)} is {brief(spec)}. Give a "
+                "`PartitionSpec`, a tuple of logical names or None; the adapted parameters come "
+                "first, the specs second."
+            )
         if isinstance(leaf, FullArray):
             return FullArray(spec, spec)
         if not isinstance(leaf, LoraArray):

@@ -476,6 +476,21 @@ def test_what_lora_returned_and_what_wraps_it_may_be_passed():
         bank.each(wrapped, BASE, many, IDS, X)
 
 
+@pytest.mark.parametrize("shape", [6, (6, 9)], ids=["examples", "tokens"])
+def test_dropout_that_a_function_calls_itself(shape):
+    """`each` adapts the weights, so an inner `jlora.lora` would see plain ones and drop nothing."""
+    many, key, ids = STACKED(), jax.random.key(0), np.zeros(shape, int)
+    hidden = lambda key: lambda p, x: jlora.lora(model, dropout=0.5, key=key)(p, x)
+    said = says("it is called inside a function", "Pass what `jlora.lora` returned")
+    with pytest.raises(ValueError, match=said):
+        jax.eval_shape(lambda key: bank.each(hidden(key), BASE, many, ids, X), key)
+    with pytest.raises(ValueError, match=said):
+        jax.eval_shape(lambda key: jlora.lora(hidden(key))(jlora.bind(BASE, ONE()), X), key)
+    # Where nothing is adapted, nothing is lost.
+    jax.eval_shape(lambda key: bool(jlora.layouts(hidden(key), BASE, X)), key)
+    same(jax.jit(lambda key: hidden(key)(BASE, X))(key), model(BASE, X))
+
+
 @pytest.mark.nightly
 def test_ids_in_every_form_and_traced_ones_out_of_range():
     many = bank.stack(unlike())
@@ -595,7 +610,7 @@ STACKED = functools.cache(lambda: bank.stack([ONE()], slots=2))
 REFUSED = {
     "nothing": (lambda: bank.stack([]), says("there are no adapters")),
     "few_slots": (lambda: bank.stack([ONE()] * 3, slots=2), says("3 adapters do not fit in 2")),
-    "rank": (lambda: bank.stack([ONE()], rank=0), says("rank=0; a rank is at least 1")),
+    "rank": (lambda: bank.stack([ONE()], rank=0), says("`rank` is 0. Give an integer of")),
     "high": (
         lambda: bank.stack([ONE()], rank=1),
         says("adapters[0]", '"one/w" has rank 2, above the rank of the bank, 1', "`rank=2`"),

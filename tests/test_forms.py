@@ -272,7 +272,7 @@ ERRORS |= {
     ),
     "frozen": (
         lambda: forms.register(forms.Form("x", form_miss.blocks, frozen=("second_a",))),
-        r"frozen=\('second_a',\); it takes \"lora_a\" and",
+        r"frozen=\('second_a',\)\)`: it takes \"lora_a\" and",
     ),
 }
 

@@ -17,6 +17,9 @@ import jlora
 from jlora import LoraSpec, checkpoint, initializers
 from jlora._placed import check_replicate
 
+# What test_reading.py is about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*decomposes .* which is sharded")
+
 # path: shape, spec of the base, rule, specs of the parts
 KINDS = {
     "dense": ((8, 4), P("x", "y"), LoraSpec(2), {"lora_a": P("x"), "lora_b": P(None, "y")}),

@@ -83,10 +83,10 @@ def test_every_format_under_an_adapter_in_one_program(monkeypatch):
 
     got, want = jax.jit(both)(t)
     monkeypatch.setattr(_product, "LEAST", 1)
-    in_blocks = jax.jit(lambda t: both(t)[0])(t)  # of outputs, as large weights on a CPU
+    ordered = jax.jit(lambda t: both(t)[0])(t)  # as large weights on a CPU
     for name in NAMES:
         same(got[name], want[name], 1e-5)
-        same(in_blocks[name], want[name], 1e-5)
+        same(ordered[name], want[name], 1e-5)
 
 
 @some
@@ -197,13 +197,37 @@ def test_products_of_int8_use_the_codes(dtype, monkeypatch):
     want = both(lambda w: w.dequantize(), lambda fn: fn)
     monkeypatch.setattr(quant.Int8, "unpack", lambda *_: 1 / 0)
     got = both(lambda w: w, jlora.lora)
-    monkeypatch.setattr(_product, "LEAST", 1)  # in blocks of outputs
-    in_blocks = both(lambda w: w, jlora.lora)
+    monkeypatch.setattr(_product, "LEAST", 1)  # as large weights
+    ordered = both(lambda w: w, jlora.lora)
     for name in PRODUCTS:
-        for a, b, c in zip(got[name], want[name], in_blocks[name], strict=True):
+        for a, b, c in zip(got[name], want[name], ordered[name], strict=True):
             assert a.dtype == b.dtype == c.dtype
             same(a, b, 2**-5 if dtype == "bfloat16" else 1e-5)
             same(c, b, 2**-5 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", pytest.param("nf4", marks=pytest.mark.nightly)])
+def test_every_transformation_of_a_large_weight(name):
+    """Forward, reverse and forward over reverse, of a batch and of adapters under vmap."""
+    w = jlora.quantize({"w": jax.random.normal(KEY, (256, 256)) / 16}, {"w": name})["w"]
+    assert w.size >= _product.LEAST
+    x = jax.random.normal(KEY, (2, 3, 256))
+
+    def all_of(w: Any) -> Any:
+        fn = lambda x: jnp.tanh(jlora.lora(lambda w, x: x @ w)(w, x))
+        slope = jax.grad(lambda x: (fn(x) ** 2).sum())
+        return [
+            *(fn(x), jax.vmap(fn)(x), jax.vmap(slope)(x)),
+            *jax.jvp(fn, (x,), (x + 1,)),
+            *jax.jvp(slope, (x,), (x + 1,)),
+            jax.jacfwd(lambda x: fn(x).sum(0))(x[0, 0]),
+        ]
+
+    got, want = jax.jit(lambda w: (all_of(w), all_of(w.dequantize())))(w)
+    for a, b in zip(got, want, strict=True):
+        same(a, b, 1e-5)
+    built = str(jax.make_jaxpr(lambda x: jax.vmap(lambda x: jlora.lora(jnp.matmul)(x, w))(x))(x))
+    assert "[2,256,256]" not in built, "one weight serves the batch"
 
 
 def test_small_float16_values_are_multiplied_by_a_transposed_int8_weight():
@@ -389,8 +413,10 @@ def test_reports_say_what_is_stored():
     assert "(NF4(block=64, double=True), built here)" in table
 
 
-def test_adapters_under_vmap_over_one_stored_base():
-    base = jlora.quantize({"w": W}, {"w": "nf4"})
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_adapters_under_vmap_over_one_stored_base(name, monkeypatch):
+    monkeypatch.setattr(_product, "LEAST", 1)
+    base = jlora.quantize({"w": W}, {"w": name})
     nodes = [jlora.attach(base, {"w": LoraSpec(2)}, key=jax.random.key(k)) for k in range(3)]
     nodes = [{"w": dataclasses.replace(n["w"], lora_b=n["w"].lora_b + 0.1)} for n in nodes]
     adapters = [jlora.detach(n)[1] for n in nodes]

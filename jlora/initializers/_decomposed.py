@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora._arrays import accumulator
 from jlora.forms import Split
+from jlora.forms._initial import initializer
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -40,6 +41,7 @@ def share(
     return a, b, residual_of(weight, a, b, scaling)
 
 
+@initializer
 def pissa(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -69,7 +71,7 @@ def pissa(
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
 
     Raises:
-        ValueError: scaling not above 0.
+        ValueError: scaling not above 0, or a rank above min(in, out).
 
     Example:
         >>> w = jax.random.normal(jax.random.key(0), (16, 8))
@@ -107,6 +109,7 @@ def svd_of_a_range(
     return jnp.matmul(q, u, precision=_EXACT), s, vt
 
 
+@initializer
 def milora(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -130,7 +133,7 @@ def milora(
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
 
     Raises:
-        ValueError: scaling not above 0.
+        ValueError: scaling not above 0, or a rank above min(in, out).
 
     Example:
         >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
@@ -144,6 +147,7 @@ def milora(
     return share(weight, u[:, -rank:], s[-rank:], vt[-rank:], scaling, dtype)
 
 
+@initializer
 def olora(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

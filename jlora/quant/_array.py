@@ -72,6 +72,11 @@ class QuantArray(Node):
         """The dtype of the weight."""
         return jnp.dtype(self.kind)
 
+    @property
+    def builds(self) -> bool:
+        """Whether products build the weight."""
+        return not hasattr(self.format, "dot")
+
     def dequantize(self) -> Array:
         """Build the weight: in float32, then cast to its dtype."""
         rows = self.format.unpack(self.parts).astype(self.dtype)

@@ -17,9 +17,8 @@ class Format(Protocol):
     with exactly two more, the first of which is `out`.
 
     A format may own its products: `dot(parts, rows, dtype)` of `rows`, `(..., in)`, with the
-    weight, `(..., out)`, and `dot_transposed(parts, outs, dtype)`, the reverse. If not every part
-    has the axis `out`, `by_rows(parts)` returns a format and parts that do. With `on_host = True`,
-    `pack` runs outside of `jax.jit`.
+    weight, `(..., out)`, and `dot_transposed(parts, outs, dtype)`, the reverse. With
+    `on_host = True`, `pack` runs outside of `jax.jit`.
     """
 
     @property

@@ -1,9 +1,10 @@
-"""Products of rows with activations: by the format, or a block of outputs at a time.
+"""Products of stored weights with activations: by the format, or with the weight, built for this.
 
-XLA's CPU compiler keeps all weights that a program builds from codes alive together, so an unrolled
-model would hold a dense copy of itself. A loop over blocks of outputs inside each product bounds
-what is built to one block. Other compilers fuse or order the products, and there the weight is
-built as a whole.
+XLA's CPU compiler orders operations by what they depend on and by nothing else. Building a weight
+depends on codes alone, so an unrolled model would hold all of its weights, built, at once. Here a
+weight is built of codes that depend on the activations that it is multiplied with, or in the
+backward pass on their gradient, so there is one at a time. The product is linear, with a transpose
+of its own, and nothing but the stored arrays is kept for it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -19,11 +21,9 @@ from jlora import _compat
 from jlora._arrays import accumulator
 from jlora.quant._format import Format
 
-BLOCKS = 4  # of outputs
-LEAST = 2**16  # the weights of a product below which a loop costs more than it saves
+LEAST = 2**16  # the size of a weight below which it may be built at any time
 
 Parts = Mapping[str, Array]
-Product = Callable[[Parts, Array, DTypeLike], Array]  # to a dtype
 
 
 def product(
@@ -40,11 +40,9 @@ def product(
     `sides` are the numbers of outputs and inputs, and `kind` is the dtype of the weight. Returns
     NotImplemented where the caller should build the weight.
     """
-    if hasattr(format, "by_rows"):
-        format, parts = format.by_rows(parts)
-    own = getattr(format, "dot_transposed" if transposed else "dot", None)
 
-    def plain(parts: Parts, x: Array, dtype: DTypeLike) -> Array:
+    def times(parts: Parts, x: Array, dtype: DTypeLike, transposed: bool) -> Array:
+        own = getattr(format, "dot_transposed" if transposed else "dot", None)
         if own is not None:
             return own(parts, x, dtype)
         rows = format.unpack(parts).astype(kind).astype(x.dtype)
@@ -52,20 +50,16 @@ def product(
         wide = accumulator(x.dtype)
         return lax.dot_general(x, rows, contract, preferred_element_type=wide).astype(dtype)
 
-    if not _in_blocks(*sides, (*parts.values(), x)):
-        return NotImplemented if own is None else plain(parts, x, dtype)
-    looped = _summed if transposed else _joined
-    return lax.platform_dependent(
-        parts,
-        x,
-        cpu=lambda parts, x: looped(plain, parts, x, dtype),
-        default=lambda parts, x: plain(parts, x, dtype),
-    )
+    if sides[0] * sides[1] < LEAST or any(map(_on_mesh, (*parts.values(), x))):
+        return times(parts, x, dtype, transposed) if hasattr(format, "dot") else NotImplemented
 
+    def forward(x: Array) -> Array:
+        return times(_after(x, parts), x, dtype, transposed)
 
-def _in_blocks(out: int, inputs: int, arrays: Iterable[Array]) -> bool:
-    """Whether a product may be a loop: a large weight, on no mesh whose axes it would cut."""
-    return out % BLOCKS == 0 and out * inputs >= LEAST and not any(map(_on_mesh, arrays))
+    def backward(g: Array) -> Array:
+        return times(_after(g, parts), g, x.dtype, not transposed)
+
+    return _linear(forward, backward, x, dtype)
 
 
 def _on_mesh(x: Array) -> bool:
@@ -73,26 +67,55 @@ def _on_mesh(x: Array) -> bool:
     return explicit or bool(_compat.varying_axes(x))
 
 
-def _pieces(parts: Parts) -> dict[str, Array]:
-    return {k: x.reshape(BLOCKS, x.shape[0] // BLOCKS, *x.shape[1:]) for k, x in parts.items()}
+def _linear(
+    forward: Callable[[Array], Array],
+    backward: Callable[[Array], Array],
+    x: Array,
+    dtype: DTypeLike,
+) -> Array:
+    """Return `forward(x)`, a linear map to a dtype, whose transpose is `backward`.
+
+    Of JAX's functions that work in every transformation, only the solution of a linear system has a
+    transpose of its own. Here it is the map `(x, y) -> (0, forward(x))` of joined arrays, with the
+    transpose `(x, y) -> (backward(y), 0)`. No system is solved, and XLA removes the joining.
+    """
+    wide, n = jnp.promote_types(x.dtype, dtype), x.shape[-1]
+    y = jax.eval_shape(forward, x)
+
+    def join(x: Array, y: Array) -> Array:
+        return jnp.concatenate([x.astype(wide), y.astype(wide)], axis=-1)
+
+    def solve(_: Any, both: Array) -> Array:
+        first = both[..., :n]
+        return join(jnp.zeros_like(first), forward(first.astype(x.dtype)))
+
+    def transpose_solve(_: Any, both: Array) -> Array:
+        last = both[..., n:]
+        return join(backward(last.astype(dtype)), jnp.zeros_like(last))
+
+    both = join(x, jnp.zeros(y.shape, y.dtype))
+    return lax.custom_linear_solve(lambda b: b, both, solve, transpose_solve)[..., n:].astype(dtype)
 
 
-def _joined(plain: Product, parts: Parts, x: Array, dtype: DTypeLike) -> Array:
-    """Compute blocks of outputs one after another; each is built again for the gradient."""
-    outs = lax.map(jax.checkpoint(lambda piece: plain(piece, x, dtype)), _pieces(parts))
-    outs = jnp.moveaxis(outs, 0, -2)
-    return outs.reshape(*outs.shape[:-2], -1)
+def _after(x: Array, parts: Parts) -> dict[str, Array]:
+    """Return the same parts, computed from x on a CPU: see the top of this file."""
+    never = _never(x)
+    integers = {k for k, part in parts.items() if jnp.issubdtype(part.dtype, jnp.integer)}
+    return {k: x ^ never.astype(x.dtype) if k in integers else x for k, x in parts.items()}
 
 
-def _summed(plain: Product, parts: Parts, x: Array, dtype: DTypeLike) -> Array:
-    """Add the products of blocks of outputs with the rows of each."""
-    split = jnp.moveaxis(x.reshape(*x.shape[:-1], BLOCKS, -1), -2, 0)
-    wide = accumulator(x.dtype)
+@custom_vmap
+def _never(x: Array) -> Array:
+    """Return False, and depend on x on a CPU. No compiler may know, for NaN differs from itself."""
 
-    @jax.checkpoint
-    def add(total: Array, both: tuple[Parts, Array]) -> tuple[Array, None]:
-        return total + plain(*both, wide), None
+    def of(x: Array) -> Array:
+        first = x.ravel()[0]
+        return (first != first) & (first == first)
 
-    first = jax.eval_shape(lambda parts, x: plain(parts, x, wide), dict(parts), x)
-    zeros = jnp.zeros(first.shape, wide)
-    return lax.scan(add, zeros, (_pieces(parts), split))[0].astype(dtype)
+    return lax.platform_dependent(x, cpu=of, default=lambda _: jnp.array(False))
+
+
+@_never.def_vmap
+def _never_of_several(size: int, batched: Iterable[bool], x: Array) -> tuple[Array, bool]:
+    """One weight serves a batch."""
+    return _never(x[0]), False

@@ -102,11 +102,6 @@ class NF4:
         blocks = values.reshape(*values.shape[:-1], -1, self.block)
         return (blocks * self._scales(parts)[..., None]).reshape(values.shape)
 
-    def by_rows(self, parts: Mapping[str, Array]) -> tuple["NF4", dict[str, Array]]:
-        """Return the same weight with a float32 scale for each block, so that rows can be split."""
-        plain = {"absmax": self._scales(parts), "codes": parts["codes"]}
-        return dataclasses.replace(self, double=False), plain
-
     def _scales(self, parts: Mapping[str, Array]) -> Float[Array, "*stack out blocks"]:
         absmax = parts["absmax"]
         if not self.double:

@@ -55,7 +55,9 @@ def test_the_license_of_the_base(tiny_path: Path, tmp_path: Path) -> None:
     settings = dict.fromkeys((*card.SETTINGS, *card.ADAPTER, "model", "data"))
     text = card.card(tmp_path / "m.gguf", report | {"settings": settings})
     assert '\nlicense: "mit"\n' in text and "Its licence is mit" in text
-    assert f'base_model: "{card.DEFAULT}"' in text and "CMUdict" in text
+    assert f'base_model: "{card.DEFAULT}"' in text and "made by the example" in text
+    text = card.card(tiny_path, report | {"settings": settings, "phoneme_error_rate_after": 0.25})
+    assert "CMUdict" in text and "Phoneme error rate: 0.250" in text
 
 
 def test_the_gguf_adapter_has_the_updates(finished: Any, tiny: Any) -> None:
@@ -65,8 +67,9 @@ def test_the_gguf_adapter_has_the_updates(finished: Any, tiny: Any) -> None:
     found = {tensor.name: np.asarray(tensor.data) for tensor in file.tensors}
     assert len(found) == 2 * 2 * 7
     a, b = (found[f"blk.1.ffn_up.weight.lora_{part}"] for part in "ab")
+    scale = file.fields["adapter.lora.alpha"].contents() / len(a)
     delta = jlora.merge(node) - jlora.detach(node)[0]
-    np.testing.assert_allclose((b @ a).T, delta, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scale * (b @ a).T, delta, rtol=1e-4, atol=1e-6)
 
 
 def test_exports_that_cannot_be_written_are_refused_before_training(
