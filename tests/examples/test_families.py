@@ -142,6 +142,24 @@ def test_logits_are_those_of_transformers(case: Case) -> None:
     assert close(jax.jit(apply_of(case.config))(case.params, tokens), want)
 
 
+SIZE_FIELDS = {"vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"}
+
+
+@pytest.mark.nightly
+def test_every_option_changes_the_logits(case: Case) -> None:
+    """So the test above would fail if one of them were ignored."""
+    plain, tokens = {x.name: x.default for x in dataclasses.fields(llama.Config)}, tokens_of()
+    want = theirs_on(case.theirs, tokens)
+    for name, value in vars(case.config).items():
+        if name in SIZE_FIELDS | {"tied", "fused"} or value == plain[name]:
+            continue
+        config = dataclasses.replace(case.config, **{name: plain[name]})
+        assert not close(jax.jit(apply_of(config))(case.params, tokens), want), name
+    if case.config.window is not None:
+        config = dataclasses.replace(case.config, window=case.config.window + 1)
+        assert not close(jax.jit(apply_of(config))(case.params, tokens), want)
+
+
 @pytest.mark.sample(6)
 def test_generated_tokens_are_the_largest_logits_of_the_full_text(case: Case) -> None:
     """With a cache; the text exceeds windows and original contexts while it is generated."""
