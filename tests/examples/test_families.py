@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "initializer_range": 0.3,
+    "rms_norm_eps": 0.01,
 }
 LENGTH = 24  # beyond the windows and the original contexts below
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
