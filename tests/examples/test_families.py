@@ -101,6 +101,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make(tmp_path_factory.mktemp("family"), kind, more)
 
 
+def in_ci(*names: str) -> pytest.MarkDecorator:
+    """All cases, but only those of these names outside the nightly run."""
+    marks = lambda name: () if name in names else pytest.mark.nightly
+    cases = [pytest.param(name, marks=marks(name)) for name in CASES]
+    return pytest.mark.parametrize("case", cases, indirect=True)
+
+
 def make(folder: Path, kind: str, more: dict[str, Any], shard: str = "1GB") -> Case:
     """Write the model as transformers does, with random biases and norms, and read it here."""
     torch.manual_seed(0)
@@ -161,7 +168,7 @@ def test_every_option_changes_the_logits(case: Case) -> None:
         assert not close(jax.jit(apply_of(config))(case.params, tokens), want)
 
 
-@pytest.mark.sample(6)
+@in_ci("gemma3", "phi3_long", "smollm3")
 def test_generated_tokens_are_the_largest_logits_of_the_full_text(case: Case) -> None:
     """With a cache; the text exceeds windows and original contexts while it is generated."""
     prompts = tokens_of()[:, : LENGTH - 6]
@@ -188,7 +195,7 @@ def adapted(case: Case) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
-@pytest.mark.sample(9)
+@in_ci("gemma2", "phi3_long")
 def test_adapters_to_and_from_peft(case: Case, tmp_path: Path) -> None:
     """And the merged model, as transformers loads it."""
     params, tokens, names = adapted(case), tokens_of(), jlora.peft.llama_names
@@ -209,7 +216,7 @@ def test_adapters_to_and_from_peft(case: Case, tmp_path: Path) -> None:
     assert close(ours, theirs_on(load(tmp_path / "merged"), tokens))
 
 
-@pytest.mark.sample(17)
+@in_ci("gemma3")
 def test_scanned_layers_equal_unrolled_ones(case: Case) -> None:
     """Also in the loss, by rows of logits; and generation with a stacked cache."""
     config = dataclasses.replace(case.config, scan=True, remat=True, chunk=7)
