@@ -8,6 +8,7 @@
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
     python examples/finetune.py --export-peft DIR       # write the adapter as PEFT files as well
     python examples/finetune.py --adapter DIR           # start from a PEFT adapter
+    python examples/finetune.py --quantize keep         # train over the blocks of a GGUF file
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
 `--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
