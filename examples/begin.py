@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chat
 import data
 import formats
 import jax
@@ -28,39 +29,35 @@ from training import State
 import jlora
 from jlora import peft
 
-LENGTH = 128  # tokens a row, if no example is longer
 SCORED = 256  # held-out words that are generated and scored
 # All that a run writes into its directory.
-WRITTEN = ("adapter", "metrics.jsonl", "loss.png", "report.json", "state")
+WRITTEN = ("adapter", "metrics.jsonl", "loss.png", "report.json", "sweep.json", "sweep.png")
+WRITTEN += ("tensorboard", "state")
 
 
 def prepare(args: argparse.Namespace) -> Job:
     """Load, attach and pack. Invalid input raises here, before any file is written."""
     config, base, tokenizer, stop = load_model(args)
     params = adapt(args, base)
-    dataset = data.load(args.data, tokenizer, stop, config.context)
-    if args.length is None:
-        longest = max(len(e.tokens) for e in dataset.train + dataset.held_out)
-        length = max(LENGTH, -(-longest // 64) * 64)
-    elif args.length > config.context:
+    if args.length is not None and args.length > config.context:
         raise ValueError(
             f"`--length {args.length}`: the model's context has {config.context} tokens."
         )
-    else:
-        length, dataset = args.length, data.truncated(dataset, args.length)
-    examples = data.shuffled(dataset.train, args.seed)
-    rows = data.pack(examples, length, args.steps * args.batch)
-    size = args.batch // args.accumulate
-    batches = data.batches(rows, size)
+    template = chat.chat_of(weights.path_of(args.model), tokenizer) if args.data else None
+    dataset = data.load(
+        args.data, tokenizer, stop, config.context, args.length, template, args.window
+    )
+    batches = data.training_batches(dataset, args.steps, args.batch, args.accumulate, args.seed)
     scored = dataset.held_out[: 16 if args.smoke else SCORED]
+    rows = data.pack(scored, dataset.length)
     return Job(
         config=config,
         params=params,
         tokenizer=tokenizer,
         stop=stop,
         dataset=dataset,
-        batches=data.joined(batches, args.accumulate) if args.accumulate > 1 else batches,
-        held_out=data.batches(data.pack(iter(scored), length), size),
+        batches=batches,
+        held_out=data.batches(rows, args.batch // args.accumulate),
         prompts=scored if dataset.phonemes else scored[:SHOWN],
         accumulate=args.accumulate,
     )
@@ -86,7 +83,7 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
 
 def attach(args: argparse.Namespace, base: Any) -> Any:
     """Attach the new adapter that the flags describe."""
-    layouts = stacked_layouts() if args.scan else None
+    layouts = stacked_layouts(base) if args.scan else None
     return jlora.attach(base, rules(args), key=jax.random.key(args.seed), layouts=layouts)
 
 
@@ -127,6 +124,9 @@ def check_folders(args: argparse.Namespace) -> None:
     for flag, folder in folders.items():
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
+    file = args.export_gguf
+    if file is not None and (file.is_dir() or (file.exists() and not args.resume)):
+        raise ValueError(f"`--export-gguf {file}`: it exists. Name a new file.")
     if args.merge is not None:
         check_source(weights.path_of(args.model), args.merge, args.resume)
 
@@ -190,7 +190,9 @@ def start(args: argparse.Namespace, job: Job) -> Start:
     found = states.load_state(args.out / "state", state)
     if found is None:
         print("the run was killed before it saved anything: starting at step 0")
-    return Start(tx, found or state, notes)
+    state = found or state
+    job.batches.seek(state.step, state.position)
+    return Start(tx, state, notes)
 
 
 def remove_run(out: Path) -> None:

@@ -1,62 +1,106 @@
-"""The data: CMUdict, a .jsonl of prompts and completions, or a plain .txt; split, packed, scored.
+"""The data: CMUdict in memory, or files in a stream; split, packed, scored.
 
-All of it is a pure function of the file and the seed. The batch of a step depends only on the
+All of it is a pure function of the files and the seed. The batch of a step depends only on the
 step's number, so a resumed run gets the same batches.
 """
 
-import json
+from __future__ import annotations
+
+import itertools
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from chat import Chat
+    from stream import Stream
+
+
+LENGTH = 128  # tokens a row, if no example is longer
+
 
 class Example(NamedTuple):
-    """Text as tokens: tokens[start:] are targets, tokens[:given] is the prompt to continue."""
+    """Text as tokens: tokens[start:] are targets, tokens[:given] is the prompt to continue.
+
+    In a chat, the targets are where the bytes of `mask` are 1, and `start` is that of the last
+    answer.
+    """
 
     prompt: str
     completion: str
     tokens: list[int]
     start: int
     given: int
+    mask: bytes | None = None
 
 
 class Dataset(NamedTuple):
-    """`phonemes` is true for CMUdict, where a phoneme error rate is defined."""
+    """`phonemes` is true for CMUdict, where a phoneme error rate is defined.
 
-    train: list[Example]
+    `length` is that of the packed rows. CMUdict is in memory, files are a `Stream`.
+    """
+
+    train: list[Example] | Stream
     held_out: list[Example]
     phonemes: bool
+    length: int = LENGTH
 
 
-def load(path: str | None, tokenizer: Tokenizer, stop: int, context: int) -> Dataset:
-    """Read `--data`: CMUdict if None, else a .jsonl or .txt file."""
-    if path is None:
-        examples = encode(cmudict_pairs(), tokenizer, stop)
-    else:
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"`--data {path}`: there is no such file.")
-        readers = {".jsonl": read_jsonl, ".txt": read_text}
-        if file.suffix not in readers:
-            raise ValueError(
-                f"`--data {path}`: its name should end in .jsonl, with one "
-                '{"prompt": ..., "completion": ...} a line, or in .txt, plain text.'
-            )
-        try:
-            examples = readers[file.suffix](file, tokenizer, stop, context)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"`--data {path}`: this is not UTF-8 text ({error}).") from error
-    if len(examples) < 2:
-        raise ValueError(f"`--data {path}`: two examples are needed, one of them to hold out.")
+def load(
+    paths: Sequence[str] | None,
+    tokenizer: Tokenizer,
+    stop: int,
+    context: int,
+    length: int | None = None,
+    chat: Chat | None = None,
+    window: int = 4096,
+) -> Dataset:
+    """Read `--data`: CMUdict if None, else .jsonl and .txt files, which are scanned once."""
+    if paths is not None:
+        from records import Reader
+        from stream import Stream
+
+        stream = Stream(Reader(paths, tokenizer, stop, context, length, chat), length, window)
+        print(stream.counts)
+        return Dataset(stream, stream.held_out, False, stream.length)
+    examples = encode(cmudict_pairs(), tokenizer, stop)
     # A fixed seed, so that runs with different seeds share their held-out examples.
     order = np.random.default_rng(0).permutation(len(examples))
-    cut = min(2000, max(1, len(examples) // 10))
-    held_out, train = ([examples[i] for i in part] for part in (order[:cut], order[cut:]))
-    return Dataset(train, held_out, path is None)
+    held_out, train = ([examples[i] for i in part] for part in (order[:2000], order[2000:]))
+    if length is not None:
+        return truncated(Dataset(train, held_out, True, length), length)
+    longest = max(len(example.tokens) for example in examples)
+    return Dataset(train, held_out, True, row_length(longest))
+
+
+def row_length(longest: int) -> int:
+    """The length of packed rows, if none is given."""
+    return max(LENGTH, -(-longest // 64) * 64)
+
+
+class Listed(list):
+    """Batches in memory, where the number of a step is its position."""
+
+    position = None
+
+    def seek(self, step: int, position: None) -> None:
+        pass
+
+
+def training_batches(
+    dataset: Dataset, steps: int, rows: int, accumulate: int = 1, seed: int = 0
+) -> Any:
+    """The batches of a run, a sequence of `steps`; each has `rows` in `accumulate` parts."""
+    if not isinstance(dataset.train, list):
+        from stream import Streamed
+
+        return Streamed(dataset.train, steps, rows, accumulate, seed)
+    packed = pack(shuffled(dataset.train, seed), dataset.length, steps * rows)
+    found = batches(packed, rows // accumulate)
+    return Listed(joined(found, accumulate) if accumulate > 1 else found)
 
 
 def encode(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, stop: int) -> list[Example]:
@@ -113,66 +157,6 @@ def phoneme_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> 
     return edits / length
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
-def read_jsonl(path: Path, tokenizer: Tokenizer, stop: int, context: int) -> list[Example]:
-    """Read one {"prompt": ..., "completion": ...} per line; errors name the line."""
-    pairs = []
-    # Not splitlines: JSON strings may contain U+2028 and other line separators.
-    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines if lines != [""] else [], 1):
-        try:
-            pairs.append(read_pair(line))
-        except ValueError as error:
-            raise ValueError(
-                f"`--data {path}`: line {number} {error}. Write a line as "
-                '{"prompt": "2 + 2 =", "completion": " 4"}'
-            ) from error
-    if not pairs:
-        raise ValueError(f"`--data {path}`: the file is empty.")
-    examples = encode(pairs, tokenizer, stop)
-    for number, example in enumerate(examples, 1):
-        if len(example.tokens) > context:
-            raise ValueError(
-                f"`--data {path}`: line {number} has {len(example.tokens)} tokens with its end "
-                f"token, more than the model's context of {context}. Shorten it or split it up."
-            )
-    return examples
-
-
-def read_pair(line: str) -> tuple[str, str]:
-    """One line's prompt and completion."""
-    if not line.strip():
-        raise ValueError("is empty")
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error})") from error
-    pair = [record.get(k) for k in ("prompt", "completion")] if isinstance(record, dict) else []
-    if not pair or not all(isinstance(text, str) for text in pair):
-        raise ValueError("lacks a string for `prompt` or for `completion`")
-    if not pair[1]:
-        raise ValueError("has an empty completion, so there is nothing to learn")
-    return pair[0], pair[1]
-
-
-def read_text(path: Path, tokenizer: Tokenizer, stop: int, context: int) -> list[Example]:
-    """Read plain text as windows of 128 tokens for language modeling."""
-    text = path.read_text(encoding="utf-8")
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if len(ids) < 2:
-        raise ValueError(f"`--data {path}`: the file is empty, or a single token.")
-    size = min(128, context)
-    # A last window of one token has nothing to learn from.
-    windows = [ids[i : i + size] for i in range(0, len(ids) - 1, size)]
-    shown = min(16, size - 1)
-    return [
-        Example(tokenizer.decode(w[:shown]), tokenizer.decode(w[shown : 2 * shown]), w, 1, shown)
-        for w in windows
-    ]
-
-
 # ------------------------------------------------------------------------------------------ packing
 
 
@@ -185,26 +169,63 @@ class Rows(NamedTuple):
     targets: np.ndarray
 
 
-def pack(examples: Iterator[Example], length: int, rows: int | None = None) -> Rows:
-    """Pack examples into rows of `length`; stop after `rows` rows, or at the end.
+def learned(example: Example) -> np.ndarray:
+    """Which tokens are targets, (T,)."""
+    if example.mask is not None:
+        return np.frombuffer(example.mask, bool)
+    return np.arange(len(example.tokens)) >= example.start
+
+
+def spoken(prompt: str, completion: str, tokens: list[int], mask: bytes) -> Example | None:
+    """A chat; None if no token can be a target, as the first one cannot."""
+    mask = b"\0" + mask[1:]
+    if not any(mask):
+        return None
+    start = mask.rstrip(b"\0").rfind(b"\0") + 1
+    return Example(prompt, completion, tokens, start, start, mask)
+
+
+def cut(example: Example, length: int) -> Example | None:
+    """An example cut at `length` tokens; None if nothing that is learned is left."""
+    tokens = example.tokens[:length]
+    if example.mask is not None:
+        return spoken(example.prompt, example.completion, tokens, example.mask[:length])
+    return example._replace(tokens=tokens) if example.start < length else None
+
+
+def pack(examples: Iterable[Example], length: int, rows: int | None = None) -> Rows:
+    """Pack examples into rows of `length`; stop after `rows` rows, or at the end."""
+    return fill(list(itertools.islice(packed_rows(examples, length), rows)), length)
+
+
+def packed_rows(
+    examples: Iterable[Example], length: int, targets: int | None = None
+) -> Iterator[list[Example]]:
+    """Group examples into rows of at most `length` tokens and `targets` targets.
 
     Each goes into the first of a few open rows that has room for it; if none has, the fullest is
-    closed. Segments separate the examples of a row.
+    closed.
     """
-    open_rows: list[list[Example]] = []
-    closed: list[list[Example]] = []
-    filled = lambda row: sum(len(e.tokens) for e in row)
+    limit = (length, length if targets is None else targets)
+    open_rows: list[tuple[list[Example], tuple[int, int]]] = []
     for example in examples:
-        home = next((r for r in open_rows if filled(r) + len(example.tokens) <= length), None)
-        if home is None:
+        size = (len(example.tokens), int(learned(example).sum()) if targets is not None else 0)
+        for n, (row, (tokens, asked)) in enumerate(open_rows):
+            sizes = (tokens + size[0], asked + size[1])
+            if sizes[0] <= limit[0] and sizes[1] <= limit[1]:
+                row.append(example)
+                open_rows[n] = (row, sizes)
+                break
+        else:
             if len(open_rows) == 8:
-                fullest = max(range(8), key=lambda i: filled(open_rows[i]))
-                closed.append(open_rows.pop(fullest))
-            open_rows.append(home := [])
-        home.append(example)
-        if len(closed) == rows:
-            break
-    lines = (closed + open_rows)[:rows]
+                fullest = max(range(8), key=lambda i: open_rows[i][1])
+                yield open_rows.pop(fullest)[0]
+            open_rows.append(([example], size))
+    yield from (row for row, _ in open_rows)
+
+
+def fill(lines: Sequence[Sequence[Example]], length: int) -> Rows:
+    """Rows of examples as arrays. Segments separate the examples of a row."""
     packed = Rows(*(np.zeros((len(lines), length), np.int32) for _ in Rows._fields))
     packed.targets[:] = -1
     for r, line in enumerate(lines):
@@ -214,13 +235,13 @@ def pack(examples: Iterator[Example], length: int, rows: int | None = None) -> R
             packed.tokens[r, at : at + size] = example.tokens
             packed.positions[r, at : at + size] = np.arange(size)
             packed.segments[r, at : at + size] = segment
-            targets = example.tokens[example.start :]
-            packed.targets[r, at + example.start - 1 : at + size - 1] = targets
+            targets = np.where(learned(example), example.tokens, -1)[1:]
+            packed.targets[r, at : at + size - 1] = targets
             at += size
     return packed
 
 
-def shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
+def shuffled(examples: Sequence[Any], seed: int) -> Iterator[Any]:
     """Yield the examples forever, reshuffled in every epoch."""
     epoch = 0
     while True:
@@ -229,10 +250,11 @@ def shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
         epoch += 1
 
 
-def batches(rows: Rows, size: int) -> list[dict[str, np.ndarray]]:
+def batches(rows: Rows, size: int, most: int = 0) -> list[dict[str, np.ndarray]]:
     """Group rows into batches of one shape; logits are computed only where there is a target.
 
-    `at` indexes the flattened tokens; `weight` is 0 where `at` is padding.
+    `at` indexes the flattened tokens; `weight` is 0 where `at` is padding. There is room for the
+    targets of the batch that has most of them, and for at least `most`.
     """
     count = -(-len(rows.tokens) // size)
     short = count * size - len(rows.tokens)
@@ -244,7 +266,7 @@ def batches(rows: Rows, size: int) -> list[dict[str, np.ndarray]]:
     )
     groups = [Rows(*(a[i * size : (i + 1) * size] for a in fill)) for i in range(count)]
     asked = [np.flatnonzero(group.targets >= 0) for group in groups]
-    most = -(-max(len(at) for at in asked) // 16) * 16
+    most = -(-max([most, *map(len, asked)]) // 16) * 16
     return [
         {
             "tokens": group.tokens,
@@ -275,7 +297,7 @@ def truncated(dataset: Dataset, length: int) -> Dataset:
             f"are truncated, {dropped} are dropped, since nothing that is learned is left."
         )
     train, held_out = (
-        [e._replace(tokens=e.tokens[:length]) for e in part if e.start < length]
+        [e for e in (cut(e, length) for e in part) if e is not None]
         for part in (dataset.train, dataset.held_out)
     )
     if not train or not held_out:

@@ -31,6 +31,8 @@ class Job(NamedTuple):
     held_out: list[training.Batch]
     prompts: list[data.Example]
     accumulate: int = 1  # the parts of a training batch
+    loss: Callable[[Apply], Any] | None = None  # of the adapted model, if not `training.make_loss`
+    measures: Callable[[Apply], Any] | None = None  # what else is measured on held-out batches
 
 
 def make_apply(config: llama.Config) -> Apply:
@@ -40,11 +42,12 @@ def make_apply(config: llama.Config) -> Apply:
 
 
 class Programs(NamedTuple):
-    """The three compiled functions."""
+    """The compiled functions."""
 
     step: Callable[..., Any]
     loss: Callable[..., jax.Array]
     generate: Callable[..., jax.Array]
+    measure: Callable[..., dict[str, jax.Array]] | None = None
 
 
 def compile_all(
@@ -56,6 +59,7 @@ def compile_all(
     """
     apply = apply or jlora.lora(make_apply(job.config))
     loss = training.make_loss(apply, chunked=job.config.chunk > 0)
+    loss = loss if job.loss is None else job.loss(apply)
     step = training.make_step(loss, tx, job.accumulate)
     longest = max(len(e.tokens) - e.start for e in job.dataset.held_out)
     answer = functools.partial(
@@ -68,6 +72,8 @@ def compile_all(
         lambda: jax.jit(loss).lower(job.params, job.held_out[0]),
         lambda: jax.jit(answer).lower(job.params, tokens[:group], segments[:group]),
     ]
+    if job.measures is not None:
+        work.append(lambda: jax.jit(job.measures(apply)).lower(job.params, job.held_out[0]))
     return Programs(*(lower().compile() for lower in tqdm(work, desc="compile", unit="program")))
 
 
@@ -83,14 +89,19 @@ def evaluate(
     short = -len(tokens) % group  # pad the last group, so that one program serves all groups
     tokens, segments = (np.pad(a, ((0, short), (0, 0)), mode="edge") for a in (tokens, segments))
     total = weight = 0.0
+    measured: list[dict[str, jax.Array]] = []
     said: list[str] = []
     count = len(job.held_out) + len(tokens) // group
     with tqdm(total=count, desc="evaluate", leave=False) as bar:
         for batch in job.held_out:
             if stopped():
                 return None
-            total += float(programs.loss(params, batch)) * batch["weight"].sum()
-            weight += batch["weight"].sum()
+            # A mean over targets or, where something else is measured, over as many pairs.
+            size = batch["weight"].sum() if programs.measure is None else 1.0
+            total += float(programs.loss(params, batch)) * size
+            weight += size
+            if programs.measure is not None:
+                measured.append(programs.measure(params, batch))
             bar.update()
         for i in range(0, len(tokens), group):
             if stopped():
@@ -101,12 +112,16 @@ def evaluate(
     said = said[: len(job.prompts)]
     truth = [example.completion for example in job.prompts]
     rate = data.phoneme_error_rate(truth, said) if job.dataset.phonemes else None
-    return {"loss": float(total / weight), "rate": rate, "said": said[:SHOWN]}
+    means = {name: float(np.mean([m[name] for m in measured])) for name in (measured or [{}])[0]}
+    return {"loss": float(total / weight), "rate": rate, "said": said[:SHOWN]} | (
+        {"measured": means} if means else {}
+    )
 
 
 def show(job: Job, score: dict[str, Any]) -> None:
     """Print an evaluation."""
     rate = "" if score["rate"] is None else f", phoneme error rate {score['rate']:.3f}"
+    rate += "".join(f", {k} {v:.3f}" for k, v in score.get("measured", {}).items())
     lines = [f"\nstep {score['step']}: held-out loss {score['loss']:.3f}{rate}"]
     for example, said in zip(job.prompts, score["said"], strict=False):
         lines.append(f"  {example.prompt}{(said.splitlines() or [''])[0]}")

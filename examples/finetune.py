@@ -6,13 +6,15 @@
     python examples/finetune.py --generate "Say j a x →"                      # the adapted model
     python examples/finetune.py --generate "The capital of France is" --weights base
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
-    python examples/finetune.py --export-peft DIR       # write the adapter as PEFT files as well
+    python examples/finetune.py --export-peft DIR       # PEFT files; --export-gguf for llama.cpp
     python examples/finetune.py --adapter DIR           # start from a PEFT adapter
     python examples/finetune.py --quantize keep         # train over the blocks of a GGUF file
+    python examples/finetune.py --sweep lr=1e-3,2e-3    # which rate is best? all in one program
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
 `--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
-lines of {"prompt": ..., "completion": ...}, where only the completion is learned, or plain .txt.
+files, with lines of {"prompt": ..., "completion": ...}, where only the completion is learned, of
+{"messages": [...]}, where only what the assistant says is, or of {"text": ...}; and plain .txt.
 The output directory gets adapter/ (the adapter alone), metrics.jsonl, loss.png, report.json, and
 state/, from which --resume continues. Ctrl-C and SIGTERM save the state and end the run.
 """
@@ -22,7 +24,7 @@ import functools
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import formats
@@ -32,19 +34,20 @@ import numpy as np
 import report
 import states
 import training
-import weights
+import watch
 from begin import Start, adapt, check_folders, check_run, load_model, prepare, remove_run, start
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
+from exports import check_export, export
 from flags import parse
-from merged import write_merged
 from plan import show_plan
 from states import write_beside
 from stopping import Stopping, stoppable
+from sweep import sweep
 from tqdm import tqdm
 from training import State, make_schedule
 
 import jlora
-from jlora import checkpoint, peft
+from jlora import checkpoint
 
 
 def train(
@@ -57,7 +60,9 @@ def train(
     asked: Stopping,
 ) -> State:
     """Train until the run is finished or a signal asks to stop; evaluate and save when due."""
-    record = functools.partial(report.record, job, make_schedule(args.lr, args.steps))
+    flops = watch.flops_of_token(state.trainable, frozen, job.config.tied)
+    record = functools.partial(report.record, make_schedule(args.lr, args.steps), flops)
+    logs = watch.loggers(args)
     log = args.out / "metrics.jsonl"
     write_beside(log, report.lines(report.records(state, record)))
     bar = tqdm(total=args.steps, initial=state.step, desc="train", unit="step")
@@ -71,16 +76,19 @@ def train(
                     break
                 state = training.scored(state, score, keep_best=args.eval_every is not None)
                 show(job, state.evals[-1])
-                metrics.write(report.lines([report.evaluation(state.evals[-1])]))
+                line = report.evaluation(state.evals[-1])
                 bar.unpause()  # its steps per second are those of training
             else:
-                state = training.advance(programs.step, state, frozen, job.batches[state.step])
+                batch = job.batches[state.step]
+                state = training.advance(programs.step, state, frozen, batch, job.batches.position)
                 line = record(state, state.step)
-                metrics.write(report.lines([line]))
                 speed = int(line["tokens_per_second"])
                 bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed} tokens/s")
                 bar.update()
+            metrics.write(report.lines([line]))
             metrics.flush()
+            for log in logs:
+                log(state.step, line)
             if saver.due(state):
                 saver.save(state)
     saver.save(state)
@@ -116,15 +124,9 @@ def run(args: argparse.Namespace, job: Job, begun: Start, asked: Stopping) -> in
         print(f"stopped after step {state.step} of {args.steps}; continue with --resume")
         return asked.status
     params = jlora.combine(state.trainable if state.best is None else state.best, frozen)
-    if args.export_peft is not None:
-        entries = {"base_model_name_or_path": args.model, "task_type": "CAUSAL_LM"}
-        peft.save(args.export_peft, params, names=peft.llama_names, **entries)
-        print(f"exported to {args.export_peft}")
-    if args.merge is not None:
-        write_merged(args.merge, weights.path_of(args.model), job.config, params)
-        print(f"merged into {args.merge}")
     found = {**report.results(state), **save_and_check(args, job, params)}
-    found |= {**notes, "versions": report.versions()}
+    found |= {**notes, "data": report.counts(job.dataset), "versions": report.versions()}
+    export(args, job, params, found)
     report.plot(args.out / "loss.png", state)
     text = json.dumps(found, indent=2) + "\n"
     write_beside(args.out / "report.json", text)
@@ -197,9 +199,16 @@ def continue_text(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; invalid input ends in a one-paragraph error and status 2."""
-    args = parse(argv, __doc__)
+def main(
+    argv: Sequence[str] | None = None,
+    about: str = __doc__ or "",
+    make_job: Callable[[argparse.Namespace], Job] = prepare,
+) -> int:
+    """Run the command line; invalid input ends in a one-paragraph error and status 2.
+
+    `make_job` is another task's, as that of dpo.py.
+    """
+    args = parse(argv, about, preferences=make_job is not prepare)
     running = False
     with stoppable() as asked:
         try:
@@ -209,9 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show_plan(args)
                 return 0
             check_folders(args)
+            watch.check(args.log)
             with states.only_run(args.out) as left:
                 check_run(args, left)
-                job = prepare(args)
+                job = make_job(args)
+                check_export(args, job)
+                if args.sweep:
+                    return sweep(args, job)
                 begun = start(args, job)
                 running = True
                 return run(args, job, begun, asked)

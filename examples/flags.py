@@ -9,7 +9,7 @@ from pathlib import Path
 # What the results of a run depend on, so --resume requires the same values.
 SETTINGS = ("model", "data", "adapter", "rank", "alpha", "steps", "lr", "seed", "smoke")
 SETTINGS += ("eval_every", "patience", "batch", "length", "accumulate", "dtype", "remat", "chunk")
-SETTINGS += ("scan", "quantize")
+SETTINGS += ("scan", "window", "quantize", "beta")
 SETTINGS += ("targets", "form", "init", "dora", "rslora", "lora_plus")
 # The flags of a new adapter, and what they are by default.
 ADAPTER = {"rank": 8, "alpha": 16.0, "targets": [r".*_proj/kernel"], "form": "lora", "init": None}
@@ -19,14 +19,17 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "milora", "loftq
 RESIDUAL = ("pissa", "olora", "milora")  # A and B start as a part of the weight
 
 
-def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
-    """Read the command line; `about` is what --help says first."""
+def parse(
+    argv: Sequence[str] | None, about: str = "", preferences: bool = False
+) -> argparse.Namespace:
+    """Read the command line; `about` is what --help says first. `preferences`: that of dpo.py."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="a Hugging Face directory or a .gguf file (default: SmolLM2-135M-Instruct)")
-    add("--data", help="a .jsonl or .txt file (default: CMUdict)")
+    add("--data", nargs="+", metavar="FILE", help=".jsonl and .txt files (default: CMUdict)")
+    add("--window", type=positive, default=4096, metavar="N", help="examples shuffled at a time")
     add("--out", type=Path, help="default: runs/finetune, or runs/smoke with --smoke")
     add("--smoke", action="store_true", help="the first 4 layers and 4 steps, to try the path")
     add("--seed", type=not_below_zero, default=0, help="of A and the order of the data; default: 0")
@@ -40,15 +43,18 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
     add("--rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank)")
     add("--adapter", metavar="DIR", help="start from, or --generate with, a PEFT adapter")
     add("--export-peft", type=Path, metavar="DIR", help="write the adapter there as PEFT files")
+    add("--export-gguf", type=Path, metavar="FILE", help="write the adapter there for llama.cpp")
     add("--merge", type=Path, metavar="DIR", help="write the merged model there, for transformers")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="default: 120, or 4 with --smoke")
     add("--lr", type=above_zero, default=2e-3, help="the peak learning rate; default: 0.002")
+    add("--sweep", type=rates, metavar="lr=A,B,...", help="train one adapter per rate, all at once")
     add("--lora-plus", type=above_zero, metavar="RATIO", help="B's learning rate over A's, as 16")
     add("--batch", type=positive, default=2, metavar="ROWS", help="of packed tokens; default: 2")
     add("--length", type=positive, metavar="TOKENS", help="of a row; default: 128, or the longest")
     add("--accumulate", type=positive, default=1, metavar="N", help="parts of a batch, one by one")
     add("--eval-every", type=positive, metavar="N", help="steps; keeps the best adapter")
+    add("--log", nargs="+", choices=("tensorboard", "wandb"), default=[], help="where, as well")
     add("--patience", type=positive, metavar="N", help="stop after N evaluations without progress")
     add = parser.add_argument_group("memory and time").add_argument
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base weights")
@@ -66,12 +72,24 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
     add("--generate", metavar="TEXT", help="continue TEXT instead of training")
     kinds = ("base", "adapted", "merged")
     add("--weights", choices=kinds, default="adapted", help="which model --generate runs")
+    others = {"beta": 0.1, "batch": 4, "lr": 5e-4} if preferences else {"beta": None}
+    parser.set_defaults(**others)
+    if preferences:
+        add = parser.add_argument_group("preferences").add_argument
+        add("--beta", type=above_zero, help="how close to the base to stay; default: 0.1")
     args = parser.parse_args(argv)
+    unfit = {"accumulate": args.accumulate > 1, "chunk": args.chunk, "plan": args.plan}
+    for name in (name for name, given in unfit.items() if given and preferences):
+        parser.error(f"--{name} is not implemented for preferences: leave it out")
     new = [name for name in ADAPTER if getattr(args, name) is not None]
     if args.adapter is not None and new:
         parser.error(f"--{new[0]} describes a new adapter; the one of --adapter has its own")
-    if args.export_peft is not None and args.init in RESIDUAL:
-        parser.error(f"--export-peft writes plain LoRA, and --init {args.init} changes the base")
+    for flag in ("export_peft", "export_gguf"):
+        if getattr(args, flag) is not None and args.init in RESIDUAL:
+            flag = flag.replace("_", "-")
+            parser.error(f"--{flag} writes plain LoRA, and --init {args.init} changes the base")
+    if args.export_gguf is not None and args.dora:
+        parser.error("--export-gguf: llama.cpp has no DoRA. Use --merge or --export-peft")
     if args.init == "loftq" and args.quantize not in ("nf4", "int8"):
         parser.error("--init loftq starts at the error of --quantize nf4 or int8: give one of them")
     if args.init == "loftq" and args.scan:
@@ -86,13 +104,29 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
         parser.error("--patience counts the evaluations of --eval-every: give both")
     if args.resume and args.overwrite:
         parser.error("--resume continues the run that --overwrite removes: give one of them")
-    exports = args.export_peft is not None or args.merge is not None
+    unfit = (
+        "resume",
+        "eval_every",
+        "log",
+        "export_peft",
+        "export_gguf",
+        "merge",
+        "generate",
+        "plan",
+    )
+    unfit = [name for name in unfit if getattr(args, name)]
+    unfit += ["accumulate"] if args.accumulate > 1 else ["beta"] if preferences else []
+    if args.sweep and unfit:
+        flag = unfit[0].replace("_", "-")
+        parser.error(f"--sweep finds a learning rate and does no more: leave --{flag} out")
+    exports = {args.export_peft, args.export_gguf, args.merge} != {None}
     if args.generate is not None and (args.resume or exports):
-        parser.error("--generate trains nothing: leave --resume, --export-peft and --merge out")
+        parser.error("--generate trains nothing: leave --resume and all exports out")
     for name, default in ADAPTER.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    args.steps = args.steps or (4 if args.smoke else 120)
-    args.out = args.out or Path("runs/smoke" if args.smoke else "runs/finetune")
+    args.steps = args.steps or (4 if args.smoke else 30 if preferences else 120)
+    names = ("dpo-smoke", "dpo") if preferences else ("smoke", "finetune")
+    args.out = args.out or Path("runs") / names[0 if args.smoke else 1]
     return args
 
 
@@ -115,6 +149,18 @@ def above_zero(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return float(text)
+
+
+def rates(text: str) -> list[float]:
+    """An argparse type: `lr=1e-4,1e-3`, two learning rates or more."""
+    name, _, values = text.partition("=")
+    try:
+        found = [above_zero(value) for value in values.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        found = []
+    if name != "lr" or len({*found}) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not lr= and two learning rates or more")
+    return found
 
 
 def period(text: str) -> int | float:

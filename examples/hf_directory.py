@@ -4,24 +4,30 @@ import dataclasses
 import json
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from families import hf_config
 from llama import Config
-from param_tree import Model, Store, build
+from param_tree import Model, Store, build, names
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-# Options that this decoder does not implement: the key and the values that do not need it.
-ONLY = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "quantization_config": (None,),
-}
-DTYPES = ("F32", "F16", "BF16")  # of weights; any other tensor is not read
-# Llama 3's rope scaling, in the order of `Config.rope_llama3`.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+from jlora import bitsandbytes
+from jlora.quant import QuantArray
+
+DTYPES = ("F32", "F16", "BF16")  # of weights that are not quantized
+NF4 = "quant_state.bitsandbytes__nf4"  # what bitsandbytes adds to the name of a 4-bit weight
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4)
+
+
+class Tensor(NamedTuple):
+    """Where a tensor is, and what it is."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def read_directory(
@@ -31,24 +37,99 @@ def read_directory(
     keep: bool = False,
     store: Store | None = None,
 ) -> Model:
-    """Read a model of the Llama family, in whatever dtype, and convert its weights to `dtype`."""
+    """Read a model of one of the `families`, and convert its weights to `dtype`.
+
+    With `keep`, the 4-bit weights of bitsandbytes stay as they are in the files; `store` is that of
+    `build`.
+    """
     entries = read_json(path / "config.json")
     config, stop = hf_config(path, entries, layers)
     config = dataclasses.replace(config, dtype=dtype)
-    places, shapes = {}, {}
+    check_quantization(path, entries.get("quantization_config"))
+    found = list_tensors(path)
+    stored = {name for name in found if f"{name}.{NF4}" in found}
+    shapes = {name: x.shape for name, x in found.items() if x.dtype in DTYPES}
+    shapes |= {name: stored_state(path, found, name)["shape"] for name in stored}
+    check_all_read(path, hf_config(path, entries, None)[0], found, stored)
+    tokenizer = read_tokenizer(path / "tokenizer.json")
+
+    def read(name: str) -> Any:
+        if name not in stored:
+            return read_tensor(found, name).astype(np.float32)
+        weight = read_stored(path, found, name)
+        return weight if keep else np.asarray(weight.dequantize().astype(jnp.float32))
+
+    return config, build(config, shapes, read, 1, path, store), tokenizer, stop
+
+
+def list_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of all files, by name."""
+    found = {}
     for file in shards(path):
         with open_shard(file) as shard:
             for name in shard.keys():
                 tensor = shard.get_slice(name)
-                if tensor.get_dtype() in DTYPES:
-                    places[name], shapes[name] = file, tuple(tensor.get_shape())
-    tokenizer = read_tokenizer(path / "tokenizer.json")
+                found[name] = Tensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+    return found
 
-    def read(name: str) -> np.ndarray:
-        with open_shard(places[name]) as shard:
-            return np.asarray(shard.get_tensor(name)).astype(np.float32)
 
-    return config, build(config, shapes, read, 1, path, store), tokenizer, stop
+def read_tensor(found: dict[str, Tensor], name: str) -> np.ndarray:
+    with open_shard(found[name].file) as shard:
+        return np.asarray(shard.get_tensor(name))
+
+
+def check_all_read(path: Path, config: Config, found: dict[str, Tensor], stored: set[str]) -> None:
+    """Raise for weights that the model has no place for: it would be another model without them."""
+    known = {name for _, _, name in names(config)}
+    known |= {f"{name}.{part}" for name in stored for part in PARTS}
+    idle = "rotary_emb.inv_freq"  # in old files, and computed here
+    rest = [name for name in found if name not in known and not name.endswith(idle)]
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied and head in rest and embedding in found:
+        if np.array_equal(read_tensor(found, head), read_tensor(found, embedding)):
+            rest.remove(head)
+    if rest:
+        some = ", ".join(name[:80] for name in sorted(rest)[:3])
+        raise ValueError(
+            f"`--model {path}`: its files have {len(rest)} weights that the model of its "
+            f"config.json does not have, such as {some}."
+        )
+
+
+def check_quantization(path: Path, entries: Any) -> None:
+    """Raise unless the weights are not quantized, or in bitsandbytes's nf4."""
+    if entries is None:
+        return
+    keys = ("quant_method", "load_in_4bit", "bnb_4bit_quant_type")
+    if not isinstance(entries, dict) or [entries.get(key) for key in keys] != [
+        *("bitsandbytes", True, "nf4")
+    ]:
+        raise ValueError(
+            f"`--model {path}`: quantization_config={reprlib.repr(entries)} is not implemented "
+            "here; the examples read bitsandbytes's 4-bit weights of type nf4."
+        )
+
+
+def stored_state(path: Path, found: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """The shape of a 4-bit weight, (out, in), and its dtype."""
+    try:
+        state = json.loads(bytes(read_tensor(found, f"{name}.{NF4}").astype(np.uint8)))
+        return {"shape": tuple(map(int, state["shape"])), "dtype": state["dtype"]}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"`--model {path}`: {name}.{NF4} is not what bitsandbytes writes ({error!r:.100}). "
+            "Download it again."
+        ) from error
+
+
+def read_stored(path: Path, found: dict[str, Tensor], name: str) -> QuantArray:
+    """A 4-bit weight, (out, in); no byte changes."""
+    parts = [name, *(f"{name}.{part}" for part in PARTS)]
+    tensors = {part: read_tensor(found, part) for part in parts if part in found}
+    try:
+        return bitsandbytes.from_tensors(tensors, name)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"`--model {path}`: {error.args[0]}") from error
 
 
 def read_sizes(path: Path, layers: int | None = None) -> Config:
@@ -65,15 +146,15 @@ def shards(path: Path) -> list[Path]:
             raise FileNotFoundError(f"`--model {path}`: there are no *.safetensors files in it.")
         return files
     listed = read_json(index).get("weight_map")
-    names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    files = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+    if not files or any(Path(name).name != name for name in files):
         raise ValueError(f"`--model {path}`: {index.name} does not map weights to files in it.")
-    for name in names:
+    for name in files:
         if not (path / name).is_file():
             raise FileNotFoundError(
                 f"`--model {path}`: there is no {reprlib.repr(name)}, which {index.name} lists."
             )
-    return [path / name for name in names]
+    return [path / name for name in files]
 
 
 def open_shard(file: Path) -> Any:
@@ -110,47 +191,3 @@ def read_tokenizer(file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def hf_config(path: Path, entries: dict[str, Any], layers: int | None) -> tuple[Config, int]:
-    """The sizes and the end token. Raises if the model needs what this decoder lacks."""
-    kind, classes = entries.get("model_type"), entries.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "LlamaForCausalLM" not in classes:
-        classes, kind = reprlib.repr(classes), reprlib.repr(kind)
-        raise ValueError(
-            f"`--model {path}`: architecture {classes} of model_type {kind} is unknown here; "
-            "this example's decoder is of the Llama family (LlamaForCausalLM, 'llama')."
-        )
-    for key, harmless in ONLY.items():
-        if entries.get(key, harmless[0]) not in harmless:
-            raise ValueError(
-                f"`--model {path}`: {key}={reprlib.repr(entries[key])} is not implemented here."
-            )
-    rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(
-            f"`--model {path}`: rope scaling {reprlib.repr(kind)} is not implemented here."
-        )
-    stop = entries.get("eos_token_id")
-    try:
-        heads, width = entries["num_attention_heads"], entries["hidden_size"]
-        config = Config(
-            vocab=entries["vocab_size"],
-            width=width,
-            hidden=entries["intermediate_size"],
-            layers=min(layers or entries["num_hidden_layers"], entries["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=entries.get("num_key_value_heads") or heads,
-            head_dim=entries.get("head_dim") or width // heads,
-            context=entries["max_position_embeddings"],
-            rope_theta=entries.get("rope_theta", rope.get("rope_theta", 10000.0)),
-            norm_eps=entries.get("rms_norm_eps", 1e-6),
-            tied=entries.get("tie_word_embeddings", False),
-            rope_llama3=tuple(float(rope[key]) for key in LLAMA3) if kind == "llama3" else None,
-        )
-        return config, int(stop[0] if isinstance(stop, list) else stop)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"`--model {path}`: config.json lacks an entry, or has one of the wrong type ({error})."
-        ) from error

@@ -1,12 +1,13 @@
 """Write the adapted model as a Hugging Face directory, which transformers loads."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from hf_directory import open_shard, shards
+from hf_directory import list_tensors, stored_state
 from llama import Config
 from param_tree import names
 from safetensors.flax import save_file
@@ -38,25 +39,26 @@ def check_source(source: Path, folder: Path, again: bool) -> None:
 def write_merged(folder: Path, source: Path, config: Config, params: Any) -> None:
     """Merge, and write the weights in the dtypes of `source`, with its other files.
 
+    4-bit weights are written in the dtype that they stand for.
     They are written to a temporary sibling directory, which is renamed.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    dtypes = {}
-    for file in shards(source):
-        with open_shard(file) as shard:
-            dtypes |= {name: shard.get_slice(name).get_dtype() for name in list(shard.keys())}
-    tree, tensors = jlora.merge(params), {}
+    found, tree, tensors = list_tensors(source), jlora.merge(params), {}
     for path, _, name in names(config):
         value = leaf(tree, path)
         value = value.T if path.endswith("/kernel") else value
-        kinds = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
-        tensors[name] = jnp.asarray(np.ascontiguousarray(value.astype(kinds[dtypes[name]])))
+        kinds = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        kind = kinds.get(found[name].dtype) or stored_state(source, found, name)["dtype"]
+        tensors[name] = jnp.asarray(np.ascontiguousarray(value.astype(kind)))
     save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
     for name in COPIED:
         if (source / name).is_file():
             shutil.copy(source / name, part / name)
+    entries = json.loads((part / "config.json").read_text())
+    if entries.pop("quantization_config", None) is not None:  # the merged weights are not
+        (part / "config.json").write_text(json.dumps(entries, indent=2))
     if folder.is_dir():
         shutil.rmtree(folder)
     part.rename(folder)

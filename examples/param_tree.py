@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from llama import Config
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -18,29 +19,25 @@ Params = dict[str, Any]
 Model = tuple[Config, Params, Tokenizer, int]  # the last is the token that ends a text
 Store = Callable[[str, Any], Any]  # what becomes of the weight at a path
 
-# Path within a layer: (llama.cpp's name, Hugging Face's name).
+# Path of a module within a layer: (llama.cpp's name, Hugging Face's name).
 LAYER_NAMES = {
-    "attn/q_proj/kernel": ("attn_q", "self_attn.q_proj"),
-    "attn/k_proj/kernel": ("attn_k", "self_attn.k_proj"),
-    "attn/v_proj/kernel": ("attn_v", "self_attn.v_proj"),
-    "attn/o_proj/kernel": ("attn_output", "self_attn.o_proj"),
-    "mlp/gate_proj/kernel": ("ffn_gate", "mlp.gate_proj"),
-    "mlp/up_proj/kernel": ("ffn_up", "mlp.up_proj"),
-    "mlp/down_proj/kernel": ("ffn_down", "mlp.down_proj"),
-    "attn_norm/scale": ("attn_norm", "input_layernorm"),
-    "mlp_norm/scale": ("ffn_norm", "post_attention_layernorm"),
+    **{f"attn/{x}_proj": (f"attn_{x}", f"self_attn.{x}_proj") for x in ("q", "k", "v", "qkv")},
+    "attn/o_proj": ("attn_output", "self_attn.o_proj"),
+    **{f"mlp/{x}_proj": (f"ffn_{x}", f"mlp.{x}_proj") for x in ("gate", "up", "gate_up", "down")},
+    **{f"attn/{x}_norm": (f"attn_{x}_norm", f"self_attn.{x}_norm") for x in "qk"},
+    "attn_norm": ("attn_norm", "input_layernorm"),
+    "mlp_norm": ("ffn_norm", "post_attention_layernorm"),
+    # With norms of what attention and MLP add.
+    "attn_post_norm": ("post_attention_norm", "post_attention_layernorm"),
+    "mlp_pre_norm": ("ffn_norm", "pre_feedforward_layernorm"),
+    "mlp_post_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
 }
 
 
 def names(config: Config) -> Iterator[tuple[str, str, str]]:
     """(path in params, name in a GGUF file, name in a Hugging Face file) of every weight."""
-    yield "embed/embedding", "token_embd.weight", "model.embed_tokens.weight"
-    yield "final_norm/scale", "output_norm.weight", "model.norm.weight"
-    if not config.tied:
-        yield "lm_head/kernel", "output.weight", "lm_head.weight"
-    for i in range(config.layers):
-        for path, (cpp, hf) in LAYER_NAMES.items():
-            yield f"layers_{i}/{path}", f"blk.{i}.{cpp}.weight", f"model.layers.{i}.{hf}.weight"
+    for path, _, cpp, hf in expected(config):
+        yield path, cpp, hf
 
 
 def build(
@@ -106,18 +103,42 @@ def stacked(params: Params, layers: int) -> Params:
     return {**params, "layers": join(trees)}
 
 
-def stacked_layouts() -> dict[str, str]:
-    """The layouts of the kernels that `stacked` joins, for `jlora.attach`."""
-    return {f"layers/{path}": "io" for path in LAYER_NAMES if path.endswith("/kernel")}
+def stacked_layouts(params: Params) -> dict[str, str]:
+    """The layouts of the kernels that `stacked` joined, for `jlora.attach`."""
+    kernels = flatten_dict(params["layers"], sep="/")
+    return {f"layers/{path}": "io" for path in kernels if path.endswith("/kernel")}
 
 
 def expected(config: Config) -> Iterator[tuple[str, tuple[int, ...], str, str]]:
     """`names`, with the shape of each weight in params, one by one."""
     c = config
+    yield "embed/embedding", (c.vocab, c.width), "token_embd.weight", "model.embed_tokens.weight"
+    yield "final_norm/scale", (c.width,), "output_norm.weight", "model.norm.weight"
+    if not c.tied:
+        yield "lm_head/kernel", (c.width, c.vocab), "output.weight", "lm_head.weight"
+    for i in range(c.layers):
+        for path, shape in layer_shapes(c).items():
+            module, _, leaf = path.rpartition("/")
+            cpp, hf = (f"{x}.{'bias' if leaf == 'bias' else 'weight'}" for x in LAYER_NAMES[module])
+            yield f"layers_{i}/{path}", shape, f"blk.{i}.{cpp}", f"model.layers.{i}.{hf}"
+
+
+def layer_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of a layer, by its path."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    sizes = {"q_proj": (c.width, q), "k_proj": (c.width, kv), "v_proj": (c.width, kv)}
-    sizes |= {"o_proj": (q, c.width), "gate_proj": (c.width, c.hidden)}
-    sizes |= {"up_proj": (c.width, c.hidden), "down_proj": (c.hidden, c.width)}
-    sizes |= {"embed": (c.vocab, c.width), "lm_head": (c.width, c.vocab)}
-    for path, *aliases in names(c):
-        yield path, sizes.get(path.split("/")[-2], (c.width,)), *aliases
+    if c.fused:
+        outputs = {"attn/qkv_proj": q + 2 * kv, "mlp/gate_up_proj": 2 * c.hidden}
+    else:
+        outputs = {"attn/q_proj": q, "attn/k_proj": kv, "attn/v_proj": kv}
+        outputs |= dict.fromkeys(("mlp/gate_proj", "mlp/up_proj"), c.hidden)
+    kernels = {module: (c.width, size) for module, size in outputs.items()}
+    kernels |= {"attn/o_proj": (q, c.width), "mlp/down_proj": (c.hidden, c.width)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, shape in kernels.items():
+        shapes[f"{module}/kernel"] = shape
+        attention = c.out_bias if module == "attn/o_proj" else c.qkv_bias
+        if attention if module.startswith("attn") else c.mlp_bias:
+            shapes[f"{module}/bias"] = shape[1:]
+    after = ["attn_post_norm", "mlp_pre_norm", "mlp_post_norm"] if c.post_norms else ["mlp_norm"]
+    shapes |= {f"{module}/scale": (c.width,) for module in ["attn_norm", *after]}
+    return shapes | {f"attn/{x}_norm/scale": (c.head_dim,) for x in "qk" if c.qk_norm}

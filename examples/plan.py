@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import llama
 import training
 import weights
-from begin import LENGTH, attach, configured, layers_of
+from begin import attach, configured, layers_of
+from data import LENGTH
 from evaluation import make_apply
 from formats import RULES, count
 from param_tree import stacked_layouts
@@ -67,7 +68,7 @@ def abstract_step(
         base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         base = jax.tree.map(lambda x: x.astype(config.dtype), base)
         if args.quantize is not None:
-            layouts = stacked_layouts() if args.scan else None
+            layouts = stacked_layouts(base) if args.scan else None
             base = jlora.quantize(base, RULES[args.quantize], layouts=layouts)
         return attach(args, base)
 

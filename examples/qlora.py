@@ -34,7 +34,7 @@ def report(what: str, params: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model"), parser.add_argument("--data")
+    parser.add_argument("--model"), parser.add_argument("--data", nargs="+")
     parser.add_argument("--layers", type=int), parser.add_argument("--steps", type=int, default=60)
     args, store = parser.parse_args(argv), storing(FORMATS, "qlora.py")
     config, base, tokenizer, stop = weights.load(args.model, args.layers, store=store)
@@ -42,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rules = {r".*_proj/kernel": jlora.LoraSpec(rank=8, alpha=16)}
     params = jlora.attach(base, rules, key=jax.random.key(0))
     report("with an adapter", params)
-    examples = data.load(args.data, tokenizer, stop, config.context).train
-    rows = data.pack(data.shuffled(examples, seed=0), length=128, rows=4 * args.steps)
+    dataset = data.load(args.data, tokenizer, stop, config.context)
     trainable, frozen = jlora.partition(params)
     tx = make_optimizer(2e-3, args.steps)
     step, state = make_step(make_loss(jlora.lora(make_apply(config))), tx), tx.init(trainable)
-    for n, batch in enumerate(data.batches(rows, 4)):
+    for n, batch in enumerate(data.training_batches(dataset, args.steps, 4)):
         trainable, state, loss = step(trainable, state, frozen, batch)
         if n % 10 == 0 or n == args.steps - 1:
             print(f"step {n}: loss {float(loss):.3f}")

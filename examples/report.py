@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from data import Dataset
-from evaluation import Job
 from matplotlib.figure import Figure
 from states import write_beside
 from training import State, best
+from watch import utilization
 
 import jlora
 
@@ -26,23 +26,25 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensor
 SAMPLE = 1 << 20
 
 
-def record(job: Job, schedule: Any, state: State, step: int) -> dict[str, Any]:
-    """The line of a training step, counted from 1, in metrics.jsonl."""
+def record(schedule: Any, flops: float, state: State, step: int) -> dict[str, Any]:
+    """The line of a training step, counted from 1, in metrics.jsonl; `flops` are of a token."""
     seconds = state.seconds[step - 1]
-    tokens = int((job.batches[step - 1]["segments"] > 0).sum())  # without padding
+    speed = state.tokens[step - 1] / seconds
     return {
         "step": step,
         "loss": state.losses[step - 1],
         "learning_rate": float(schedule(step - 1)),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": speed,
         "seconds": seconds,
+        **utilization(flops, speed),
     }
 
 
 def evaluation(score: dict[str, Any]) -> dict[str, Any]:
     """The line of an evaluation in metrics.jsonl."""
     rate = {} if score["rate"] is None else {"phoneme_error_rate": score["rate"]}
-    return {"step": score["step"], "held_out_loss": score["loss"], **rate}
+    measured = {f"held_out_{name}": value for name, value in score.get("measured", {}).items()}
+    return {"step": score["step"], "held_out_loss": score["loss"], **rate, **measured}
 
 
 def records(state: State, record: Callable[[State, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,7 +64,8 @@ def plot(path: Path, state: State) -> None:
     axes.plot(range(1, state.step + 1), state.losses, lw=1, label="training")
     steps, losses = zip(*((e["step"], e["loss"]) for e in state.evals), strict=True)
     axes.plot(steps, losses, "o-", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    unit = "DPO loss" if "measured" in state.evals[0] else "loss (nats per token)"
+    axes.set(xlabel="step", ylabel=unit, ylim=(0, None))
     axes.legend()
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
@@ -71,10 +74,20 @@ def plot(path: Path, state: State) -> None:
 
 def tokens_fingerprint(dataset: Dataset) -> str:
     """The SHA-256 of all examples as tokens: of the data, the tokenizer and the split."""
+    if not isinstance(dataset.train, list):
+        return dataset.train.sha256
     code = hashlib.sha256()
     for e in itertools.chain(dataset.train, dataset.held_out):
         code.update(np.asarray([len(e.tokens), e.start, *e.tokens], np.int32).tobytes())
     return code.hexdigest()
+
+
+def counts(dataset: Dataset) -> dict[str, int]:
+    """How many examples there are and, of files, how long they are."""
+    if not isinstance(dataset.train, list):
+        return dataset.train.counts._asdict()
+    held_out = len(dataset.held_out)
+    return {"examples": len(dataset.train) + held_out, "held_out": held_out}
 
 
 def files_fingerprint(path: Path) -> str:
@@ -109,7 +122,13 @@ def results(state: State) -> dict[str, Any]:
     """The numbers of a run: "before" is its first evaluation, "after" that of the adapter."""
     before = state.evals[0]
     after = state.evals[-1] if state.best is None else best(state)
+    measured = {
+        f"{name}_{when}": value
+        for when, score in (("before", before), ("after", after))
+        for name, value in score.get("measured", {}).items()
+    }
     return {
+        **measured,
         "loss_before": before["loss"],
         "loss_after": after["loss"],
         "phoneme_error_rate_before": before["rate"],

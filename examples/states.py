@@ -59,6 +59,7 @@ def content(state: State, notes: dict[str, Any]) -> tuple[dict[str, np.ndarray],
     # A copy: the next step is free to reuse the buffers, which NumPy would otherwise share.
     arrays = {str(i): np.array(leaf) for i, leaf in enumerate(leaves)}
     lists = {"losses": [*state.losses], "seconds": [*state.seconds], "evals": [*state.evals]}
+    lists |= {"tokens": [*state.tokens], "position": state.position}
     return arrays, {**notes, **lists, "best": state.best is not None}
 
 
@@ -219,7 +220,14 @@ def read_state(path: Path, like: State) -> State:
     parts = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in found])
     trainable, opt_state, best = parts
     return State(
-        trainable, opt_state, notes["losses"], notes["seconds"], tuple(notes["evals"]), best
+        trainable,
+        opt_state,
+        notes["losses"],
+        notes["seconds"],
+        tuple(notes["evals"]),
+        best,
+        notes["tokens"],
+        notes["position"],
     )
 
 

@@ -18,10 +18,11 @@ Batch = dict[str, np.ndarray]
 
 
 class State(NamedTuple):
-    """All that training changes. The step number is also the position in the data.
+    """All that training changes.
 
     `evals` are the evaluations so far, {"step", "loss", ...}; `best` is the adapter of the one with
-    the lowest held-out loss, if it is kept.
+    the lowest held-out loss, if it is kept. `tokens` are those of each step, without padding.
+    `position` is where streamed data continue; other data need no more than the step's number.
     """
 
     trainable: Any
@@ -30,6 +31,8 @@ class State(NamedTuple):
     seconds: Sequence[float]
     evals: tuple[dict[str, Any], ...] = ()
     best: Any = None
+    tokens: Sequence[int] = ()
+    position: Any = None
 
     @property
     def step(self) -> int:
@@ -111,9 +114,16 @@ def make_step(
 
 
 def advance(
-    step: Callable[..., tuple[Any, Any, jax.Array]], state: State, frozen: Any, batch: Batch
+    step: Callable[..., tuple[Any, Any, jax.Array]],
+    state: State,
+    frozen: Any,
+    batch: Batch,
+    position: Any = None,
 ) -> State:
-    """Take one step. It donates the arrays of `state`, so only the new state can be used."""
+    """Take one step. It donates the arrays of `state`, so only the new state can be used.
+
+    `position` is that of the batch after this one.
+    """
     start = time.perf_counter()
     trainable, opt_state, value = step(state.trainable, state.opt_state, frozen, batch)
     loss = float(value)
@@ -123,6 +133,8 @@ def advance(
         )
     losses = [*state.losses, loss]
     seconds = [*state.seconds, time.perf_counter() - start]
+    tokens = [*state.tokens, int((batch["segments"] > 0).sum())]
+    state = state._replace(tokens=tokens, position=position)
     return state._replace(trainable=trainable, opt_state=opt_state, losses=losses, seconds=seconds)
 
 
@@ -151,6 +163,6 @@ def fit(
     batches: Sequence[Batch],
 ) -> State:
     """Train from `state` to the last batch, and do nothing else meanwhile."""
-    for batch in tqdm(batches[state.step :], desc="train", unit="step"):
-        state = advance(step, state, frozen, batch)
+    for n in tqdm(range(state.step, len(batches)), desc="train", unit="step"):
+        state = advance(step, state, frozen, batches[n])
     return state

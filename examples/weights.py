@@ -99,17 +99,28 @@ def check_sizes(path: Path, model: Model) -> None:
             raise ValueError(
                 f"`--model {path}`: its {name} is {reprlib.repr(value)}, not a number above 0."
             )
-    factor, low, high, old = config.rope_llama3 or (1.0, 1.0, 2.0, 1.0)
-    if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < old < math.inf):
-        raise ValueError(
-            f"`--model {path}`: its rope scaling {config.rope_llama3} is out of range: factor, "
-            "low, high and context are above 0, and low is below high."
-        )
+    check_attention(path, config)
     last = max([*tokenizer.get_vocab().values(), -1])
     if last >= config.vocab or not 0 <= stop < config.vocab:
         raise ValueError(
             f"`--model {path}`: its tokenizer has tokens up to {last} and the end token is {stop}, "
             f"but its embedding has {config.vocab} rows."
+        )
+
+
+def check_attention(path: Path, config: Config) -> None:
+    """Raise on a window or a rotated width that makes no sense."""
+    rotated = config.head_dim if config.rope_width is None else config.rope_width
+    if not 0 < rotated <= config.head_dim or rotated % 2:
+        raise ValueError(
+            f"`--model {path}`: {rotated} of the {config.head_dim} numbers of a head are rotated, "
+            "which is not an even part of it."
+        )
+    window = config.window
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(
+            f"`--model {path}`: its sliding window is {reprlib.repr(window)}, not a number of "
+            "tokens."
         )
 
 

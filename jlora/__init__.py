@@ -10,12 +10,12 @@ from jlora import quant as quant
 from jlora import transform as transform
 from jlora._adapt import bind as bind
 from jlora._adapt import detach as detach
-from jlora._adapt import merge as merge
 from jlora._adapt import unmerge as unmerge
 from jlora._arrays import FullArray as FullArray
 from jlora._arrays import LoraArray as LoraArray
 from jlora._attach import attach as attach
 from jlora._freeze import freeze as freeze
+from jlora._merge import merge as merge
 from jlora._moments import Moments as Moments
 from jlora._partition import apply_updates as apply_updates
 from jlora._partition import combine as combine

@@ -1,7 +1,6 @@
-"""Split and bind adapters, merge and unmerge them: functions of parameter trees."""
+"""Split and bind adapters, subtract them from merged weights: functions of parameter trees."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jlora import _compat, forms
+from jlora import forms
 from jlora._arrays import Adapted, FullArray, LoraArray, is_adapted, is_leaf
-from jlora._base import built, is_stored, stored_as
+from jlora._base import is_stored, stored_as
 from jlora._boxes import inside, is_box, leaves_with_paths, map_with_paths, with_base
 from jlora._check import check_tree
-from jlora._nnx import Opened
 from jlora._paths import describe
-from jlora.quant import QuantArray
-from jlora.quant._quantize import quantized
 
 
 def _map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -122,119 +118,17 @@ def same_paths(one: PyTree, other: PyTree, call: str) -> None:
         )
 
 
-def _check_nodes(params: PyTree, call: str) -> None:
+def check_nodes(params: PyTree, call: str) -> None:
     for path, node in leaves_with_paths(params, is_leaf):
         if isinstance(node, LoraArray):
             forms.check(path, node, call)
 
 
-def merge(params: PyTree, *, requantize: bool = False) -> PyTree:
-    """Build the plain weights, `W + s · A B`, rounded once, to W's dtype.
-
-    The sum is taken in float32 or wider; float8 weights saturate at the limits of their range. A
-    warning is issued where rounding to 16 bits or less loses more than half of an update (not
-    under `jax.jit`). DoRA's weights are `m · (W + s · A B) / ‖W + s · A B‖`, and no gradient flows
-    through the norm. Stored weights are dequantized, adapted or not, unless `requantize` is true.
-
-    Args:
-        params: a tree with `LoraArray` and `FullArray` nodes.
-        requantize: whether a weight over a stored base is stored in the base's format again, which
-            rounds away a part of its update (the warning above is issued here too), and other
-            stored weights stay as they are. A weight whose update is zero keeps every byte.
-
-    Returns:
-        Plain parameters for any model. Inference costs the same as for the base model.
-
-    Raises:
-        ValueError: the parts of a node are missing or have wrong shapes; with `requantize`, a base
-            in a format that is only read, such as `jlora.quant.Q4_K`.
-        TypeError: with `requantize`, a base that is a stored weight, but no `QuantArray`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jlora import LoraSpec, attach
-        >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
-        >>> bool((merge(params)["w"] == params["w"].base).all())
-        True
-
-    Reference: Hu et al. 2021, arXiv:2106.09685, section 4.1. PEFT's `merge_and_unload`, which
-    rounds the delta and the sum separately under `safe_merge`.
-    """
-    check_tree(params, "jlora.merge(params)")
-    opened = Opened(params)
-    params = opened.tree
-    _check_nodes(params, "jlora.merge")
-    lost: dict[str, Array] = {}
-
-    def merged_leaf(path: str, node: PyTree) -> PyTree:
-        if isinstance(node, FullArray):
-            return node.value
-        if not isinstance(node, LoraArray):
-            return node if requantize else built(node)
-        summed = forms.weight(node)
-        merged = _rounded(summed, node.dtype)
-        if requantize and is_stored(node.base):
-            stored = _stored_again(path, node.base, merged)
-            if not _compat.is_traced(merged):
-                lost[path] = _lost_share(built(node.base), summed, built(stored))
-            return stored
-        if jnp.finfo(node.dtype).bits < 32 and not _compat.is_traced(merged):
-            lost[path] = _lost_share(built(node.base), summed, merged)
-        return merged
-
-    tree = map_with_paths(merged_leaf, params, is_leaf)
-    _warn_of_loss(params, lost)
-    return opened.closed(tree)
-
-
-def _stored_again(path: str, base: PyTree, merged: Array) -> PyTree:
-    """Store a merged weight in the format of its base; the base itself if nothing was added."""
-    call = "jlora.merge(params, requantize=True)"
-    if not _compat.is_traced(merged) and bool((merged == built(base)).all()):
-        return base
-    if not isinstance(base, QuantArray):
-        raise TypeError(
-            f"`{call}`: the base of {describe(path, base)} is stored as `{stored_as(base)}`, which "
-            "is no format of `jlora.quant`. Merge to dense weights, `jlora.merge(params)`."
-        )
-    if getattr(base.format, "write", base.format) is None:
-        raise ValueError(
-            f"`{call}`: the base of {describe(path, base)} is stored as {base.format}, which is "
-            "read from GGUF files and not written. Merge to dense weights, `jlora.merge(params)`, "
-            'and store those in another format: `jlora.quantize(merged, {".*/kernel": "q8_0"})`.'
-        )
-    return quantized(path, merged, base.format, base.layout, call)
-
-
-def _rounded(x: Array, dtype: DTypeLike) -> Array:
+def rounded(x: Array, dtype: DTypeLike) -> Array:
     """Round to a dtype; values outside the range of a float8 saturate."""
     if jnp.finfo(dtype).bits <= 8:
         x = jnp.clip(x, -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).max))
     return x.astype(dtype)
-
-
-def _lost_share(base: Array, summed: Array, merged: Array) -> Array:
-    """Return ‖merged - summed‖ / ‖summed - base‖; 0 if the update is only rounding error."""
-    update, error = summed - base.astype(summed.dtype), merged.astype(summed.dtype) - summed
-    total, size, lost = (jnp.sqrt(jnp.sum(x * x)) for x in (summed, update, error))
-    return jnp.where(size > 1e-5 * total, lost / size, 0.0)
-
-
-def _warn_of_loss(params: PyTree, lost: dict[str, Array]) -> None:
-    """Warn where a narrow dtype keeps less than half of an update."""
-    shares = {path: float(x) for path, x in jax.device_get(lost).items()}
-    most = {path: share for path, share in shares.items() if share > 0.5}
-    if most:
-        path = max(most, key=most.__getitem__)
-        node = dict(leaves_with_paths(params, is_adapted))[path]
-        kind = f"format, {stored_as(node.base)}," if is_stored(node.base) else "dtype"
-        warnings.warn(
-            f"`jlora.merge`: rounding to the base's {kind} loses {most[path]:.0%} of the update of "
-            f"{describe(path, node.base)}; {len(most)} weights lose more than half of theirs. The "
-            "merged model is closer to the base model than to the adapted one. Use the adapter "
-            "unmerged, `jlora.lora`, or merge into a base cast to a wider dtype.",
-            stacklevel=3,
-        )
 
 
 def unmerge(merged: PyTree, params: PyTree) -> PyTree:
@@ -291,14 +185,14 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
                 "Pass the adapted parameters, `jlora.bind(base, adapter)`."
             )
     adapter = detach(params)[1]
-    _check_nodes(_bind(merged, adapter), "jlora.unmerge")
+    check_nodes(_bind(merged, adapter), "jlora.unmerge")
 
     def base(weight: PyTree, node: PyTree) -> PyTree:
         if isinstance(node, FullArray):
             return node.base
         if not isinstance(node, LoraArray):
             return weight
-        return _rounded(forms.base_of(weight, node), weight.dtype)
+        return rounded(forms.base_of(weight, node), weight.dtype)
 
     nodes = dict(leaves_with_paths(params, is_leaf))
     return _bind(map_with_paths(lambda path, x: base(x, nodes[path]), merged, is_leaf), adapter)

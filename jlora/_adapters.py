@@ -1,17 +1,29 @@
 """Read adapters: their nodes by path, and the shape of a weight whose base is detached."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
 from jlora._arrays import Adapted, FullArray, LoraArray, Tied, is_adapted
-from jlora._paths import leaves_with_paths
+from jlora._paths import brief, leaves_with_paths
 
 
 def is_slot(x: object) -> bool:
     """Whether `x` is one leaf of an adapter: a node, or None where nothing is adapted."""
     return x is None or is_adapted(x)
+
+
+def check_adapters(adapters: object, call: str) -> None:
+    """Refuse anything but a sequence of adapters: one of them, a bank, or none."""
+    if not isinstance(adapters, Sequence) or isinstance(adapters, str | bytes):
+        raise TypeError(
+            f"`{call}`: `adapters` is {brief(adapters)}. Pass a list of adapters, also for one: "
+            "`[adapter]`, where `base, adapter = jlora.detach(params)`."
+        )
+    if not adapters:
+        raise ValueError(f"`{call}`: there are no adapters. Pass at least one.")
 
 
 def nodes_of(adapter: PyTree, call: str) -> dict[str, Adapted]:

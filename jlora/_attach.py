@@ -1,7 +1,6 @@
 """Attach an adapter: by rules, replace weights by `LoraArray` or `FullArray` nodes."""
 
 import collections
-import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from jlora import forms
 from jlora._arrays import Geometry, is_adapted, is_leaf
 from jlora._base import is_stored, stored_as
 from jlora._begin import adapted, in_full
 from jlora._boxes import leaves_with_paths, map_with_paths
-from jlora._check import check_key, check_mapping, check_tree
+from jlora._check import check_mapping, check_tree
+from jlora._kinds import check_key
 from jlora._nnx import Opened
 from jlora._paths import describe, is_bias, near_misses
-from jlora._placed import check_replicate
+from jlora._placed import check_replicate, warn_of_undivided
+from jlora._reading import initializer, warn_of_gathers
 from jlora._spec import LoraSpec, layout_of, resolve
+from jlora.forms._initial import supports_rank
 
 
 def attach(
@@ -41,9 +42,12 @@ def attach(
 
     On a mesh, A, B and the other parts are created where the weight is, sharded along the same axes
     as it: stack axes in both, input axes in A, output axes in B; the rank is not sharded, nor are
-    the outputs of a B with slices, or an axis that its mesh axes do not divide. Their values do not
-    depend on the sharding. The weight is not copied, moved or gathered, except by initializers
-    that read it. A base of `ShapeDtypeStruct`s gives an adapter of `ShapeDtypeStruct`s, for
+    the outputs of a B with slices, or an axis that its mesh axes do not divide, which issues a
+    warning. Their values do not depend on the sharding. The weight is not copied or moved, and
+    gathered only by initializers that decompose it (`milora`, and `pissa` without `niter`): one
+    layer of a stack at a time, with a warning that says how many bytes that is.
+
+    A base of `ShapeDtypeStruct`s gives an adapter of `ShapeDtypeStruct`s, for
     `jit(step).lower(...)`, and allocates nothing. See `jlora.shardings` for the training step.
 
     Flax's boxes (`nn.Partitioned`): each part of a node gets its own, with the names of the axes
@@ -114,6 +118,9 @@ def attach(
     if any(planned is not None for planned in plan.values()):
         check_key(key, "jlora.attach(key=...)")
     _check_ranks(key, dict(leaves), plan)
+    chosen_leaves = {path: leaf for path, leaf in leaves if path in plan}
+    warn_of_undivided(chosen_leaves, "jlora.attach")
+    warn_of_gathers(chosen_leaves, plan)
 
     def replace(path: str, leaf: PyTree) -> PyTree:
         if path not in plan:
@@ -201,10 +208,9 @@ def _check_ranks(key: PRNGKeyArray, leaves: Mapping[str, Any], plan: Mapping[str
             f"`jlora.attach`: rank {spec.rank} is above min(in, out) = min({sides[0]}, {sides[1]}) "
             f"of {describe(path, leaves[path])} with layout {layout!r}"
         )
-        init = spec.init or forms.named(spec.form).init
-        init = functools.partial(init, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
-        made = jax.eval_shape(init, key, jax.ShapeDtypeStruct(sides, leaves[path].dtype))
-        if made[0].shape[-1:] != (spec.rank,) or made[1].shape[:1] != (spec.rank,):
+        if not supports_rank(
+            initializer(spec), key, jax.ShapeDtypeStruct(sides, leaves[path].dtype)
+        ):
             raise ValueError(
                 f"{said}, but the initializer computes A and B from the weight, which has no more "
                 f"directions. Use `LoraSpec(rank={min(sides)})` or less, or another `init`."

@@ -17,7 +17,9 @@ from jlora._arrays import FullArray, Geometry, LoraArray
 from jlora._base import built, is_stored, layer_by_layer, stored_as
 from jlora._paths import describe
 from jlora._placed import Names, at_base, sharding_of
+from jlora._reading import initializer, reads
 from jlora._spec import LoraSpec
+from jlora.forms._initial import ReturnError, check_returned
 
 
 def adapted(
@@ -27,10 +29,14 @@ def adapted(
     sharding, abstract = sharding_of(weight), _is_abstract(weight)
     if not abstract:
         key = jax.random.fold_in(_at(key, sharding), zlib.crc32(path.encode()))
-    if abstract or sharding is not None:
-        node = _begun.eval_shape(*jax.tree.map(_without_sharding, (key, weight)), spec, layout)
-    else:
-        node = _begun(key, weight, spec, layout)
+    try:
+        if abstract or sharding is not None:
+            node = _begun.eval_shape(*jax.tree.map(_without_sharding, (key, weight)), spec, layout)
+        else:
+            node = _begun(key, weight, spec, layout)
+    except ReturnError as error:
+        said = f"`jlora.attach`: the initializer of {describe(path, weight)} {error}"
+        raise TypeError(said) from None
     _check(path, weight, spec, node)
     if sharding is not None:
         at = at_base(node, weight.shape, sharding, replicate, "jlora.attach(replicate=...)")
@@ -147,8 +153,13 @@ def _factors(
     reads the weight gets one element of the stack at a time, unless it gets them `together`.
     """
     geometry = Geometry.of(weight.shape, layout)
-    chosen = spec.init or forms.named(spec.form).init
-    init = functools.partial(chosen, rank=spec.rank, scaling=spec.s, dtype=jnp.dtype(spec.dtype))
+    given = initializer(spec)
+
+    def init(key: PRNGKeyArray, matrix: Array) -> tuple[Array, ...]:
+        made = given(key, matrix)
+        check_returned(made, matrix.shape, spec.rank)
+        return made
+
     one, depth = dataclasses.replace(geometry, stack=()), len(geometry.stack)
     shapes = forms.factor_shapes(one, spec.rank, spec.slices)
     run = init if spec.slices is None else _sliced(init, spec.slices, geometry)
@@ -159,21 +170,13 @@ def _factors(
 
     if depth:
         key = jax.random.split(key, geometry.stack)
-    if depth and not together and _reads(init, one, weight.dtype):
+    if depth and not together and reads(spec, one, weight.dtype):
         whole = is_stored(weight) and getattr(weight, "stack", 0) < depth
         return layer_by_layer(make, depth)(key, built(weight) if whole else weight)
     weight = built(weight)
     for _ in range(depth):
         make = jax.vmap(make)
     return make(key, weight)
-
-
-def _reads(init: Callable[..., Any], geometry: Geometry, dtype: Any) -> bool:
-    """Whether an initializer reads more of the weight than its shape."""
-    matrix = jax.ShapeDtypeStruct((geometry.fan_in, geometry.fan_out), dtype)
-    body = _compat.body(jax.make_jaxpr(init)(jax.random.key(0), matrix))
-    used = [*body.outvars, *(x for eqn in body.eqns for x in eqn.invars)]
-    return any(x is body.invars[-1] for x in used)
 
 
 def _sliced(

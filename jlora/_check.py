@@ -1,11 +1,9 @@
-"""Check arguments that are easily mistaken: functions, trees of parameters, keys, mappings."""
+"""Check arguments that are easily mistaken: functions, trees of parameters, paths, mappings."""
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jlora._arrays import is_adapted, is_leaf
@@ -50,6 +48,15 @@ def check_function(fn: object, call: str) -> None:
         raise TypeError(f"`{call}`: `fn` is not a function but {brief(fn)}. {hint}")
 
 
+def check_optimizer(tx: object, name: str) -> None:
+    """Refuse anything but an optimizer."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"`{name}(tx)`: `tx` is not an optimizer but {brief(tx)}. Pass an optax "
+            f"transformation: `{name}(optax.adamw(1e-4))`."
+        )
+
+
 def check_tree(params: PyTree, call: str, argument: str = "params") -> None:
     """Refuse what is certainly no tree of parameters: rules, a module without arrays, a path."""
     leaves = jax.tree.leaves(params, is_leaf=is_leaf)
@@ -72,16 +79,6 @@ def has_arrays(tree: PyTree) -> bool:
         is_adapted(x) or (hasattr(x, "shape") and hasattr(x, "dtype"))
         for x in jax.tree.leaves(tree, is_leaf=is_leaf)
     )
-
-
-def check_key(key: Any, call: str) -> None:
-    """Refuse anything but one PRNG key, of the new kind or raw."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-    if not (typed or (dtype == jnp.uint32 and shape is not None and len(shape) == 1)):
-        raise TypeError(
-            f"`{call}`: the key is {brief(key)}. Pass one PRNG key, `key=jax.random.key(0)`."
-        )
 
 
 def check_directory(directory: object, call: str) -> None:

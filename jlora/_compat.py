@@ -69,15 +69,10 @@ def source_line(eqn: JaxprEqn) -> str:
 def is_traced(x: object) -> bool:
     """Whether a value is being traced, so that it cannot be read, but may be differentiated.
 
-    Where an array is, is known of every concrete one, and asking for it copies nothing.
+    Reading the value instead would be an error for a tracer, whose message JAX writes by searching
+    the trace: asked once a weight, tracing a model would take time quadratic in its layers.
     """
-    if not isinstance(x, jax.Array):
-        return False
-    try:
-        _ = x.is_fully_addressable
-    except jax.errors.ConcretizationTypeError:
-        return True
-    return False
+    return isinstance(x, jax.core.Tracer)
 
 
 def varying_axes(x: PyTree) -> list[str]:

@@ -4,7 +4,9 @@ import sys
 from typing import NoReturn
 
 # Modules that `import jlora` does not import, and the library that each needs.
-_APART = {"checkpoint": "Orbax", "gguf": "gguf-py", "mlx": "safetensors", "peft": "safetensors"}
+_APART = {"checkpoint": "Orbax", "gguf": "gguf-py"}
+_APART["keras"] = "h5py"
+_APART |= dict.fromkeys(("diffusers", "kohya", "mlx", "peft"), "safetensors")
 # Names, lower-case and without "_".
 _INSTEAD = {
     "attach an adapter with `jlora.attach(params, rules, key=key)`": (

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from jlora._check import check_same
+from jlora._check import check_optimizer, check_same
 from jlora._nnx import renewed
 from jlora._partition import has_adapted, labels, partition, zero
-from jlora._paths import brief
 
 
 def freeze(
@@ -61,11 +60,7 @@ def freeze(
         >>> sum(x.size for x in jax.tree.leaves(state)) == 2 * (6 + 8) + 1
         True
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(
-            f"`jlora.freeze(tx)`: `tx` is not an optimizer but {brief(tx)}. Pass an optax "
-            "transformation: `jlora.freeze(optax.adamw(1e-4))`."
-        )
+    check_optimizer(tx, "jlora.freeze")
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     inner = optax.with_extra_args_support(tx)

@@ -8,7 +8,8 @@ in B, each along the mesh axes of the base; the rank is not sharded. Then the me
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jlora import _compat
 from jlora._arrays import Adapted, FullArray, LoraArray, Tied
 from jlora._base import is_stored
 from jlora._boxes import of_parts
-from jlora._paths import brief
+from jlora._paths import brief, describe
 from jlora._processes import divided, put
 
 Names = Sequence[str]
@@ -145,6 +146,32 @@ def _check_axes(replicate: Names, mesh: Mesh | AbstractMesh, call: str) -> None:
                 f"`{call}`: `replicate` has {brief(name)}, but the mesh has the axes "
                 f"{mesh.axis_names}." + (f" Did you mean {near[0]!r}?" if near else "")
             )
+
+
+def warn_of_undivided(leaves: Mapping[str, PyTree], call: str) -> None:
+    """Warn, once for all leaves, of axes of weights that their mesh axes do not divide."""
+    at = {path: sharding_of(x) for path, x in leaves.items() if hasattr(x, "shape")}
+    named = {path: x for path, x in at.items() if isinstance(x, NamedSharding)}
+    warn_of_uneven({path: (leaves[path], x.spec, x.mesh) for path, x in named.items()}, call)
+
+
+def warn_of_uneven(
+    leaves: Mapping[str, tuple[PyTree, PartitionSpec, Mesh | AbstractMesh]], call: str
+) -> None:
+    """Warn, once for all leaves, of axes that the mesh axes in a spec do not divide."""
+    found = []
+    for path, (leaf, spec, mesh) in leaves.items():
+        pairs = enumerate(zip(spec, divided(spec, leaf.shape, mesh), strict=False))
+        found += [(path, axis, names) for axis, (names, fits) in pairs if names and not fits]
+    if found:
+        path, axis, names = found[0]
+        more = f" (also for {len(found) - 1} more axes)" if len(found) > 1 else ""
+        warnings.warn(
+            f"`{call}`: axis {axis} of {describe(path, leaves[path][0])} is sharded along "
+            f"{names!r}, which does not divide it, so its update is replicated along it{more}. "
+            "Shard the weight along mesh axes that divide its axes, or pad it.",
+            stacklevel=4,
+        )
 
 
 def placed(node: Adapted, base: PyTree, replicate: Names, call: str) -> Adapted:

@@ -12,8 +12,16 @@ from jaxtyping import PyTree
 from jlora._arrays import FullArray, LoraArray, Tied, is_adapted, is_leaf
 from jlora._boxes import unboxed
 from jlora._check import check_tree
-from jlora._paths import describe, leaves_with_paths, map_with_paths, near_misses
-from jlora._placed import at_base, check_replicate, names_of_parts, sharding_of
+from jlora._paths import brief, describe, leaves_with_paths, map_with_paths, near_misses
+from jlora._placed import (
+    at_base,
+    check_replicate,
+    names_of_parts,
+    sharding_of,
+    warn_of_undivided,
+    warn_of_uneven,
+)
+from jlora._processes import divided
 
 
 def shardings(params: PyTree, replicate: Sequence[str] = (), *, of: PyTree = None) -> PyTree:
@@ -68,13 +76,15 @@ def shardings(params: PyTree, replicate: Sequence[str] = (), *, of: PyTree = Non
     call = "jlora.shardings(params)"
     check_replicate(replicate, call)
     check_tree(params if of is None else of, call, "params" if of is None else "of")
-    known = params if of is None else of
-    found = _of_params(unboxed(known), replicate, call)
+    known = unboxed(params if of is None else of)
+    nodes = [(path, x) for path, x in leaves_with_paths(known, is_leaf) if is_adapted(x)]
+    warn_of_undivided({path: x.base for path, x in nodes}, call)
+    found = _of_params(known, replicate, call)
     if of is None:
         return found
-    leaves = zip(_leaves(unboxed(of)), jax.tree.leaves(found), strict=True)
+    leaves = zip(_leaves(known), jax.tree.leaves(found), strict=True)
     places = {path: (x.shape, at) for (path, x), at in leaves}
-    everywhere = _everywhere(unboxed(of))
+    everywhere = _everywhere(known)
 
     def like(path: tuple[str, ...], leaf: Any) -> Any:
         ends = (path[k:] for k in range(len(path)))
@@ -132,10 +142,14 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
     """Derive the `PartitionSpec`s of adapted parameters from those of the base weights.
 
     Stack axes go to A, B and the scaling, input axes to A, output axes to B; the rank and the
-    outputs of a B with slices are not sharded. `jlora.shardings` gives the same for weights that
-    are on a mesh. In trees with Flax's boxes, so does `nn.get_partition_spec(params)`. In NNX,
-    `nnx.get_partition_spec(params)` gives the base's spec for all parts of a node, so pass that of
-    the base here.
+    outputs of a B with slices are not sharded, nor, under `jax.set_mesh`, is an axis that its mesh
+    axes do not divide, which issues a warning. `jlora.shardings` gives the same for weights that
+    are on a mesh. In trees with Flax's boxes, so does `nn.get_partition_spec(params)`.
+
+    An NNX Variable has one spec, so `nnx.get_partition_spec(params)` gives that of the base for
+    all parts of a node, and `nnx.get_named_sharding(params, mesh)` is no sharding of them. Pass the
+    former here: `specs = jlora.specs(params, nnx.get_partition_spec(params))`, and
+    `jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)` are the shardings.
 
     Args:
         params: a tree with `LoraArray` and `FullArray` nodes, of arrays or `ShapeDtypeStruct`s.
@@ -151,7 +165,8 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
     Raises:
         KeyError: a parameter has no spec.
         ValueError: a spec has more entries than its weight has axes.
-        TypeError: `replicate` is not a tuple of names.
+        TypeError: `replicate` is not a tuple of names; a spec is neither a `PartitionSpec`, a tuple
+            of names nor None.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -163,8 +178,15 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
     """
     call = "jlora.specs(params, base_specs)"
     check_replicate(replicate, call)
+    if any(map(is_adapted, jax.tree.leaves(base_specs, is_leaf=is_adapted))):
+        raise TypeError(
+            f"`{call}`: `base_specs` has adapted weights. The parameters come first, and the specs "
+            "of the base second: `jlora.specs(params, base_specs)`."
+        )
+    check_tree(params, call)
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or _is_names(x)
     known = dict(leaves_with_paths(base_specs, is_spec))
+    mesh, checked = jax.sharding.get_abstract_mesh(), {}
 
     def derived(path: str, leaf: Any) -> Any:
         if path not in known:
@@ -173,6 +195,12 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
                 f"`nn.get_partition_spec(base)` does. {near_misses(path, known)}"
             )
         spec = PartitionSpec() if known[path] is None else known[path]
+        if not is_spec(spec):
+            raise TypeError(
+                f"`{call}`: the spec of {describe(path, leaf)} is {brief(spec)}. Give a "
+                "`PartitionSpec`, a tuple of logical names or None; the adapted parameters come "
+                "first, the specs second."
+            )
         if isinstance(leaf, FullArray):
             return FullArray(spec, spec)
         if not isinstance(leaf, LoraArray):
@@ -181,9 +209,18 @@ def specs(params: PyTree, base_specs: PyTree, replicate: Sequence[str] = ()) -> 
             raise ValueError(
                 f"`{call}`: the spec {spec} has more entries than {describe(path, leaf)} has axes."
             )
-        return _of_node(leaf, spec, replicate)
+        if isinstance(spec, PartitionSpec) and _names(spec) <= set(mesh.axis_names):
+            checked[path] = leaf, spec, mesh
+            return _of_node(leaf, spec, replicate, divided(spec, leaf.shape, mesh))
+        return _of_node(leaf, spec, replicate, spec)
 
-    return map_with_paths(derived, unboxed(params), is_leaf)
+    found = map_with_paths(derived, unboxed(params), is_leaf)
+    warn_of_uneven(checked, call)
+    return found
+
+
+def _names(spec: PartitionSpec) -> set[str]:
+    return {x for each in spec for x in (each if isinstance(each, tuple) else (each,))} - {None}
 
 
 def _is_names(x: object) -> bool:
@@ -193,10 +230,11 @@ def _is_names(x: object) -> bool:
     )
 
 
-def _of_node(node: LoraArray, spec: Any, replicate: Sequence[str]) -> LoraArray:
-    """Return the specs of all parts of a node, in the type of `spec`."""
+def _of_node(node: LoraArray, spec: Any, replicate: Sequence[str], shared: Any) -> LoraArray:
+    """Return the specs of a node: the base's, `spec`, and those of the parts, from `shared`."""
     kind = PartitionSpec if isinstance(spec, PartitionSpec) else lambda *names: names
-    names = names_of_parts(node, (*spec, *(None,) * (len(node.shape) - len(spec))), replicate)
+    full = (*shared, *(None,) * (len(node.shape) - len(shared)))
+    names = names_of_parts(node, full, replicate)
     parts = {
         name: value if value is None or isinstance(value, Tied) else kind(*names[name])
         for name, value in node.parts.items()

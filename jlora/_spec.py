@@ -14,7 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora import forms
+from jlora._kinds import check_dtype
 from jlora._paths import brief, describe, is_doubtful, near_misses, quoted
+from jlora.forms._initial import check_initializer
 
 Slices = tuple[tuple[int, int], ...] | None
 Class = TypeVar("Class", bound=type)
@@ -98,7 +100,8 @@ class LoraSpec:
         ValueError: rank below 1, alpha not finite, unknown scaling or form, a layout with letters
             other than i and o, slices that are empty, overlap or are not in increasing order, or
             that the form does not support.
-        TypeError: rank not an integer, init not callable, dtype not floating, dora not a bool.
+        TypeError: rank not an integer, init not callable as an initializer, dtype not
+            floating, dora not a bool.
 
     Example:
         >>> LoraSpec(rank=8, alpha=16).s
@@ -125,7 +128,7 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if not hasattr(self.rank, "__index__") or isinstance(self.rank, bool):
             raise TypeError(f"`LoraSpec(rank={brief(self.rank)})`: the rank must be an integer.")
-        if not hasattr(self.alpha, "__float__"):
+        if not hasattr(self.alpha, "__float__") or getattr(self.alpha, "shape", ()) != ():
             raise TypeError(f"`LoraSpec(alpha={brief(self.alpha)})`: alpha must be a number.")
         # Make these hashable: they may be numbers of NumPy or JAX, or lists from JSON.
         object.__setattr__(self, "rank", operator.index(self.rank))
@@ -150,20 +153,13 @@ class LoraSpec:
                 f"`LoraSpec(form={brief(self.form)}, slices=...)`: {why}. "
                 'Use the form "lora" for slices, or omit them.'
             )
-        if not (self.init is None or callable(self.init)):
-            raise TypeError(
-                f"`LoraSpec(init={brief(self.init)})`: pass a function, e.g. "
-                "`init=jlora.initializers.kaiming`."
-            )
+        if self.init is not None:
+            check_initializer(self.init, f"LoraSpec(init={brief(self.init)})")
         if not isinstance(self.dora, bool):
             raise TypeError(f"`LoraSpec(dora={brief(self.dora)})`: give True or False.")
         if self.layout is not None:
             check_layout(self.layout, f"LoraSpec(layout={brief(self.layout)})")
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(
-                f"`LoraSpec(dtype={jnp.dtype(self.dtype).name})`: A and B are trained, so their "
-                "dtype must be floating; omit it for float32."
-            )
+        check_dtype(self.dtype, "LoraSpec(dtype=...)")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     @property
@@ -192,7 +188,7 @@ def _ranges(slices: Any) -> Slices:
 
 def check_layout(layout: str, call: str) -> None:
     """Refuse a layout that has letters other than i and o, or lacks one of them."""
-    if set(layout) != {"i", "o"}:
+    if not isinstance(layout, str) or set(layout) != {"i", "o"}:
         raise ValueError(
             f'`{call}`: a layout has one letter per dimension, "i" for input and "o" for output, '
             'and at least one of each: "io" for a Dense kernel, "iiio" for an HWIO convolution, '

@@ -133,6 +133,7 @@ def test_bfloat16_bases_keep_float32_factors_and_round_once():
     assert out.dtype == jnp.bfloat16
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dora", [False, True])
 def test_merging_keeps_a_float64_base(dora):
     with jax.enable_x64(True):

@@ -161,7 +161,7 @@ def alone(fn, adapters, n, base=BASE):
 IDS = np.array([1, 0, -1, 2, 1, 0])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 @pytest.mark.parametrize("make", [unlike, with_dora])
 def test_unlike_adapters_in_one_batch(x, make):
@@ -244,6 +244,7 @@ def test_a_slot_without_examples_stays_and_the_others_train_as_alone():
     jax.tree.map(lambda a, b: same(a, b, 1e-5), bank.pick(many, 0), one)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 def test_a_sweep_is_as_many_separate_runs():
     rates = np.array([0.003, 0.01, 0.03], np.float32)
@@ -335,6 +336,7 @@ def test_the_base_is_held_once():
     assert sum(x.nbytes for x in jax.live_arrays()) - before <= kept
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("spec", [P("slots"), P()], ids=["sharded", "replicated"])
 def test_a_sharded_bank_over_a_sharded_base(spec):
     mesh = jax.make_mesh((4,), ("slots",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -361,7 +363,7 @@ def weights_only():
     return found, bank.stack(found, slots=4)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_an_id_for_each_token(weights_only, wrap):
     adapters, many = weights_only
@@ -427,6 +429,7 @@ def test_a_mixture_is_the_sum_of_the_updates(name):
             same(y[k * n : (k + 1) * n], want_y, 1e-5)
 
 
+@pytest.mark.nightly
 def test_a_mixture_of_biases_and_of_tokens(weights_only):
     adapters, made = unlike(), bank.stack(unlike())
     halves = np.array([[0.5, 0.5, 0.0]] * 6, np.float32)
@@ -443,6 +446,7 @@ def test_a_mixture_of_biases_and_of_tokens(weights_only):
     assert jax.grad(loss)(by_token)[..., :3].all() and jax.grad(loss)(by_token[:, 0])[:, :3].all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 def test_dropout_draws_from_another_key_for_each_example(x):
     adapters, many, key = unlike(), bank.stack(unlike()), jax.random.key(3)
@@ -459,6 +463,7 @@ def test_dropout_draws_from_another_key_for_each_example(x):
         same(got[k : k + 1], alone(own, adapters, n)(rows[k : k + 1]))
 
 
+@pytest.mark.nightly
 def test_what_lora_returned_and_what_wraps_it_may_be_passed():
     many, kinds = bank.stack(unlike()), [jlora.lora(model), jax.jit(jlora.lora(model))]
     for x in (X, FEW):
@@ -471,6 +476,22 @@ def test_what_lora_returned_and_what_wraps_it_may_be_passed():
         bank.each(wrapped, BASE, many, IDS, X)
 
 
+@pytest.mark.parametrize("shape", [6, (6, 9)], ids=["examples", "tokens"])
+def test_dropout_that_a_function_calls_itself(shape):
+    """`each` adapts the weights, so an inner `jlora.lora` would see plain ones and drop nothing."""
+    many, key, ids = STACKED(), jax.random.key(0), np.zeros(shape, int)
+    hidden = lambda key: lambda p, x: jlora.lora(model, dropout=0.5, key=key)(p, x)
+    said = says("it is called inside a function", "Pass what `jlora.lora` returned")
+    with pytest.raises(ValueError, match=said):
+        jax.eval_shape(lambda key: bank.each(hidden(key), BASE, many, ids, X), key)
+    with pytest.raises(ValueError, match=said):
+        jax.eval_shape(lambda key: jlora.lora(hidden(key))(jlora.bind(BASE, ONE()), X), key)
+    # Where nothing is adapted, nothing is lost.
+    jax.eval_shape(lambda key: bool(jlora.layouts(hidden(key), BASE, X)), key)
+    same(jax.jit(lambda key: hidden(key)(BASE, X))(key), model(BASE, X))
+
+
+@pytest.mark.nightly
 def test_ids_in_every_form_and_traced_ones_out_of_range():
     many = bank.stack(unlike())
     run = jax.jit(functools.partial(bank.each, model))
@@ -513,6 +534,7 @@ def test_shared_arguments_and_results():
     same(got.swapaxes(0, 1), bank.each(model, BASE, many, IDS, X))
 
 
+@pytest.mark.nightly
 def test_a_stored_base_and_adapters_from_files(tmp_path):
     base = {**BASE, "one": {"w": pack(BASE["one"]["w"]), "b": BASE["one"]["b"]}}
     adapters = []
@@ -556,6 +578,7 @@ def test_dtypes_are_widened_and_never_narrowed():
         bank.put(bank.stack([narrow]), 0, wide)
 
 
+@pytest.mark.nightly
 def test_a_slot_at_a_time():
     many = bank.stack(with_dora(), slots=5)
     run = lambda one: jlora.lora(model)(bank.bind(BASE, one), X)
@@ -587,7 +610,7 @@ STACKED = functools.cache(lambda: bank.stack([ONE()], slots=2))
 REFUSED = {
     "nothing": (lambda: bank.stack([]), says("there are no adapters")),
     "few_slots": (lambda: bank.stack([ONE()] * 3, slots=2), says("3 adapters do not fit in 2")),
-    "rank": (lambda: bank.stack([ONE()], rank=0), says("rank=0; a rank is at least 1")),
+    "rank": (lambda: bank.stack([ONE()], rank=0), says("`rank` is 0. Give an integer of")),
     "high": (
         lambda: bank.stack([ONE()], rank=1),
         says("adapters[0]", '"one/w" has rank 2, above the rank of the bank, 1', "`rank=2`"),

@@ -183,6 +183,7 @@ def judged(library, *names):
     return {name: factored.best(factored.table()[name], library) for name in names}
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 def test_cases_are_judged():
     found = judged(factored.LIBRARIES["jlora"], "matmul", "tied", "nnx_linear", "normalized")
@@ -191,6 +192,7 @@ def test_cases_are_judged():
     assert found["normalized"]["reason"].startswith("builds float32[11,7]")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_qwix_is_judged():

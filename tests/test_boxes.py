@@ -154,7 +154,7 @@ def test_a_step_keeps_the_boxes():
     assert jax.tree.structure(after) == jax.tree.structure(params) and float(loss(after)) < value
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "make",
     [
@@ -201,6 +201,7 @@ def test_files(tmp_path):
     same(jlora.peft.load(tmp_path / "b", base(), names=NAMES), params)
 
 
+@pytest.mark.nightly
 def test_moments_have_no_boxes_inside():
     params = tree(rules={".*/kernel": LoraSpec(3)})
     got = jlora.capture(run, params, X)

@@ -73,6 +73,7 @@ def remat():
     }
 
 
+@pytest.mark.nightly
 def test_rematerialized_a_step_keeps_one_block_s_inputs(remat):
     assert remat["limit"] < 0.5 * temp_bytes(
         functools.partial(blocks.loss, head_dim=SIZES.head_dim), (1,), *abstract()[::2]
@@ -126,6 +127,7 @@ def test_a_donating_step_allocates_no_buffer_of_a_frozen_weight_s_size():
     assert adapted.memory_analysis().alias_size_in_bytes == held
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_merged_inference_is_the_base_program(dtype):

@@ -65,7 +65,7 @@ def patches(x, height, width, stride, pad):
     )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize(("stride", "pad"), [(1, 0), (2, 1), (1, 1)])
 def test_convolution(stride, pad):
     def convolve(p, x):
@@ -79,6 +79,7 @@ def test_convolution(stride, pad):
     moments_are(single(convolve, w(3, 2, 3, 5), x), patches(x, 3, 2, stride, pad))
 
 
+@pytest.mark.nightly
 def test_convolution_in_groups():
     def depthwise(p, x):
         dims = ("NHWC", "HWIO", "NHWC")
@@ -104,6 +105,7 @@ def through(kernels, x):
     return np.stack(seen)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("unroll", [1, 2])
 def test_layers_that_are_scanned(unroll):
     def scanned(p, x):
@@ -157,6 +159,7 @@ def test_a_branch_is_seen_where_it_is_taken(chosen):
     )
 
 
+@pytest.mark.nightly
 def test_a_stack_that_is_mapped():
     x = w(3, 6, 11)
     moments_are(
@@ -276,7 +279,7 @@ def test_the_cost_is_the_forward_pass_and_the_sums():
     assert needed < inputs / 3
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_program_is_walked(case):
     """Sums, or a reason why a weight has none: nothing else comes of any program."""

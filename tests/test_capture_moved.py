@@ -89,6 +89,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_inside_other_transforms(name, compiled):

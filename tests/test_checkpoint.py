@@ -210,6 +210,7 @@ OLD = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 @pytest.mark.parametrize("form", OLD)
 def test_a_checkpoint_of_version_1(tmp_path, form, dora):

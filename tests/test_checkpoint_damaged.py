@@ -44,6 +44,7 @@ def outcome(folder, want):
     return True
 
 
+@pytest.mark.sample(2)
 # Orbax leaves its own threads to fail when a read does.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("part", ["jlora.json", "arrays"])
@@ -128,6 +129,7 @@ checkpoint.save("x/run", params)
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("renames", [0, 1])
 def test_the_next_save_removes_what_a_killed_one_left(renames, tmp_path):
     (tmp_path / "x").mkdir()

@@ -199,6 +199,7 @@ def test_an_eager_call_of_a_jitted_function_compiles_once():
     assert not [name for name in compiled if "backend_compile" in name]
 
 
+@pytest.mark.nightly
 def test_jits_made_anew_at_each_call_are_not_kept_for_ever(monkeypatch):
     monkeypatch.setattr(_walk, "_MOST_COMPILED", 3)
     held = []

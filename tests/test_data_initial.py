@@ -93,7 +93,7 @@ def within_rounding(y, want, node, x):
     assert (np.abs(np.float64(y) - np.float64(want)) <= most).all()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_starts_unchanged(case, method):
@@ -121,7 +121,7 @@ def test_a_bfloat16_model_moves_by_roundings_only(seed):
     within_rounding(jlora.lora(dense)(begun, x), dense(base, x), begun["w"], x)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["ipm", "lora_ga"])
 def test_back_to_the_original_weights(case, method):
@@ -147,6 +147,7 @@ def test_directions_of_a_weight():
     near(a @ a.T, want @ want.T)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", ["stack", "slices"])
 def test_a_stack_and_slices_are_weights_of_their_own(case):
     """As if each had been attached by itself."""
@@ -229,6 +230,7 @@ def test_inputs_that_are_not_finite_are_refused():
             start(params, moments)
 
 
+@pytest.mark.nightly
 def test_elements_of_a_stack_have_ranks_of_their_own():
     """The columns beyond an element's rank are zero, of A and of B: they never train."""
     base = {"w": w(2, 4, 5)}

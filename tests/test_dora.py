@@ -71,7 +71,7 @@ def paper(x):
     return jnp.expand_dims(x.extra["magnitude"], inputs(x)) * v / norm
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @dtypes
 @every
 @pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
@@ -91,7 +91,7 @@ def test_the_norm_makes_nothing_of_the_weights_shape():
     assert (3, 7) in made and (3, 11, 7) not in made
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @every
 def test_the_gradient_is_the_papers(layout):
     x = node(LAYOUTS[layout], layout)
@@ -223,6 +223,7 @@ def test_dropout_where_the_outputs_are_contracted(key):
     np.testing.assert_allclose(run({"w": x}, y), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_dropout_in_a_convolution_and_a_ragged_product(key):
     conv = node((1, 4, 7), "iio")
     numbers = ("NHC", "HIO", "NHC")

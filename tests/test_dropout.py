@@ -115,6 +115,7 @@ def test_remat_draws_the_same_again(key):
     assert jnp.allclose(kept, nothing, rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_loops_condition_and_body_draw_apart(key):
     def fn(p, x):
         def going(state):

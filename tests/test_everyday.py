@@ -154,7 +154,7 @@ def test_a_program_of_the_table_is_factored(name: str) -> None:
     assert report.materialized == case.materialized and not report.unused, f"\n{report}"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", sorted(MADE))
 def test_an_everyday_program(name: str) -> None:
     """Factored, and equal to the merged model in output and gradients."""
@@ -282,6 +282,7 @@ def test_a_materialized_weight_is_right_and_says_where():
         jlora.lora(case.fn, fallback="error")(params, *case.args)
 
 
+@pytest.mark.nightly
 def test_associative_scans_and_loops_in_loops():
     def fn(p, x):
         decay = lax.associative_scan(lambda a, b: jnp.tanh(a @ p["w"]) + b, x)
@@ -291,3 +292,43 @@ def test_associative_scans_and_loops_in_loops():
     params = adapted(case)
     assert jlora.explain(fn, params, *case.args).materialized == 0
     close(jax.jit(transform(case))(params, *case.args), fn(jlora.merge(params), *case.args))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialized:UserWarning")
+@pytest.mark.parametrize(
+    "read",
+    [
+        jax.checkpoint(lambda w: jnp.max(w, axis=0)),
+        lambda w: jnp.kron(w, jnp.array([[1.0, -2.0]])),
+        lambda w: jnp.linalg.qr(w)[1],
+    ],
+    ids=["checkpoint_of_max", "kron", "qr"],
+)
+def test_what_is_read_of_a_built_weight_has_the_merged_models_derivatives(read):
+    """In both modes: what is recomputed must be the very array of the first time."""
+    params = jlora.attach({"w": w(11, 7)}, {"w": jlora.LoraSpec(2)}, key=jax.random.key(0))
+    trainable, frozen = jlora.partition(params)
+    trainable = jax.tree.map(
+        lambda x: jnp.asarray(np.cos(np.arange(x.size).reshape(x.shape), dtype=x.dtype)), trainable
+    )
+    program = lambda p: read(p["w"])
+    tangent = jax.tree.map(lambda x: x[::-1], trainable)
+
+    @jax.jit
+    def derivatives(trainable, tangent):
+        def both(fn):
+            of = lambda t: fn(jlora.combine(t, frozen))
+            loss = lambda t: (
+                of(t) * np.arange(1.0, 1 + of(t).size, dtype=np.float32).reshape(of(t).shape)
+            ).sum()
+            return (
+                of(trainable),
+                jax.grad(loss)(trainable),
+                jax.jvp(of, (trainable,), (tangent,))[1],
+            )
+
+        return both(jlora.lora(program)), both(lambda p: program(jlora.merge(p)))
+
+    got, want = derivatives(trainable, tangent)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(want))
+    close(got, want)

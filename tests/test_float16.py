@@ -92,7 +92,7 @@ def both(fn, w, *args):
     return run(jlora.lora(fn, fallback="error")), run(lambda p, *a: fn(jlora.merge(p), *a))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("parts", [HALF, jnp.float32], ids=["float16", "float32"])
 @pytest.mark.parametrize("name", MODELS)
 def test_large_inputs(name, parts):

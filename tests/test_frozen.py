@@ -32,7 +32,7 @@ def zero(tree):
     return bool(leaves) and not any(np.any(np.asarray(x, np.float64)) for x in leaves)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", EACH, ids=repr)
 def test_gradients_are_the_merged_models_where_it_trains_and_zero_elsewhere(case):
     params = adapted(case)
@@ -144,6 +144,7 @@ def test_clipping_inside_and_outside_of_freeze_is_one_program():
     assert flops(outside, loss, params, x) > 1.1 * costs[0], "the count shows nothing"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("form", ["lora", "lora_fa"])
 def test_a_detached_adapter_keeps_its_alpha_and_what_its_form_freezes(form):
@@ -187,6 +188,7 @@ def any_tree():
     return tree, lambda p, x: (apply(p, x) ** 2).mean()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("strange", [{}, {"name": "q", "activation": jnp.tanh}])
 def test_value_and_grad_trains_a_tree_of_any_leaves(strange):

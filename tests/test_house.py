@@ -21,30 +21,36 @@ from jlora import (
     bank,
     bitsandbytes,
     checkpoint,
+    diffusers,
     forms,
     gguf,
     initializers,
+    keras,
+    kohya,
     mlx,
     optim,
     peft,
     quant,
+    qwix,
     transform,
 )
 
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
-    {"_paths", "_compat", "_disk", "_foreign", "_processes"},
+    {"_paths", "_compat", "_disk", "_foreign", "_kinds", "_processes"},
     {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
-    {"_adapt", "_adapters", "_attach", "_begin", "_modules", "_placed", "_report", "_sharding"}
-    | {"arithmetic", "bank", "optim", "transform"},
-    {"bitsandbytes", "checkpoint", "gguf", "mlx", "peft"},
+    {"_adapt", "_adapters", "_attach", "_begin", "_diffusion", "_merge", "_modules", "_placed"}
+    | {"_reading", "_report", "_sharding", "arithmetic", "bank", "optim", "transform"},
+    {"_plot", "_tensor_file", "bitsandbytes", "checkpoint", "diffusers", "gguf", "keras", "kohya"}
+    | {"mlx", "peft", "qwix"},
     {"cli", "__main__"},
     {"__init__"},
 ]
 OPTIONAL = {"torch", "peft", "safetensors", "orbax", "gguf", "tokenizers", "tqdm", "matplotlib"} | {
-    "flax"  # known to `_serialization` and others by `sys.modules`
+    "h5py",
+    "flax",  # known to `_serialization` and others by `sys.modules`
 }
 PUBLIC = {
     *("LoraArray", "FullArray", "LoraSpec", "Explanation", "initializers", "attach", "detach"),
@@ -54,9 +60,11 @@ PUBLIC = {
     *("quant", "quantize", "dequantize", "shardings"),
 }
 SPACES = [jlora, arithmetic, bank, forms, initializers, optim, quant, transform]
-SPACES += [bitsandbytes, checkpoint, gguf, mlx, peft]
+SPACES += [bitsandbytes, checkpoint, diffusers, gguf, keras, kohya, mlx, peft, qwix]
 # `import jlora` does not import them.
-APART = {"jlora.bitsandbytes", "jlora.checkpoint", "jlora.gguf", "jlora.mlx", "jlora.peft"}
+BRIDGES = ("bitsandbytes", "checkpoint", "diffusers", "gguf", "keras", "kohya", "mlx", "peft")
+BRIDGES += ("qwix",)
+APART = {f"jlora.{name}" for name in BRIDGES}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -113,6 +121,13 @@ def test_an_arrow_points_down(file):
         if name.startswith("jlora."):
             below = room(name)
             assert floor(below) <= floor(own), f"{file} imports {name}, from a floor above"
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_a_bridge_never_imports_another(bridge):
+    files = [f for f in FILES if f.relative_to(ROOT).parts[0].removesuffix(".py") == bridge]
+    found = {room(n) for f in files for n in imports(f) if n.startswith("jlora.")}
+    assert files and not found & (set(BRIDGES) - {bridge})
 
 
 def test_no_cycles():
@@ -173,7 +188,7 @@ def imported():
 
 def test_the_export_list():
     exported = {n for n in vars(jlora) if not n.startswith("_")} - {
-        *("bitsandbytes", "transform", "checkpoint", "cli", "gguf", "mlx", "peft"),
+        *("transform", "cli", *BRIDGES),
         "jaxtyping",  # the import hook of the tests puts it there
     }
     assert exported == PUBLIC and set(jlora.__all__) == PUBLIC | {"transform"}

@@ -52,7 +52,7 @@ def plain(case):
     return jlora.merge(base_of(case)) if case.stored else case.params
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(12)
 @models
 def test_identity_at_init(case):
     params = adapted(case, random=False)
@@ -70,6 +70,7 @@ def merged_and_base(case):
     return fn(jlora.merge(adapted(case)), *case.args), fn(plain(case), *case.args)
 
 
+@pytest.mark.sample(6)
 @every
 def test_transform_is_merge(case):
     params = adapted(case)
@@ -82,13 +83,13 @@ def test_transform_is_merge(case):
     close(jax.jit(transform(case))(params, *case.args), want)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(24)
 @every
 def test_transform_is_merge_without_jit(case):
     close(transform(case)(adapted(case), *case.args), merged_and_base(case)[0])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(12)
 @every
 def test_gradient_is_the_gradient_through_merge(case):
     trainable, frozen = jlora.partition(adapted(case))
@@ -101,6 +102,7 @@ def test_gradient_is_the_gradient_through_merge(case):
     close(got, want, scale=coarse(case))
 
 
+@pytest.mark.sample(3)
 @law(FACTORED)
 def test_no_array_of_deltas_shape(case):
     """Only casts, rearrangements of the base itself and the program's own results may have it."""
@@ -135,6 +137,7 @@ def test_no_array_of_deltas_shape(case):
 DENSE = ("dot_general", "add", "mul", "sub", "conv_general_dilated")
 
 
+@pytest.mark.sample(5)
 @every
 def test_explain_says_how_many_are_materialized(case):
     params = adapted(case)
@@ -144,6 +147,7 @@ def test_explain_says_how_many_are_materialized(case):
     assert all("tests/cases" in use.line or "flax" in use.line for use in report.uses), str(report)
 
 
+@pytest.mark.sample(3)
 @law(FACTORED)
 def test_layouts_cover_every_adapted_weight(case):
     layouts = case.layouts(base_of(case))
@@ -160,7 +164,7 @@ def nodes(params):
 MAPPED = [c for c in MODELS if not c.name.endswith("ragged")]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(24)
 @law(MAPPED)
 def test_vmap_over_adapters_is_a_loop_over_adapters(case):
     """One base, two adapters stacked: `vmap` with the base closed over."""
@@ -177,7 +181,7 @@ def test_vmap_over_adapters_is_a_loop_over_adapters(case):
     close(got, jax.tree.map(lambda a, b: jnp.stack([a, b]), *want), scale=4.0)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(24)
 @models
 def test_remat_outside(case):
     params = adapted(case)
@@ -199,7 +203,7 @@ NO_JVP = (
 FORWARD = [c for c in CASES if c.name not in NO_JVP]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(24)
 @law(FORWARD)
 def test_forward_mode(case):
     trainable, frozen = jlora.partition(adapted(case))
@@ -215,7 +219,7 @@ def test_forward_mode(case):
     close(got, want, scale=10 * coarse(case))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(12)
 @models
 def test_another_adapter_or_alpha_never_retraces(case):
     params = adapted(case)

@@ -105,11 +105,13 @@ METHODS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("run", "want"), METHODS.values(), ids=METHODS)
 def test_is_the_papers_formula(run, want):
     assert far(of(run(ADAPTERS)), want) < 1e-5
 
 
+@pytest.mark.nightly
 def test_knots_is_ties_of_what_is_aligned():
     """The sign of a singular vector is arbitrary, and TIES does not depend on it."""
     got = knots(ADAPTERS, WEIGHTS, density=0.5)["w"]

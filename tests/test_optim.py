@@ -114,7 +114,7 @@ def moved(after, before):
 # Geometry: a stack, a slice, a layout are bookkeeping only.
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @weights
 @optimizers
 def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices):
@@ -129,7 +129,7 @@ def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices)
         whole, alone = optax.apply_updates(whole, updates), optax.apply_updates(alone, each)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @weights
 @optimizers
 def test_no_array_of_the_deltas_shape(make, shape, layout, slices):
@@ -171,7 +171,7 @@ BOTH = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("given", BOTH.values(), ids=BOTH)
 @optimizers
 def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):
@@ -195,7 +195,7 @@ def test_both_ways_give_the_same_and_leave_the_frozen_alone(make, given):
     close(got["freeze"], got["partition"], 1e-4)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @optimizers
 def test_the_state_is_in_float32_and_updates_in_the_gradients_dtype(make):
     params = jlora.partition(attached(dtype=jnp.bfloat16))[0]
@@ -281,6 +281,7 @@ def spread(tx, dtype, steps=10):
     return float((np.linalg.norm(other[1:] - one[1:], axis=(1, 2)) / went).max())
 
 
+@pytest.mark.nightly
 def test_what_is_invariant_to_how_a_b_is_factored():
     with jax.enable_x64(True):
         precise = {
@@ -441,6 +442,7 @@ def test_fa_has_no_state_for_a():
     assert sum(x.size for x in jax.tree.leaves(state)) == 2 * each + 1
 
 
+@pytest.mark.nightly
 def test_fa_takes_each_nodes_own_scaling_from_the_whole_tree():
     shape, layout = (2, 13, 11), "io"
     params = attached(shape, layout)

@@ -17,6 +17,9 @@ import jlora
 from jlora import LoraSpec, checkpoint, initializers
 from jlora._placed import check_replicate
 
+# What test_reading.py is about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*decomposes .* which is sharded")
+
 # path: shape, spec of the base, rule, specs of the parts
 KINDS = {
     "dense": ((8, 4), P("x", "y"), LoraSpec(2), {"lora_a": P("x"), "lora_b": P(None, "y")}),
@@ -341,6 +344,7 @@ def test_an_initializer_reads_one_layer_at_a_time():
         np.testing.assert_allclose(want.base[k], rest, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_initializers_from_data_keep_the_places():
     weights = {"w": jax.device_put(base()["dense"], NamedSharding(mesh_of(), P("x", "y")))}
     rules = {"w": LoraSpec(2, layout="io")}

@@ -110,6 +110,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_is_stored(name):
 WRITTEN = ("int8", "int4", "nf4", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name",
     [n if n in ("nf4", "q4_0") else pytest.param(n, marks=pytest.mark.nightly) for n in WRITTEN],
@@ -135,6 +136,7 @@ def test_a_weight_of_any_layout_is_stored_by_rows(name):
     assert bits(stack.dequantize()[1]) == bits(want)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_stands_for_a_weight_of_its_dtype(dtype):
     w = W.astype(dtype)
@@ -176,6 +178,7 @@ def int8(name: str, dtype: str) -> Any:
     return fn, w, jax.random.normal(jax.random.key(2), of_x).astype(dtype)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_of_int8_use_the_codes(dtype, monkeypatch):
     """Forward and backward."""
@@ -237,6 +240,7 @@ def test_small_float16_values_are_multiplied_by_a_transposed_int8_weight():
     np.testing.assert_allclose(np.float32(got), want, rtol=0, atol=2.0**-24)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", BUILT)
 def test_other_products_of_int8_build_it(name):
     fn, w, x = int8(name, "float32")
@@ -267,6 +271,7 @@ def test_an_embedding_is_stored_by_rows():
     assert x.layout == "oi" and x.parts["scale"].shape == (12,)
 
 
+@pytest.mark.nightly
 def test_dequantize_keeps_an_adapter():
     params = adapted(stored("int8"))
     plain = jlora.dequantize(params)
@@ -441,6 +446,7 @@ def test_a_step_changes_the_adapter_alone():
     assert second < first and codes(params) == before and step._cache_size() == compiled
 
 
+@pytest.mark.nightly
 def test_capture_and_tie():
     """Inputs are summed as over arrays, and a stored base stays one under a tied adapter."""
     base = jlora.quantize({"q": W, "k": W}, {".*": "nf4"})
@@ -532,6 +538,7 @@ def test_repr_is_short():
     assert re.search(r"QuantArray\(.*format=Q4_1, layout='io'", text) and len(text) < 300
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_loftq_makes_up_for_the_error_of_every_weight(steps):
     layers = jnp.stack([W, 2 * W[::-1]])

@@ -1,5 +1,7 @@
 """The programs in README.md and examples/README.md run as printed, and print what they say."""
 
+import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import jlora
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "examples" / "README.md").read_text()
+FRAMEWORKS = RECIPES.split("## Your framework\n")[1].split("\n## ")[0]
 
 
 def programs(text: str) -> list[str]:
@@ -59,7 +62,7 @@ def test_readme_is_short():
 
 def test_recipes(capsys):
     names: dict[str, Any] = {}
-    for program in programs(RECIPES):
+    for program in programs(RECIPES.replace(FRAMEWORKS, "")):
         exec(program, names)
     assert "factored: 2, materialized: 0, unused: 0" in capsys.readouterr().out
     x, apply = names["x"], names["apply"]
@@ -74,3 +77,34 @@ def test_recipes(capsys):
     assert jnp.allclose(
         apply(names["params"], x), names["model"].apply(names["base"], x), atol=1e-5
     )
+
+
+@pytest.mark.usefixtures("usual_promotion")  # Keras and Tunix broadcast
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix's
+@pytest.mark.parametrize("n", range(6), ids=["linen", "nnx", "equinox", "keras", "haiku", "tunix"])
+def test_frameworks(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program runs, in few lines, and its gradient reaches the adapter and nothing else."""
+    first, *others = programs(FRAMEWORKS)
+    assert len(others) == 6 and len(re.findall(r"\n+", others[n])) <= 10
+    if n == 3:
+        monkeypatch.setenv("KERAS_BACKEND", "jax")
+        monkeypatch.setenv("KERAS_HOME", os.devnull)
+    if n == 5:
+        importlib.import_module("models.tunix_models")  # `import tunix` alone needs its trainers
+    names: dict[str, Any] = {}
+    exec(first, names)
+    with nnx.use_eager_sharding(False):
+        exec(others[n], names)
+    if n == 5:
+        moved = jax.jit(jax.grad(names["loss"]))(names["params"])
+    elif n == 1:
+        moved = nnx.as_pure(nnx.state(names["net"], nnx.Param))
+    else:
+        moved = names["state"].params if n == 0 else names["params"]
+    nodes = [x for x in jax.tree.leaves(moved, is_leaf=is_lora) if is_lora(x)]
+    assert len(nodes) == (7 if n == 5 else 2)
+    assert all(bool(node.lora_b.any()) for node in nodes), "B starts at zero"
+
+
+def is_lora(x: Any) -> bool:
+    return isinstance(x, jlora.LoraArray)

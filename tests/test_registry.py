@@ -91,7 +91,7 @@ def test_every_rule_that_may_refuse_is_in_the_table():
     assert refusing == {*REFUSED, *NEVER}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "make", [m for makes in REFUSED.values() for m in makes], ids=lambda m: str(m.__code__.co_names)
 )

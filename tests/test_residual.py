@@ -65,7 +65,7 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @every
 @weights
 def test_residual_and_factors_are_the_weight(init, shape, layout, slices):
@@ -161,7 +161,7 @@ def test_the_model_starts_as_it_was_and_only_the_factors_train(init):
         assert not np.array_equal(after[path].lora_b, params[path].lora_b)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @every
 @weights
 def test_conversion_to_plain_lora(init, shape, layout, slices):

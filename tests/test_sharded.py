@@ -24,6 +24,7 @@ def tree(shape=(12, 8)):
     return jax.tree.map(lambda x: x + 0.1, params)
 
 
+@pytest.mark.nightly
 def test_dropout_differs_where_the_input_does_and_agrees_where_it_is_one():
     """W = 0 and A·B = 1/D: the output is the mean of the dropped input, one number a token."""
     d, n = 12, 64
@@ -136,7 +137,7 @@ def test_an_inner_jit_keeps_its_shardings(where):
         assert got.sharding.is_equivalent_to(want.sharding, 3)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("split", [P(None, "model"), P("model")])
 def test_shards_that_are_sent_around(split, check):

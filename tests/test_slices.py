@@ -41,7 +41,7 @@ def test_only_the_slices_are_updated(layout, shape, formula):
     assert trained == f"{stack * (11 * 4 + 2 * 11 * rest):,}"
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @every
 def test_the_law_and_its_gradient(layout, shape, formula):
     _, params = tree(layout, shape)

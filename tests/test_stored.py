@@ -34,7 +34,7 @@ CHANGED = (
 ALIKE = ("two_of_one_shape",)  # its activations, which are kept, have the shape of its weights
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "case",
     [
@@ -188,6 +188,7 @@ def test_an_adapter_over_stored_weights_is_saved_and_restored(tmp_path):
     assert is_rows(restored["w"].base) and is_rows(restored["v"])
 
 
+@pytest.mark.nightly
 def test_capture_sums_the_same_inputs():
     params = trained()
     dense = over(params, jlora.merge(tree()))

@@ -45,6 +45,7 @@ def adapted(**spec):
 apply = jlora.lora(model, fallback="error")
 
 
+@pytest.mark.nightly
 def test_a_smaller_weight_takes_the_leading_part():
     params = adapted()
     tied = jlora.tie(params, {".*": BOTH})

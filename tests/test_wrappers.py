@@ -135,7 +135,7 @@ def same(got, want, before):
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (got, before)), strict=True))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_of_freeze_it_trains_the_adapter_as_alone(name):
     params, loss = program()
@@ -143,7 +143,7 @@ def test_inside_of_freeze_it_trains_the_adapter_as_alone(name):
     same(got, alone(name, INSIDE[name], params, loss), params)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_outside_of_freeze_it_trains_the_adapter_as_alone(name):
     params, loss = program()
@@ -151,6 +151,7 @@ def test_outside_of_freeze_it_trains_the_adapter_as_alone(name):
     same(trained(name, outside, params, loss), alone(name, inside, params, loss), params)
 
 
+@pytest.mark.nightly
 def test_lookahead_synchronizes_the_trainable_tree():
     """It has two copies of the parameters of its own, so it takes the trainable tree."""
     params, loss = program()

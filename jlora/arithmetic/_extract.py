@@ -17,8 +17,9 @@ from jlora._attach import attach
 from jlora._base import built
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_tree
+from jlora._kinds import check_integer
 from jlora._paths import describe
-from jlora._spec import LoraSpec, resolve
+from jlora._spec import LoraSpec, check_rules, resolve
 from jlora.arithmetic._compress import check_limits, needed
 from jlora.initializers._decomposed import svd_of_a_range
 
@@ -78,6 +79,9 @@ def extract(
     call = "jlora.arithmetic.extract(tuned, base, rules)"
     check_tree(tuned, call, "tuned")
     check_tree(base, call, "base")
+    check_rules(rules, call, "specs", 'r".*/kernel": jlora.LoraSpec(rank=8)')
+    if niter is not None:
+        check_integer(niter, call, "niter", 0)
     same_paths(tuned, base, call)
     before, after = (dict(leaves_with_paths(tree, is_leaf)) for tree in (base, tuned))
     _check(before, after, call)

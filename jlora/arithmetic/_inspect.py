@@ -12,6 +12,7 @@ from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, Geometry, LoraArray, accumulator
 from jlora._base import built
 from jlora._boxes import leaves_with_paths
+from jlora._kinds import check_integer, check_number
 from jlora.arithmetic._compress import decomposed
 from jlora.arithmetic._fuse import svd
 from jlora.arithmetic._terms import check_original, matrices, read
@@ -60,11 +61,9 @@ def inspect(
     of the outputs; Roy and Vetterli 2007 for the effective rank.
     """
     call = "jlora.arithmetic.inspect(adapter, base)"
-    if top < 1 or not 0 < threshold < 1:
-        raise ValueError(
-            f"`{call}`: top={top} and threshold={threshold}; top must be at least 1, and the "
-            "threshold, a cosine, in (0, 1)."
-        )
+    check_integer(top, call, "top", 1)
+    wanted = "a cosine, a number in (0, 1)"
+    check_number(threshold, call, "threshold", wanted, lambda x: (x > 0) & (x < 1))
     if base is not None:
         adapter = bind(base, detach(adapter)[1])
     _, (nodes,) = read([adapter], call)

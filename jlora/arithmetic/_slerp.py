@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora import forms
+from jlora._adapters import check_adapters
 from jlora._arrays import FullArray, LoraArray
 from jlora._base import built
 from jlora.arithmetic._terms import (
@@ -56,6 +57,7 @@ def slerp(adapters: Sequence[PyTree], t: ArrayLike) -> PyTree:
     Reference: Shoemake 1985. mergekit's "slerp" and, for updates, "nuslerp".
     """
     call = "jlora.arithmetic.slerp(adapters, t)"
+    check_adapters(adapters, call)
     if len(adapters) != 2:
         raise ValueError(
             f"`{call}`: {len(adapters)} adapters; an arc has two ends. For more use `add`."

@@ -14,10 +14,11 @@ from jaxtyping import Array, PyTree
 
 from jlora import _compat, forms
 from jlora._adapt import detach, same_paths
-from jlora._adapters import is_slot, nodes_of, shape_of
+from jlora._adapters import check_adapters, is_slot, nodes_of, shape_of
 from jlora._arrays import Adapted, FullArray, LoraArray, accumulator
 from jlora._base import built
 from jlora._boxes import leaves_with_paths, map_with_paths, unboxed
+from jlora._kinds import check_number
 from jlora._paths import brief, describe
 
 
@@ -30,8 +31,7 @@ class Term(NamedTuple):
 
 def read(adapters: Sequence[PyTree], call: str) -> tuple[PyTree, list[dict[str, Adapted]]]:
     """Return the structure of all adapters and the nodes of each, by path, with their bases."""
-    if not adapters:
-        raise ValueError(f"`{call}`: there are no adapters. Pass at least one.")
+    check_adapters(adapters, call)
     likes = [unboxed(detach(adapter)[1]) for adapter in adapters]
     for n, like in enumerate(likes):
         same_paths(likes[0], like, f"{call}, adapters[0] and adapters[{n}]")
@@ -56,7 +56,9 @@ def weights_of(weights: Any, count: int, call: str) -> list[Any]:
     """Return one finite number per adapter; traced weights are not checked for being finite."""
     try:
         each = [weights[n] for n in range(len(weights))]
-        numbers = all(not isinstance(w, str) and jnp.shape(w) == () for w in each)
+        for w in each:
+            check_number(w, call, "weights")
+        numbers = not isinstance(weights, Mapping)
     except (TypeError, KeyError):
         each, numbers = [], False
     if len(each) != count or not numbers:

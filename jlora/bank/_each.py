@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 
 from jlora import _compat
 from jlora._arrays import FullArray, is_adapted
+from jlora._check import check_function
 from jlora._paths import leaves_with_paths
 from jlora.bank._batch import Batch
 from jlora.bank._joined import joined, of_weights
@@ -81,6 +82,7 @@ def each(
         What `fn` returns for the batch.
 
     Raises:
+        TypeError: `fn` is not a function, or `bank` not a bank.
         ValueError: `ids` or `weights` have a wrong shape or dtype, or an id is out of range; an
             argument has another number of examples; the bank has other paths or shapes than the
             base; with ids of tokens or with weights, something that they do not support.
@@ -96,6 +98,7 @@ def each(
 
     Reference: Punica's BGMV, Chen et al. 2023, arXiv:2310.18547. PEFT's `adapter_names=`.
     """
+    check_function(fn, _CALL)
     checked(base, bank, _CALL)
     program = _Program.of(fn, (bank, ids, args, kwargs))
     chosen = _ids(ids, bank) if weights is None else _weights(weights, ids, bank)
@@ -251,11 +254,13 @@ def _ids(ids: Any, bank: Bank) -> Any:
 
 def _weights(weights: Any, ids: Any, bank: Bank) -> Array:
     """Return mixing weights; refuse a wrong shape, and a bank that has no mixture."""
-    weights = jnp.asarray(weights)
+    if not isinstance(weights, jax.Array):
+        weights = np.asarray(weights)
     if ids is not None:
         raise ValueError(f"`{_CALL}`: with `weights=`, ids must be None.")
     if (
-        not jnp.issubdtype(weights.dtype, jnp.floating)
+        weights.dtype == object
+        or not jnp.issubdtype(weights.dtype, jnp.floating)
         or weights.ndim not in (2, 3)
         or weights.shape[-1] != bank.slots
     ):
@@ -268,4 +273,4 @@ def _weights(weights: Any, ids: Any, bank: Bank) -> Array:
             f'`{_CALL}`: "{next(iter(bank.gains))}" has a magnitude (DoRA) in some slot, and a '
             "mixture of magnitudes is not defined. Use `ids`."
         )
-    return weights
+    return jnp.asarray(weights)

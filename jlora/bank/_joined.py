@@ -17,9 +17,11 @@ from jlora.bank._slots import Bank, is_weight
 
 
 def joined(base: PyTree, bank: Bank, call: str) -> PyTree:
-    """Return the base with one adapter: A of all slots, and s·B, without the weights of a mixture.
+    """Return the base with one adapter: A and B of all slots, without the weights of a mixture.
 
-    Parameters trained in full stay plain.
+    Its scaling has an axis more, the rank: that of each component. Multiplied into B it would be
+    rounded with it in bfloat16, as it is not where a slot is alone. Parameters trained in full stay
+    plain.
     """
     nodes = dict(leaves_with_paths(bank.adapter, is_adapted))
 
@@ -42,9 +44,9 @@ def of_weights(params: PyTree, base: PyTree, bank: Bank, m: Array, scale: bool =
                 x, _mixture(node.value, weights[path], m.astype(jnp.float32) * bank.ranks[path])
             )
         if scale and isinstance(x, LoraArray):
-            by = jnp.tile(m, x.rank // m.shape[0]).astype(x.lora_b.dtype)
-            outs = x.layout.count("o")
-            return dataclasses.replace(x, lora_b=x.lora_b * by.reshape(-1, *(1,) * outs))
+            by = (x.scaling * jnp.tile(m, x.rank // m.shape[0])).astype(x.lora_b.dtype)
+            b = x.lora_b * by.reshape(*by.shape, *(1,) * x.layout.count("o"))
+            return dataclasses.replace(x, lora_b=b, scaling=jnp.ones((), jnp.float32))
         return x
 
     return map_with_paths(one, params, lambda x: is_weight(x) or is_adapted(x))
@@ -65,9 +67,11 @@ def _node(path: str, weight: Any, node: LoraArray, call: str) -> LoraArray:
     )
     node = constant(node)
     a, b = jax.vmap(lambda node: forms.factors(node, shape))(node)
-    s = jnp.asarray(node.scaling).astype(b.dtype)
-    b = b * s.reshape(*s.shape, *(1,) * (b.ndim - s.ndim))
     a, b = jnp.moveaxis(a, 0, -1), jnp.moveaxis(b, 0, stack + 1)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:stack], -1, *b.shape[stack + 2 :])
-    return LoraArray(weight, a, b, jnp.ones((), jnp.float32), node.layout)
+    s = jnp.asarray(node.scaling)
+    s = s.reshape(*s.shape, *(1,) * (1 + stack - s.ndim))
+    s = jnp.broadcast_to(s, (len(s), *shape[:stack]))
+    s = jnp.tile(jnp.moveaxis(s, 0, -1), a.shape[-1] // len(s))
+    return LoraArray(weight, a, b, s, node.layout)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jlora._check import check_optimizer
 from jlora._freeze import freeze
 from jlora._partition import labels
-from jlora.bank._slots import Bank
+from jlora.bank._slots import Bank, check_bank
 
 
 def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -32,6 +33,9 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     Returns:
         A transformation over a `Bank`.
 
+    Raises:
+        TypeError: `tx` is not an optimizer; the parameters or updates are not a bank.
+
     Example:
         >>> from jlora import LoraSpec, attach, detach
         >>> from jlora.bank import stack
@@ -41,14 +45,20 @@ def per_slot(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         >>> state[0].count.shape
         (3,)
     """
-    inner = freeze(tx)
+    check_optimizer(tx, "jlora.bank.per_slot")
+    inner, call = freeze(tx), "jlora.bank.per_slot(tx)"
 
     def init(params: PyTree) -> Any:
+        check_bank(params, f"{call}.init(params)", "params")
         return jax.vmap(inner.init)(params)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, Any]:
+        for name, tree in (("updates", updates), ("params", params)):
+            if tree is not None:
+                check_bank(tree, f"{call}.update(updates, state, params)", name)
+
         def one(updates: PyTree, state: Any, params: PyTree) -> Any:
             return inner.update(updates, state, params, **extra)
 

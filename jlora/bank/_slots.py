@@ -15,12 +15,13 @@ from jaxtyping import Array, PyTree
 
 from jlora import _compat, forms
 from jlora._adapt import detach, same_paths
-from jlora._adapters import is_slot, nodes_of
+from jlora._adapters import check_adapters, is_slot, nodes_of
 from jlora._arrays import FullArray, is_adapted
 from jlora._base import built, is_stored
 from jlora._boxes import leaves_with_paths, map_with_paths, unboxed
+from jlora._kinds import check_integer
 from jlora._partition import has_adapted
-from jlora._paths import describe
+from jlora._paths import brief, describe
 from jlora.bank._fit import fitted, module, resized, template, without_gain
 from jlora.forms.dora import MAGNITUDE
 
@@ -52,6 +53,15 @@ class Bank:
         return next(iter(self.ranks.values())).shape[0]
 
 
+def check_bank(bank: object, call: str, argument: str = "bank") -> None:
+    """Refuse anything but a bank."""
+    if not isinstance(bank, Bank):
+        raise TypeError(
+            f"`{call}`: `{argument}` is {brief(bank)}. Pass a bank: "
+            "`jlora.bank.stack([adapter, ...])`."
+        )
+
+
 def stack(adapters: Sequence[PyTree], slots: int | None = None, rank: int | None = None) -> Bank:
     """Stack adapters of one base model in slots; smaller ranks are padded with zeros.
 
@@ -68,6 +78,7 @@ def stack(adapters: Sequence[PyTree], slots: int | None = None, rank: int | None
         A bank.
 
     Raises:
+        TypeError: `adapters` is not a sequence, or `slots` or `rank` not an integer.
         ValueError: there are no adapters or too few slots; a rank is above `rank`; adapters have
             different paths, shapes, forms or layouts; a node is tied, incomplete or over a
             residual.
@@ -83,13 +94,14 @@ def stack(adapters: Sequence[PyTree], slots: int | None = None, rank: int | None
     Reference: vLLM's `max_loras` and `max_lora_rank`.
     """
     call = "jlora.bank.stack(adapters, slots, rank)"
-    if not adapters:
-        raise ValueError(f"`{call}`: there are no adapters. Pass at least one.")
+    check_adapters(adapters, call)
+    if slots is not None:
+        check_integer(slots, call, "slots", 1)
+    if rank is not None:
+        check_integer(rank, call, "rank", 1)
     slots = len(adapters) if slots is None else slots
     if slots < len(adapters):
         raise ValueError(f"`{call}`: {len(adapters)} adapters do not fit in {slots} slots.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"`{call}`: rank={rank}; a rank is at least 1.")
     detached = [_detached(adapter) for adapter in adapters]
     for n, adapter in enumerate(detached):
         same_paths(detached[0], adapter, f"{call}, adapters[0] and adapters[{n}]")
@@ -115,6 +127,7 @@ def put(bank: Bank, slot: ArrayLike, adapter: PyTree) -> Bank:
         The new bank.
 
     Raises:
+        TypeError: `bank` is not a bank.
         ValueError: the slot is out of range; the adapter has a rank above the bank's, adapts a
             weight that the bank does not, or is of another base, form or layout.
 
@@ -127,6 +140,7 @@ def put(bank: Bank, slot: ArrayLike, adapter: PyTree) -> Bank:
         True
     """
     call = "jlora.bank.put(bank, slot, adapter)"
+    check_bank(bank, call)
     at = _slot(bank, slot, call)
     detached = _detached(adapter)
     same_paths(bank.adapter, detached, call)
@@ -149,6 +163,7 @@ def pick(bank: Bank, slot: ArrayLike) -> PyTree:
         An adapter, as from `jlora.detach`. For an empty slot all of its leaves are `None`.
 
     Raises:
+        TypeError: `bank` is not a bank.
         ValueError: the slot is out of range; the bank or the slot is traced.
 
     Example:
@@ -158,6 +173,7 @@ def pick(bank: Bank, slot: ArrayLike) -> PyTree:
         (4, 2)
     """
     call = "jlora.bank.pick(bank, slot)"
+    check_bank(bank, call)
     if any(map(_compat.is_traced, [slot, *jax.tree.leaves(bank)])):
         raise ValueError(
             f"`{call}`: the bank or the slot is traced, and the adapter's shapes depend on the "
@@ -192,6 +208,7 @@ def bind(base: PyTree, bank: Bank) -> PyTree:
         Adapted parameters for `jlora.lora`. What the slot does not adapt equals the base.
 
     Raises:
+        TypeError: `bank` is not a bank.
         ValueError: `base` has adapters, or other paths or shapes than the bank.
 
     Example:
@@ -231,6 +248,7 @@ def bound(base: PyTree, bank: Bank, call: str) -> PyTree:
 
 def checked(base: PyTree, bank: Bank, call: str) -> None:
     """Refuse base weights with adapters, or of another model than the bank."""
+    check_bank(bank, call)
     if has_adapted(base):
         raise ValueError(
             f"`{call}`: `base` has adapters of its own. Pass plain weights: "

@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora import forms
 from jlora._arrays import LoraArray
+from jlora._tensor_file import read
 from jlora.cli._changes import Change, Gain, Product, seen
 from jlora.cli._checkpoint import Checkpoint, read_json
 from jlora.cli._safetensors import WEIGHTS
@@ -25,7 +26,7 @@ from jlora.peft._match import is_saved
 from jlora.peft._methods import Read, as_lora, with_extra
 from jlora.peft._names import Place
 from jlora.peft._spell import names_of
-from jlora.peft._tensors import MAGNITUDE, PARTS, from_torch, read
+from jlora.peft._tensors import MAGNITUDE, PARTS, from_torch
 
 _HEADS = ("classifier", "score")  # saved by PEFT for classification tasks without being listed
 _ENDINGS = [e for parts in PARTS.values() for e in parts.values()] + [MAGNITUDE, BIAS, TOKENS]

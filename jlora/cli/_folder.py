@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora._arrays import FullArray, LoraArray, is_adapted
 from jlora.cli._adapter import Adapter, is_lora, module_of, node_of
+from jlora.cli._output import check_space
 from jlora.peft._assign import assign
 from jlora.peft._keys import Found
 from jlora.peft._methods import as_lora
@@ -88,7 +90,8 @@ def aligned(trees: list[Tree]) -> list[Tree]:
 def write_adapter(
     out: Path, tree: Tree, kinds: Mapping[str, str], said: Mapping[str, Any], dtype: Any = None
 ) -> None:
-    """Write an adapter as a PEFT folder."""
+    """Write an adapter as a PEFT folder, if the disk has room for it."""
+    check_space(out, sum(x.nbytes for x in jax.tree.leaves(tree)), "jlora")
     tree = {name: node for name, node in tree.items() if is_adapted(node)}
     kept = ("base_model_name_or_path", "task_type", "fan_in_fan_out", "revision", "lora_dropout")
     config = {key: said[key] for key in kept if said.get(key) is not None}

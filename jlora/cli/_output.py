@@ -19,6 +19,7 @@ def add_folder_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every verb takes that writes a PEFT folder."""
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it has files")
+    parser.add_argument("--dry-run", action="store_true", help="compute, write nothing")
     parser.add_argument("--json", action="store_true", help="report as JSON")
 
 
@@ -77,6 +78,17 @@ def check_target(out: Path, inputs: list[Path], overwrite: bool, call: str) -> N
         )
 
 
+def check_space(out: Path, size: int, call: str) -> None:
+    """Refuse to write more than the disk has free."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise OSError(
+            f"`{call}`: {shown(size)} are to be written, and {parent} has {shown(free)} free. "
+            "Nothing was written. Give a folder on another disk."
+        )
+
+
 def write_folder(
     out: Path,
     files: Mapping[str, tuple[Mapping[str, Target], Mapping[str, str]]],
@@ -90,13 +102,7 @@ def write_folder(
         for targets, metadata in files.values()
     ]
     total = sum(sizes) + sum(f.stat().st_size for f in copies)
-    parent = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if total > free:
-        raise OSError(
-            f"`{call}`: {shown(total)} are to be written, and {parent} has {shown(free)} free. "
-            "Nothing was written. Give a folder on another disk."
-        )
+    check_space(out, total, call)
     progress = Progress(sum(t.size for targets, _ in files.values() for t in targets.values()))
     with replacing(out) as new:
         for name, (targets, metadata) in files.items():
@@ -107,8 +113,9 @@ def write_folder(
             (new / name).write_text(text, encoding="utf-8")
 
 
-def report(said: Mapping[str, Any], as_json: bool) -> None:
+def report(said: Mapping[str, Any], as_json: bool, dry: bool = False) -> None:
     """Print what was done, as a table or as JSON."""
+    said = {**said, "written": "nothing (--dry-run)"} if dry else said
     if as_json:
         print(json.dumps(said, indent=2))
         return

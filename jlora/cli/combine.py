@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     _check(trees, [path for path, _ in given], call)
     weights = [weight for _, weight in given]
     total = _combined(args.method, trees, weights, options, call)
-    write_adapter(args.out, total, kinds, adapters[0].said, args.dtype)
+    if not args.dry_run:
+        write_adapter(args.out, total, kinds, adapters[0].said, args.dtype)
     said = {
         "adapters": {str(path): weight for path, weight in given},
         "out": str(args.out),
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": sum(node is not None for node in total.values()),
         "ranks": f"{', '.join(ranks_of(tree) for tree in trees)} -> {ranks_of(total)}",
     }
-    report(said, args.json)
+    report(said, args.json, args.dry_run)
 
 
 def _options(args: argparse.Namespace, call: str) -> dict[str, Any]:

@@ -1,128 +1,165 @@
-"""`jlora convert ADAPTER OUT --to gguf|mlx|vllm`: write an adapter in another program's format."""
+"""`jlora convert ADAPTER OUT --to peft|gguf|mlx|kohya|diffusers|vllm`: another program's format.
+
+The format of ADAPTER is found by its files. A pipeline of diffusers becomes a PEFT folder for each
+of its models.
+"""
 
 import argparse
 import dataclasses
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._arrays import FullArray, LoraArray
 from jlora._disk import replacing
 from jlora._modules import Module
-from jlora.cli._adapter import Adapter, open_adapter
-from jlora.cli._checkpoint import CONFIG, read_json
-from jlora.cli._folder import Tree, tree_of, write_adapter
-from jlora.cli._output import check_target, report
+from jlora.cli._folder import write_adapter
+from jlora.cli._output import check_space, check_target, report
+from jlora.cli._source import Source, bridge, config_of, open_source, tree_from
 
-HELP = "convert an adapter: gguf (llama.cpp), mlx (MLX-LM), vllm (one rank and alpha)"
+HELP = "convert an adapter from and to peft, gguf (llama.cpp), mlx, kohya, diffusers; to vllm"
+_FILES = ("gguf", "kohya")  # the others are folders
+_UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("adapter", type=Path, help="a PEFT folder")
-    parser.add_argument("out", type=Path, help="gguf: the new file; mlx, vllm: the new folder")
+    parser.add_argument("adapter", type=Path, help="a folder or file of any of these formats")
+    parser.add_argument("out", type=Path, help="gguf, kohya: the new file; others: the new folder")
     parser.add_argument("--to", choices=[*FORMATS], required=True)
     parser.add_argument("--base", type=Path, help="gguf, mlx: the folder with its config.json")
-    parser.add_argument("--dtype", choices=["float32", "float16"], help="gguf: of A and B")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="by default that of ADAPTER"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--json", action="store_true", help="report as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert."""
     call = f"jlora convert ADAPTER OUT --to {args.to}"
-    adapter = open_adapter(args.adapter, call)
-    tree, kinds = tree_of(adapter, call)
-    for name, node in tree.items():
-        if isinstance(node, FullArray):
+    source = open_source(args.adapter, args.base, call)
+    source = source._replace(modules=_cast(source.modules, args.dtype, call))
+    inputs = [args.adapter, *([args.base] if args.base is not None else [])]
+    if args.to in _FILES:
+        if args.out.exists() and (args.out.is_dir() or not args.overwrite):
+            raise ValueError(f"`{call}`: {args.out} exists. Give another file, or `--overwrite`.")
+    else:
+        check_target(args.out, inputs, args.overwrite, call)
+    check_space(args.out, sum(m.a.nbytes + m.b.nbytes for m in source.modules), call)
+    write = FORMATS[args.to]
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / args.out.name, source, args, call)
+    elif args.to in _FILES:
+        parent = args.out.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".jlora-", dir=parent) as folder:
+            write(Path(folder) / args.out.name, source, args, call)
+            (Path(folder) / args.out.name).replace(args.out)
+    else:
+        with replacing(args.out) as new:
+            write(new, source, args, call)
+    said = {
+        "adapter": str(args.adapter),
+        "out": str(args.out),
+        "weights": len(source.modules),
+        "ranks": sorted({module.rank for module in source.modules}),
+        "from": source.format,
+        "format": args.to,
+    }
+    report(said, args.json, args.dry_run)
+
+
+def _cast(modules: list[Module], dtype: str | None, call: str) -> list[Module]:
+    if dtype is None:
+        return modules
+    cast = []
+    for module in modules:
+        parts: dict[str, Any] = {"a": module.a, "b": module.b, "magnitude": module.magnitude}
+        given = {k: x for k, x in parts.items() if x is not None}
+        with np.errstate(over="ignore"):
+            new: dict[str, Any] = {k: x.astype(jnp.dtype(dtype)) for k, x in given.items()}
+        if not all(np.isfinite(x.astype(np.float32)).all() for x in new.values()):
             raise ValueError(
-                f'`{call}`: "{name}" is saved whole, for which the format has no place. Merge the '
-                "adapter, `jlora merge BASE ADAPTER OUT`, and convert the result."
+                f'`{call}`: "{module.name}" has values that are not finite in {dtype}. Pass '
+                "`--dtype bfloat16`, which has float32's range."
             )
-    if args.dtype is not None and args.to != "gguf":
-        raise ValueError(f"`{call}` does not use `--dtype`.")
-    FORMATS[args.to](args, adapter, tree, kinds, call)
-    ranks = sorted({node.rank for node in tree.values()})
-    said = {"adapter": str(args.adapter), "out": str(args.out), "weights": len(tree)}
-    report(said | {"ranks": ranks, "format": args.to}, args.json)
+        cast.append(dataclasses.replace(module, **new))
+    return cast
 
 
-def _gguf(args: Any, adapter: Adapter, tree: Tree, kinds: Any, call: str) -> None:
-    gguf = _bridge("gguf", call)
-    config = _config(args.base, call)
-    if args.out.exists() and (args.out.is_dir() or not args.overwrite):
-        raise ValueError(f"`{call}`: {args.out} exists. Give another file, or `--overwrite`.")
-    parent = args.out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=parent) as folder:
-        gguf.save(Path(folder) / args.out.name, modules_of(tree), config, args.dtype or "float32")
-        (Path(folder) / args.out.name).replace(args.out)
+def _peft(out: Path, source: Source, args: Any, call: str) -> None:
+    """Write one folder, or one for each model of a pipeline."""
+    by_model: dict[str, list[Module]] = {}
+    for module in source.modules:
+        component, _, inside = module.name.partition(".")
+        single = source.format in ("peft", "gguf", "mlx") or module.name.startswith(_UNET)
+        named = module if single else dataclasses.replace(module, name=inside)
+        by_model.setdefault("" if single else component, []).append(named)
+    for component, modules in by_model.items():
+        tree, kinds = tree_from(modules)
+        write_adapter(out / component, tree, kinds, source.said)
 
 
-def _mlx(args: Any, adapter: Adapter, tree: Tree, kinds: Any, call: str) -> None:
-    mlx = _bridge("mlx", call)
-    config = _config(args.base, call)
-    layers = config.get("num_hidden_layers")
+def _gguf(out: Path, source: Source, args: Any, call: str) -> None:
+    bridge("gguf", call).save(out, source.modules, config_of(args.base, call), args.dtype)
+
+
+def _mlx(out: Path, source: Source, args: Any, call: str) -> None:
+    layers = config_of(args.base, call).get("num_hidden_layers")
     if not isinstance(layers, int):
         raise ValueError(f"`{call}`: config.json has no num_hidden_layers. Is it the base's?")
-    check_target(args.out, [args.adapter, args.base], args.overwrite, call)
-    with replacing(args.out) as new:
-        name = adapter.said.get("base_model_name_or_path") or str(args.base)
-        mlx.save(new, modules_of(tree), layers, name)
+    name = source.said.get("base_model_name_or_path") or str(args.base)
+    bridge("mlx", call).save(out, source.modules, layers, name, args.dtype)
 
 
-def _vllm(args: Any, adapter: Adapter, tree: Tree, kinds: Any, call: str) -> None:
+def _kohya(out: Path, source: Source, args: Any, call: str) -> None:
+    bridge("kohya", call).save(out, _of_pipeline(source.modules))
+
+
+def _diffusers(out: Path, source: Source, args: Any, call: str) -> None:
+    bridge("diffusers", call).save(out, _of_pipeline(source.modules))
+
+
+def _of_pipeline(modules: list[Module]) -> list[Module]:
+    """Put the component first in the names of one model's modules."""
+
+    def named(name: str) -> str:
+        if name.startswith("text_model."):
+            return f"text_encoder.{name}"
+        return f"unet.{name}" if name.startswith(_UNET) else name
+
+    return [dataclasses.replace(module, name=named(module.name)) for module in modules]
+
+
+def _vllm(out: Path, source: Source, args: Any, call: str) -> None:
     """Write one rank and alpha: s in B, smaller ranks padded with zeros."""
-    check_target(args.out, [args.adapter], args.overwrite, call)
-    rank = max(node.rank for node in tree.values())
-    for name, node in tree.items():
-        if node.extra:
+    rank = max(module.rank for module in source.modules)
+    padded = []
+    for module in source.modules:
+        if module.magnitude is not None:
             raise ValueError(
-                f'`{call}`: "{name}" has a magnitude (DoRA), for which vLLM has no form. Merge the '
-                "adapter, `jlora merge BASE ADAPTER OUT`, and serve the result."
+                f'`{call}`: "{module.name}" has a magnitude (DoRA), for which vLLM has no form. '
+                "Merge the adapter, `jlora merge BASE ADAPTER OUT`, and serve the result."
             )
-    write_adapter(args.out, {k: _padded(x, rank) for k, x in tree.items()}, kinds, adapter.said)
+        rest = rank - module.rank
+        a = np.pad(module.a, [(0, rest), *[(0, 0)] * (module.a.ndim - 1)])
+        b = module.b.astype(np.float32) * np.float32(module.scaling)
+        b = np.pad(b, [(0, 0), (0, rest), *[(0, 0)] * (b.ndim - 2)])
+        padded.append(dataclasses.replace(module, a=a.astype(np.float32), b=b, scaling=1.0))
+    tree, kinds = tree_from(padded)
+    write_adapter(out, tree, kinds, source.said, args.dtype)
 
 
-FORMATS = {"gguf": _gguf, "mlx": _mlx, "vllm": _vllm}
-
-
-def _padded(node: LoraArray, rank: int) -> LoraArray:
-    """Return a node of this rank whose scaling is 1."""
-    less = rank - node.rank
-    a = jnp.pad(node.lora_a, [*[(0, 0)] * (node.lora_a.ndim - 1), (0, less)])
-    b = jnp.pad(node.lora_b * node.scaling, [(0, less), *[(0, 0)] * (node.lora_b.ndim - 1)])
-    return dataclasses.replace(node, lora_a=a, lora_b=b, scaling=jnp.float32(1))
-
-
-def _bridge(name: str, call: str) -> Any:
-    try:
-        return import_module(f"jlora.{name}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"`{call}` needs {error.name}: `pip install {error.name}`.") from None
-
-
-def _config(base: Path | None, call: str) -> dict[str, Any]:
-    if base is None:
-        raise ValueError(f"`{call}` needs `--base`, the folder with the model's config.json.")
-    file = base / CONFIG if base.is_dir() else base
-    if not file.is_file():
-        raise FileNotFoundError(f"`{call}`: there is no {file}.")
-    return read_json(file, call)
-
-
-def modules_of(tree: Tree) -> list[Module]:
-    """Return an adapter in the vocabulary of files."""
-    modules = []
-    for name, node in tree.items():
-        a, b = np.asarray(node.lora_a), np.asarray(node.lora_b)
-        kind = {"io": "embedding", "oi": "linear"}.get(node.layout, "conv")
-        m = node.extra.get("magnitude")
-        m = None if m is None else np.asarray(m).reshape(-1)
-        s = float(node.scaling)
-        modules.append(Module(name.removesuffix(".weight"), np.moveaxis(a, -1, 0), b.T, s, kind, m))
-    return modules
+FORMATS = {
+    "peft": _peft,
+    "gguf": _gguf,
+    "mlx": _mlx,
+    "kohya": _kohya,
+    "diffusers": _diffusers,
+    "vllm": _vllm,
+}

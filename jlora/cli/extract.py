@@ -18,7 +18,7 @@ from jlora._paths import near_misses
 from jlora._spec import LoraSpec
 from jlora.cli._checkpoint import EMBEDDINGS, HEADS, Checkpoint, open_checkpoint
 from jlora.cli._folder import Tree, ranks_of, write_adapter
-from jlora.cli._output import add_folder_options, check_target, report
+from jlora.cli._output import Progress, add_folder_options, check_target, report
 from jlora.cli._safetensors import WEIGHTS, Entry, blocks
 
 HELP = "make an adapter of the difference of two checkpoints: truncated SVD"
@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> None:
     spec = LoraSpec(args.rank, args.rank, layout="io" if turned else "oi")
     tree: Tree = {}
     errors, left = {}, []
+    progress = Progress(sum(entry.size for entry in base.entries.values()))
     for name, entry in base.entries.items():
         other = tuned.entries[name]
+        progress(entry.size)
         if not _differ(entry, other):
             continue
         if name in chosen:
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`{call}`: no chosen tensor differs between the checkpoints{more}.")
     kinds = {name: _kind(node, turned) for name, node in tree.items()}
     said = {"base_model_name_or_path": str(args.base), "fan_in_fan_out": turned}
-    write_adapter(args.out, tree, {k: x for k, x in kinds.items() if x}, said, args.dtype)
+    if not args.dry_run:
+        write_adapter(args.out, tree, {k: x for k, x in kinds.items() if x}, said, args.dtype)
     _report(args, tree, errors, left)
 
 
@@ -152,4 +155,4 @@ def _report(
     if worst is not None:
         said["mean relative error"] = f"{np.mean(list(errors.values())):.4f}"
         said["largest relative error"] = f"{errors[worst]:.4f} ({worst})"
-    report(said | ({"errors": errors} if args.json else {}), args.json)
+    report(said | ({"errors": errors} if args.json else {}), args.json, args.dry_run)

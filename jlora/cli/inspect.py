@@ -1,4 +1,4 @@
-"""`jlora inspect ADAPTER [--base BASE]`: what an adapter changes, weight by weight."""
+"""`jlora inspect ADAPTER [--base BASE] [--plot P.png]`: what an adapter changes in each weight."""
 
 import argparse
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from jlora.cli._checkpoint import open_checkpoint
 from jlora.cli._folder import tree_of
 from jlora.cli._output import report
 from jlora.cli._safetensors import WEIGHTS
+from jlora.cli._source import bridge
 
 HELP = "norms, effective ranks and, with the base, relative norms and intruder dimensions"
 _COLUMNS = ("rank", "norm", "effective_rank", "relative", "intruders")
@@ -26,12 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="the checkpoint that it adapts")
     parser.add_argument("--top", type=int, default=10, help="singular vectors to compare")
     parser.add_argument("--threshold", type=float, default=0.5, help="of an intruder's cosines")
+    parser.add_argument("--plot", type=Path, help="write a picture, P.png; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="report as JSON, with the spectra")
 
 
 def run(args: argparse.Namespace) -> None:
     """Inspect."""
     call = "jlora inspect ADAPTER"
+    plot: Path | None = args.plot
+    draw = None if plot is None else bridge("_plot", call).plot
+    if plot is not None and (plot.suffix != ".png" or plot.is_dir()):
+        raise ValueError(f"`{call}`: --plot {plot} is no name of a .png file.")
     adapter = open_adapter(args.adapter, call)
     tree, _ = tree_of(adapter, call)
     of_base = None if args.base is None else _reader(args.base, adapter, call)
@@ -44,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
         weight = None if of_base is None else {name: of_base(name)}
         found = arithmetic.inspect({name: node}, weight, top=args.top, threshold=args.threshold)
         rows[name] |= {key: np.asarray(x).tolist() for key, x in found[name].items()}
+    if plot is not None and draw is not None:
+        plot.absolute().parent.mkdir(parents=True, exist_ok=True)
+        draw(plot, rows)
     if args.json:
         report({"adapter": str(args.adapter), "weights": rows}, True)
     else:

@@ -59,12 +59,10 @@ def run(args: argparse.Namespace) -> None:
     }
     if untied:
         said["untied"] = "the output head has weights of its own now: tie_word_embeddings is false"
-    if args.dry_run:
-        said["written"] = "nothing (--dry-run)"
-    else:
+    if not args.dry_run:
         copies = [f for f in checkpoint.carried if f.name not in texts]
         write_folder(args.out, files, texts, copies, call)
-    report(said, args.json)
+    report(said, args.json, args.dry_run)
 
 
 def combined(

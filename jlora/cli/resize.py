@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     adapter = open_adapter(args.adapter, call)
     tree, kinds = tree_of(adapter, call)
     small, kept = compress(tree, rank=args.rank, energy=args.energy, error=args.error)
-    write_adapter(args.out, small, kinds, adapter.said, args.dtype)
+    if not args.dry_run:
+        write_adapter(args.out, small, kinds, adapter.said, args.dtype)
     parts = {name: round(float(np.min(x)), 6) for name, x in kept.items()}
     least = min(parts, key=parts.__getitem__)
     said = {
@@ -41,4 +42,4 @@ def run(args: argparse.Namespace) -> None:
         "least norm kept": f"{parts[least]:.4f} ({least})",
         "mean norm kept": f"{np.mean(list(parts.values())):.4f}",
     }
-    report(said | ({"norm kept": parts} if args.json else {}), args.json)
+    report(said | ({"norm kept": parts} if args.json else {}), args.json, args.dry_run)

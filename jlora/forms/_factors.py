@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jlora._arrays import AXES, Geometry, LoraArray, accumulator
-from jlora.forms._form import Part, named
+from jlora.forms._form import Part, check_node, named
 
 Slices = tuple[tuple[int, int], ...] | None
 
@@ -78,6 +78,7 @@ def changed_b(node: LoraArray, geometry: Geometry, change: Callable[[Array], Arr
         >>> changed_b(node, Geometry.of((3, 4), "io"), lambda b: 2 * b)[0, 0].item()
         2.0
     """
+    check_node(node, "jlora.forms.changed_b(node, ...)")
     shape, dtype = node.lora_b.shape, node.lora_b.dtype
     matrix = node.lora_b.astype(accumulator(dtype))
     matrix = matrix.reshape(*geometry.stack, node.rank, geometry.fan_out)
@@ -103,6 +104,7 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
         >>> factors(node)[1].tolist()
         [[3.0, 3.0]]
     """
+    check_node(node, "jlora.forms.factors(node)")
     geometry, form = Geometry.of(shape or node.shape, node.layout), named(node.form)
     if form.factors is not None:
         return form.factors(node, geometry)
@@ -135,6 +137,7 @@ def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
         >>> as_lora(node).form, as_lora(node).lora_b.tolist()
         ('lora', [[3.0, 3.0]])
     """
+    check_node(node, "jlora.forms.as_lora(node)")
     a, b = factors(node, shape)
     extra = {name: x for name, x in node.extra.items() if name not in named(node.form).parts}
     return dataclasses.replace(node, lora_a=a, lora_b=b, slices=None, extra=extra, form="lora")
@@ -156,7 +159,14 @@ def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Ar
         >>> delta(node, (3, 4), jnp.float32)[0, 0].item()
         1.0
     """
+    check_node(node, "jlora.forms.delta(node, ...)")
     geometry = Geometry.of(shape, node.layout)
+    if node.lora_a.shape[:-1] != (*geometry.stack, *geometry.in_dims):
+        raise ValueError(
+            f"`jlora.forms.delta(node, shape, dtype)`: lora_a {node.lora_a.shape} with layout "
+            f"{node.layout!r} is not that of a weight of shape {tuple(shape)}. Give the shape of "
+            "the node's base."
+        )
     a, b = factors(node, shape)
     rank = a.shape[-1]
     a = a.reshape(*geometry.stack, geometry.fan_in, rank)

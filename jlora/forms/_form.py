@@ -1,7 +1,7 @@
 """`Form`, the description of a variant of LoRA, and the registry of forms."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jlora._arrays import AXES, Geometry, LoraArray
 from jlora._paths import brief
+from jlora.forms._initial import check_initializer
 
 Factors = tuple[Float[Array, "in rank"], Float[Array, "rank out"]]
 # A, B and the residual, which becomes `base`.
@@ -35,6 +36,12 @@ def zeros(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         [0.0, 0.0]
     """
     return jnp.zeros(shape, dtype)
+
+
+def _require(good: bool, given: str, wanted: str) -> None:
+    """Refuse an argument of the wrong kind."""
+    if not good:
+        raise TypeError(f"`jlora.forms.{given}`: give {wanted}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +71,18 @@ class Part:
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if not self.axes.startswith("s") or set(self.axes) - set("sior "):
+        axes = self.axes if isinstance(self.axes, str) else ""
+        if not axes.startswith("s") or set(axes) - set("sior "):
             raise ValueError(
                 f'`jlora.forms.Part({brief(self.axes)})`: the axes begin with the stack, "s"; the '
                 'rest are "i" (inputs), "o" (outputs) and, in a group, "r" (the rank): "si r".'
             )
+        for name, good, wanted in (
+            ("begin", callable(self.begin), "a function `(node, shape, dtype) -> array`"),
+            ("frozen", isinstance(self.frozen, bool), "True or False"),
+            ("shared", isinstance(self.shared, bool), "True or False"),
+        ):
+            _require(good, f"Part({name}={brief(getattr(self, name))})", wanted)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +101,10 @@ class Form:
         refuses: unsupported features and why: "slices", and "residual", an initializer that
             subtracts A B from the weight. With `factors` neither is supported.
 
+    Raises:
+        TypeError: a field has another type, or `init` cannot be called as an initializer.
+        ValueError: `frozen` has names other than "lora_a" and "lora_b".
+
     Example:
         >>> Form("ours", init=lambda key, weight, rank, scaling, dtype: ...).is_product
         True
@@ -98,6 +116,26 @@ class Form:
     extra: Mapping[str, Part] = dataclasses.field(default_factory=dict)
     factors: Callable[[LoraArray, Geometry], tuple[Array, Array]] | None = None
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_initializer(self.init, f"jlora.forms.Form(init={brief(self.init)})")
+        extra, refuses, frozen = self.extra, self.refuses, self.frozen
+        parts = isinstance(extra, Mapping) and all(isinstance(x, Part) for x in extra.values())
+        reasons = isinstance(refuses, Mapping) and set(refuses) <= set(_REFUSED)
+        names = not isinstance(frozen, str) and isinstance(frozen, Sequence)
+        for name, good, wanted in (
+            ("name", isinstance(self.name, str), "the name in `LoraSpec(form=...)`, a string"),
+            ("frozen", names, 'a tuple of names, e.g. `("lora_a",)`'),
+            ("extra", parts, 'a mapping from name to part, e.g. `{"core": Part("s r r")}`'),
+            ("factors", self.is_product or callable(self.factors), "a function, or None"),
+            ("refuses", reasons, 'a mapping from "slices" or "residual" to a reason'),
+        ):
+            _require(good, f"Form({name}={brief(getattr(self, name))})", wanted)
+        if not set(frozen) <= set(AXES):
+            raise ValueError(
+                f'`jlora.forms.Form(frozen={brief(frozen)})`: it takes "lora_a" and "lora_b". For '
+                "a part of `extra` use `Part(..., frozen=True)`."
+            )
 
     @property
     def is_product(self) -> bool:
@@ -124,6 +162,16 @@ _REFUSED = {
 _FORMS: dict[str, Form] = {}
 
 
+def check_node(node: object, call: str) -> None:
+    """Refuse anything but a `LoraArray`."""
+    if not isinstance(node, LoraArray):
+        raise TypeError(
+            f"`{call}`: `node` is {brief(node)}. Pass one `LoraArray`, a leaf of what "
+            "`jlora.attach` returned: `jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, "
+            "jlora.LoraArray))`."
+        )
+
+
 def register(form: Form) -> None:
     """Register a form for `LoraSpec(form=...)` and all functions of jlora.
 
@@ -134,8 +182,9 @@ def register(form: Form) -> None:
         None.
 
     Raises:
-        ValueError: the name is already registered, a part has the name of a field of `LoraArray`,
-            or `frozen` has names other than "lora_a" and "lora_b".
+        ValueError: the name is already registered, or a part has the name of a field of
+            `LoraArray`.
+        TypeError: `form` is not a `Form`.
 
     Example:
         >>> from jlora import LoraSpec, initializers
@@ -143,6 +192,8 @@ def register(form: Form) -> None:
         >>> LoraSpec(2, form="trains_a").form
         'trains_a'
     """
+    given = f"register({brief(form)})"
+    _require(isinstance(form, Form), given, "a form: `jlora.forms.Form(name, init, ...)`")
     call = f"jlora.forms.register(Form({form.name!r}, ...))"
     if form.name in _FORMS:
         raise ValueError(
@@ -154,11 +205,6 @@ def register(form: Form) -> None:
                 f"`{call}`: LoraArray has a field {name!r}, so no part in `extra` can have that "
                 "name. Choose another name."
             )
-    if not set(form.frozen) <= set(AXES):
-        raise ValueError(
-            f'`{call}`: frozen={brief(form.frozen)}; it takes "lora_a" and "lora_b". For a part of '
-            "`extra` use `Part(..., frozen=True)`."
-        )
     _FORMS[form.name] = form
 
 
@@ -179,7 +225,7 @@ def named(name: str, call: str = "jlora.forms.named(name)") -> Form:
         >>> named("lora_fa").frozen
         ('lora_a',)
     """
-    if name not in _FORMS:
+    if not isinstance(name, str) or name not in _FORMS:
         raise ValueError(
             f"`{call}`: give one of {', '.join(map(repr, _FORMS))}; there is no form "
             f"{brief(name)}. Register a form of your own first: `jlora.forms.register(form)`."

@@ -9,7 +9,7 @@ from jlora._base import built
 from jlora._paths import describe
 from jlora.forms import dora
 from jlora.forms._factors import delta, shapes
-from jlora.forms._form import Form, Part, named
+from jlora.forms._form import Form, Part, check_node, named
 
 
 def of(node: LoraArray) -> Form:
@@ -28,6 +28,7 @@ def of(node: LoraArray) -> Form:
         >>> of(LoraArray(None, None, None, None, "io")).name
         'lora'
     """
+    check_node(node, "jlora.forms.of(node)")
     return named(node.form, f"LoraArray(..., form={node.form!r})")
 
 
@@ -44,6 +45,7 @@ def has_gain(node: LoraArray) -> bool:
         >>> has_gain(LoraArray(None, None, None, None, "io"))
         False
     """
+    check_node(node, "jlora.forms.has_gain(node)")
     return dora.MAGNITUDE in node.extra
 
 
@@ -61,6 +63,7 @@ def parts(node: LoraArray) -> dict[str, Part]:
         >>> {name: part.axes for name, part in parts(node).items()}
         {'lora_a': 'si r', 'lora_b': 's r o'}
     """
+    check_node(node, "jlora.forms.parts(node)")
     return of(node).parts | (dora.PARTS if has_gain(node) else {})
 
 
@@ -80,6 +83,7 @@ def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
         >>> begun(node, True, jnp.float32).extra["magnitude"].shape
         (4,)
     """
+    check_node(node, "jlora.forms.begun(node, ...)")
     more = {**of(node).extra, **(dora.PARTS if with_dora else {})}
     want = shapes(more, Geometry.of(node.shape, node.layout), node.rank)
     for name, part in more.items():
@@ -101,6 +105,7 @@ def gain(node: LoraArray) -> Float[Array, "..."] | None:
         >>> gain(node) is None, gain(begun(node, True, jnp.float32)).round(4).tolist()
         (True, [1.0, 1.0, 1.0, 1.0])
     """
+    check_node(node, "jlora.forms.gain(node)")
     return dora.gain(node) if has_gain(node) else None
 
 
@@ -118,6 +123,7 @@ def weight(node: LoraArray) -> Float[Array, "..."]:
         >>> weight(node)[0, 0].item()
         2.0
     """
+    check_node(node, "jlora.forms.weight(node)")
     update = delta(node, node.shape, node.dtype)
     summed = built(node.base).astype(update.dtype) + update
     by = gain(node)
@@ -141,6 +147,7 @@ def base_of(merged: Array, node: LoraArray) -> Float[Array, "..."]:
         >>> base_of(weight(node), node)[0, 0].item()
         1.0
     """
+    check_node(node, "jlora.forms.base_of(merged, node)")
     update = delta(node, merged.shape, merged.dtype)
     wide = merged.astype(update.dtype)
     by = gain(node)
@@ -171,6 +178,7 @@ def check(path: str, node: LoraArray, call: str) -> None:
         >>> node = LoraArray(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
         >>> check("w", node, "jlora.merge")
     """
+    check_node(node, "jlora.forms.check(path, node, call)")
     if any(isinstance(x, Tied) for x in node.parts.values()):
         raise ValueError(
             f'`{call}`: "{path}" is tied: a part of it is another node\'s. Pass '

@@ -12,10 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora._arrays import Geometry, LoraArray
 from jlora.forms._factors import changed_b
 from jlora.forms._form import Factors, Form, Part
+from jlora.forms._initial import initializer
 
 VALUES = "singular_values"
 
 
+@initializer
 def adalora(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.forms._draw import bounded
 from jlora.forms._form import Factors, Form
+from jlora.forms._initial import initializer
 
 
+@initializer
 def kaiming(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora._arrays import Geometry, LoraArray, accumulator
 from jlora.forms._factors import changed_b
 from jlora.forms._form import Factors, Form, Part
+from jlora.forms._initial import initializer
 
 
+@initializer
 def lora_xs(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

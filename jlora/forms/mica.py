@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora._arrays import accumulator
 from jlora.forms._form import Factors, Form
+from jlora.forms._initial import initializer
 
 
+@initializer
 def mica(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

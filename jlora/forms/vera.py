@@ -16,8 +16,10 @@ from jlora._arrays import Geometry, LoraArray
 from jlora.forms._draw import bounded
 from jlora.forms._factors import changed_b
 from jlora.forms._form import Factors, Form, Part
+from jlora.forms._initial import initializer
 
 
+@initializer
 def vera(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

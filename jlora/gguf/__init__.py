@@ -1,12 +1,12 @@
-"""GGUF, the files of llama.cpp: quantized models are read, byte for byte, and adapters are written.
+"""GGUF, the files of llama.cpp: read quantized models, byte for byte; read and write adapters.
 
 The library `gguf` is needed: `pip install 'jlora[gguf]'`.
 """
 
-from jlora.gguf._adapter import save
+from jlora.gguf._adapter import load, save
 from jlora.gguf._model import blocks, read
 
-__all__ = ["blocks", "read", "save"]
+__all__ = ["blocks", "load", "read", "save"]
 
 
 def __dir__() -> list[str]:

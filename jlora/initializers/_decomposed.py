@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora._arrays import accumulator
 from jlora.forms import Split
+from jlora.forms._initial import initializer
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -40,6 +41,7 @@ def share(
     return a, b, residual_of(weight, a, b, scaling)
 
 
+@initializer
 def pissa(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -69,7 +71,7 @@ def pissa(
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
 
     Raises:
-        ValueError: scaling not above 0.
+        ValueError: scaling not above 0, or a rank above min(in, out).
 
     Example:
         >>> w = jax.random.normal(jax.random.key(0), (16, 8))
@@ -107,6 +109,7 @@ def svd_of_a_range(
     return jnp.matmul(q, u, precision=_EXACT), s, vt
 
 
+@initializer
 def milora(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -130,7 +133,7 @@ def milora(
         `lora_a` (in, rank), `lora_b` (rank, out), and the residual `W - s·A·B` (in, out).
 
     Raises:
-        ValueError: scaling not above 0.
+        ValueError: scaling not above 0, or a rank above min(in, out).
 
     Example:
         >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
@@ -144,6 +147,7 @@ def milora(
     return share(weight, u[:, -rank:], s[-rank:], vt[-rank:], scaling, dtype)
 
 
+@initializer
 def olora(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -153,7 +157,8 @@ def olora(
 ) -> Split:
     """Initialize A and B with the leading part of a QR decomposition of Wᵀ.
 
-    `Wᵀ = Q R`, `B = Qᵣᵀ`, `A = Rᵣᵀ`; the residual is `W - s A B`.
+    `Wᵀ = Q R`, `B = Qᵣᵀ`, `A = Rᵣᵀ = W Qᵣ`; the residual is `W - s A B`. Qᵣ is computed from the
+    first r rows of W alone.
 
     Args:
         key: a PRNG key; not read.
@@ -174,6 +179,9 @@ def olora(
     Reference: Büyükakyüz 2024, arXiv:2406.01775. PEFT's `init_lora_weights="olora"`,
     which does not divide by s either.
     """
-    q, r = jnp.linalg.qr(_wide(weight).T)  # (out, k), (k, in)
-    a, b = r[:rank].T.astype(dtype), q[:, :rank].T.astype(dtype)
+    wide = _wide(weight)
+    # The first r columns of Q are determined by those of Wᵀ, and Rᵣ = QᵣᵀWᵀ: no decomposition, and
+    # on a mesh no gather, of all of W.
+    q, _ = jnp.linalg.qr(wide[:rank].T)  # (out, rank)
+    a, b = jnp.matmul(wide, q, precision=_EXACT).astype(dtype), q.T.astype(dtype)
     return a, b, residual_of(weight, a, b, scaling)

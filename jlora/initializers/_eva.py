@@ -8,7 +8,9 @@ from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import Geometry, LoraArray
+from jlora._kinds import check_number
 from jlora._moments import Moments
+from jlora._paths import brief
 from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced
 
 
@@ -48,6 +50,7 @@ def eva(
         ValueError: `rho` is below 1, or above 1 under `jax.jit`; there is no `LoraArray`, or one
             over a residual; the moments do not match in structure or shape, or are not finite;
             there are no more inputs than the rank.
+        TypeError: `rho` is not a number, or another argument is not a bool.
 
     Example:
         >>> import jax, jlora
@@ -62,9 +65,14 @@ def eva(
     `init_lora_weights="eva"`, `EvaConfig(rho, adjust_scaling_factors)`.
     """
     call = "jlora.initializers.eva(params, moments)"
-    if rho < 1.0:
+    check_number(rho, call, "rho", "a number of at least 1")
+    for name, value in (("adjust_scaling", adjust_scaling), ("rslora", rslora)):
+        if not isinstance(value, bool):
+            raise TypeError(f"`{call}`: `{name}` is {brief(value)}. Give True or False.")
+    if not 1.0 <= rho < np.inf:
         raise ValueError(
-            f"`jlora.initializers.eva(rho={rho})`: ranks cannot all decrease. Give 1 or more."
+            f"`jlora.initializers.eva(rho={rho})`: ranks cannot all decrease. Give a "
+            "number of at least 1."
         )
     nodes = lora_nodes(params, call)
     seen = moments_of(nodes, moments, call, least=1)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import Geometry, accumulator
+from jlora._kinds import check_number
 from jlora._paths import brief, describe
 from jlora.forms import Split
 from jlora.initializers._data import lora_nodes, replaced, split, values_of
@@ -47,7 +48,8 @@ def lora_ga(
     Raises:
         ValueError: the direction or scale is unknown; there is no `LoraArray`, or one over a
             residual; the gradients do not match in structure or shape; 2 · rank is above
-            min(in, out).
+            min(in, out); `gamma` is not above 0.
+        TypeError: `gamma` is not a number.
 
     Example:
         >>> import jax, jlora
@@ -68,6 +70,7 @@ def lora_ga(
             raise ValueError(
                 f"`jlora.initializers.lora_ga({name}={brief(value)})`: give one of {allowed}."
             )
+    check_number(gamma, call, "gamma", "a number above 0, e.g. 16.0", lambda x: x > 0)
     nodes = lora_nodes(params, call)
     new = {}
     for path, gradient in values_of(nodes, gradients, call, "gradients").items():

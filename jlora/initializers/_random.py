@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.forms import Factors
 from jlora.forms._draw import bounded
+from jlora.forms._initial import initializer
 
 
+@initializer
 def kaiming_rank(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -42,6 +44,7 @@ def kaiming_rank(
     return bounded(key, (d_in, rank), 1 / math.sqrt(rank), dtype), jnp.zeros((rank, d_out), dtype)
 
 
+@initializer
 def gaussian(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -72,6 +75,7 @@ def gaussian(
     return jax.random.normal(key, (d_in, rank), dtype) / rank, jnp.zeros((rank, d_out), dtype)
 
 
+@initializer
 def a_zero(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -104,6 +108,7 @@ def a_zero(
     return jnp.zeros((d_in, rank), dtype), bounded(key, (rank, d_out), 1 / math.sqrt(rank), dtype)
 
 
+@initializer
 def uniform(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],
@@ -138,6 +143,7 @@ def uniform(
     return a, bounded(of_b, (rank, d_out), 1 / math.sqrt(rank), dtype)
 
 
+@initializer
 def orthogonal(
     key: PRNGKeyArray,
     weight: Float[Array, "in out"],

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
+from jlora._kinds import check_integer, check_number
 from jlora.forms.adalora import FORM, VALUES
-from jlora.optim._factors import gram, required, transposed
+from jlora.optim._factors import gram, require_wrapped, required, transposed
 
 _CALL = "jlora.optim.adalora(tx, ...)"
 _Parts = dict[str, dict[str, Array]]
@@ -70,6 +71,7 @@ def adalora(
         requires the parameters.
 
     Raises:
+        TypeError: `tx` is not an optimizer; a count is not an integer, or a rate not a number.
         ValueError: `target_rank` is below 1 or above a weight's rank; the phases exceed
             `total_steps`; `every` is below 1; a rate is outside (0, 1); no node has singular
             values (on `init`); `update` is called without the parameters.
@@ -90,18 +92,22 @@ def adalora(
     Reference: Zhang et al. 2023, arXiv:2303.10512, section 3.2 and algorithm 1. PEFT's
     `RankAllocator`, called with the steps counted from 1.
     """
-    phases = (warmup_steps, final_steps, total_steps - warmup_steps - final_steps)
-    if (
-        target_rank < 1
-        or every < 1
-        or min(phases) < 0
-        or not 0 < min(beta1, beta2, 1 - max(beta1, beta2))
+    require_wrapped(tx, "adalora", ", target_rank=4, total_steps=1000")
+    for name, count, least in (
+        ("target_rank", target_rank, 1),
+        ("total_steps", total_steps, 1),
+        ("warmup_steps", warmup_steps, 0),
+        ("final_steps", final_steps, 0),
+        ("every", every, 1),
     ):
+        check_integer(count, _CALL, name, least)
+    for name, rate in (("beta1", beta1), ("beta2", beta2)):
+        check_number(rate, _CALL, name, "a number in (0, 1)", lambda x: (x > 0) & (x < 1))
+    phases = (warmup_steps, final_steps, total_steps - warmup_steps - final_steps)
+    if min(phases) < 0:
         raise ValueError(
-            f"`jlora.optim.adalora(target_rank={target_rank}, total_steps={total_steps}, "
-            f"warmup_steps={warmup_steps}, final_steps={final_steps}, every={every}, "
-            f"beta1={beta1}, beta2={beta2})`: ranks and `every` must be at least 1, the phases "
-            "must fit into `total_steps`, and the rates must be between 0 and 1."
+            f"`{_CALL}`: total_steps={total_steps} is below warmup_steps={warmup_steps} plus "
+            f"final_steps={final_steps}: the phases must fit into `total_steps`."
         )
     plan = _Plan(target_rank, warmup_steps, total_steps - final_steps, every, beta1, beta2)
     tx = optax.with_extra_args_support(tx)

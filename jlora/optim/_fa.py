@@ -7,13 +7,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
-from jlora._paths import brief
+from jlora._kinds import check_number
 from jlora.optim._factors import (
     Pair,
     factor_nodes,
     label,
     pairs,
     preconditioned,
+    require_wrapped,
     required,
     unpaired,
 )
@@ -43,9 +44,9 @@ def lora_fa(
         computes in float32 or wider, and passes gradients to `tx` in their original dtype.
 
     Raises:
-        TypeError: `tx` is not an optimizer.
-        ValueError: there is no `LoraArray`, or one without A, B or s (on `init`); `update` is
-            called without the parameters.
+        TypeError: `tx` is not an optimizer; `scaling` or `delta` is not a number.
+        ValueError: `scaling` is 0 or `delta` below 0; there is no `LoraArray`, or one without A, B
+            or s (on `init`); `update` is called without the parameters.
 
     Example:
         >>> import jlora
@@ -57,11 +58,12 @@ def lora_fa(
 
     Reference: Zhang et al. 2023, arXiv:2308.03303. PEFT's `create_lorafa_optimizer`.
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"`jlora.optim.lora_fa({brief(tx)})`: pass the optimizer to wrap: "
-            "`jlora.optim.lora_fa(optax.adamw(1e-4))`."
-        )
+    require_wrapped(tx, "lora_fa")
+    wanted = "a number of at least 0, e.g. 1e-8"
+    check_number(delta, _CALL, "delta", wanted, lambda x: x >= 0)
+    if scaling is not None:
+        wanted = "s of the nodes, e.g. `scaling=spec.s`, not 0"
+        check_number(scaling, _CALL, "scaling", wanted, lambda x: x != 0, scalar=False)
     return optax.chain(
         _project(scaling, delta),
         optax.multi_transform({"factor": optax.set_to_zero(), "other": tx}, label(_CALL, "lora_a")),

@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from jlora import forms
 from jlora._arrays import LoraArray, Tied, accumulator, is_adapted
 from jlora._boxes import bare, leaves_with_paths, like
+from jlora._paths import brief
 
 Pair = tuple[Array, Array]
 
@@ -151,3 +152,12 @@ def refuse_wrapping(call: str, value: object, line: str) -> None:
     """Refuse an optimizer in place of a number."""
     if isinstance(value, optax.GradientTransformation):
         raise TypeError(f"`{call}`: this does not wrap an optimizer. Use it in a chain: `{line}`.")
+
+
+def require_wrapped(tx: object, name: str, more: str = "") -> None:
+    """Refuse anything but an optimizer."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"`jlora.optim.{name}({brief(tx)})`: pass the optimizer to wrap: "
+            f"`jlora.optim.{name}(optax.adamw(1e-4){more})`."
+        )

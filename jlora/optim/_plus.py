@@ -1,7 +1,10 @@
 """LoRA+: a higher learning rate for B than for A."""
 
+import math
+
 import optax
 
+from jlora._kinds import check_number
 from jlora.optim._factors import label, refuse_wrapping
 
 
@@ -19,8 +22,8 @@ def lora_plus(ratio: float | int = 16.0) -> optax.GradientTransformationExtraArg
         A stateless transformation of trees with `LoraArray` nodes. It changes only B.
 
     Raises:
-        TypeError: `ratio` is an optimizer.
-        ValueError: the parameters have no `LoraArray` (on `init`).
+        TypeError: `ratio` is an optimizer, or not a number.
+        ValueError: `ratio` is not above 0; the parameters have no `LoraArray` (on `init`).
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -35,6 +38,7 @@ def lora_plus(ratio: float | int = 16.0) -> optax.GradientTransformationExtraArg
     """
     call = "jlora.optim.lora_plus(ratio)"
     refuse_wrapping(call, ratio, "optax.chain(tx, jlora.optim.lora_plus(16.0))")
+    check_number(ratio, call, "ratio", "a number above 0, e.g. 16.0", lambda x: 0 < x < math.inf)
     return optax.multi_transform(
         {"factor": optax.scale(ratio), "other": optax.identity()}, label(call, "lora_b")
     )

@@ -4,7 +4,9 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from jlora import _compat
 from jlora._arrays import LoraArray, is_adapted
+from jlora._kinds import check_number
 from jlora.optim._factors import (
     factor_nodes,
     pairs,
@@ -30,7 +32,7 @@ def riemannian(delta: float | int = 1e-6) -> optax.GradientTransformation:
         only A and B.
 
     Raises:
-        TypeError: `delta` is an optimizer.
+        TypeError: `delta` is an optimizer, or not a number.
         ValueError: `delta` is not above 0; there is no `LoraArray`, or one without A or B (on
             `init`); `update` is called without the parameters.
 
@@ -49,7 +51,8 @@ def riemannian(delta: float | int = 1e-6) -> optax.GradientTransformation:
     """
     call = "jlora.optim.riemannian(delta)"
     refuse_wrapping(call, delta, "optax.chain(jlora.optim.riemannian(), tx)")
-    if isinstance(delta, int | float) and delta <= 0:
+    check_number(delta, call, "delta", "a number above 0, e.g. 1e-6")
+    if not (_compat.is_traced(delta) or delta > 0):
         raise ValueError(
             f"`jlora.optim.riemannian(delta={delta})`: give a delta above 0, e.g. 1e-6. B is "
             "initially zero, and without delta its Gram matrix has no inverse."

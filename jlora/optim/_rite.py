@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
+from jlora._kinds import check_number
 from jlora.optim._factors import (
     Pair,
     dot,
@@ -59,7 +60,9 @@ def lora_rite(
         before it, which depends on the factorization; clip elements of the update, if anything.
 
     Raises:
-        ValueError: there is no `LoraArray`, or one without A or B (on `init`); `update` is called
+        TypeError: an argument is not a number.
+        ValueError: b1 or b2 is outside [0, 1), `eps` or `weight_decay` below 0; there is no
+            `LoraArray`, or one without A or B (on `init`); `update` is called
             without the parameters.
 
     Example:
@@ -78,6 +81,12 @@ def lora_rite(
     Reference: Yen et al. 2024, arXiv:2410.20625, algorithm 1, with the moving averages and the
     division by `in` of the authors' code, without its clipping and skipping of steps.
     """
+    if not callable(learning_rate):
+        check_number(learning_rate, _CALL, "learning_rate", "a number or a schedule, e.g. 1e-3")
+    for name, rate in (("b1", b1), ("b2", b2)):
+        check_number(rate, _CALL, name, "a number in [0, 1)", lambda x: (x >= 0) & (x < 1))
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        check_number(value, _CALL, name, "a number of at least 0", lambda x: x >= 0)
     adam = optax.scale_by_adam(b1, b2, eps)
     rite = _scale_by_rite(b1, b2, eps)
     return optax.chain(

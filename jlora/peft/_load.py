@@ -18,6 +18,7 @@ from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_directory, check_tree
 from jlora._paths import brief
 from jlora._placed import check_replicate, placed
+from jlora._tensor_file import read
 from jlora.peft._assign import Assignment, Found, Plan, assign
 from jlora.peft._config import (
     CONFIG,
@@ -34,7 +35,7 @@ from jlora.peft._initial import REPEATED, residual
 from jlora.peft._keys import order_of
 from jlora.peft._methods import as_lora, with_extra
 from jlora.peft._names import Names, check_keys, check_kinds, places
-from jlora.peft._tensors import from_torch, full_from_torch, read
+from jlora.peft._tensors import from_torch, full_from_torch
 from jlora.peft._tokens import with_tokens
 
 

@@ -8,9 +8,10 @@ _MLP = {f"mlp/{x}_proj": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 
 
 def llama_names(path: str) -> str | None:
-    """Name a leaf of the examples' decoder (`examples/llama.py`) as Hugging Face's Llama does.
+    """Name a leaf of the examples' decoder (`examples/llama.py`) as Hugging Face does.
 
-    Layers are "layers_3/..." or, stacked for `scan`, "layers/...".
+    The names are those of Llama, Mistral, SmolLM, Qwen, Gemma and Phi-3. Layers are "layers_3/..."
+    or, stacked for `scan`, "layers/...".
 
     Args:
         path: a leaf's path, with or without Flax's "params/" before it.
@@ -30,15 +31,25 @@ def llama_names(path: str) -> str | None:
         "final_norm/scale": "model.norm.weight",
         "lm_head/kernel": "lm_head.weight",
     }
+    norms = {
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_pre_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+        **{f"attn/{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
+    }
+    fused = {"attn/qkv_proj": "self_attn.qkv_proj", "mlp/gate_up_proj": "mlp.gate_up_proj"}
+    linear = _ATTENTION | _MLP | fused
     inside = {
-        **{f"{ours}/kernel": theirs for ours, theirs in (_ATTENTION | _MLP).items()},
-        "attn_norm/scale": "input_layernorm",
-        "mlp_norm/scale": "post_attention_layernorm",
+        **{f"{ours}/kernel": f"{theirs}.weight" for ours, theirs in linear.items()},
+        **{f"{ours}/bias": f"{theirs}.bias" for ours, theirs in linear.items()},
+        **{f"{ours}/scale": f"{theirs}.weight" for ours, theirs in norms.items()},
     }
     layer = re.fullmatch(r"layers(?:_(\d+))?/(.+)", path)
     if layer is None or layer[2] not in inside:
         return top.get(path)
-    return f"model.layers.{layer[1] or '{}'}.{inside[layer[2]]}.weight"
+    return f"model.layers.{layer[1] or '{}'}.{inside[layer[2]]}"
 
 
 def tunix_names(path: str) -> str | None:

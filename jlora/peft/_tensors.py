@@ -1,4 +1,4 @@
-"""Tensors: the safetensors file, and the arrangement of A, B and full weights in it.
+"""The arrangement of A, B and full weights in the file of tensors.
 
 lora_A.weight (r, in)        = Aᵀ         lora_embedding_A (r, vocab)
 lora_B.weight (out, r)       = Bᵀ         lora_embedding_B (d, r)
@@ -8,17 +8,13 @@ E experts:    A (E·r, in) expert by expert, B (out, r·E) with the expert runni
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax.typing import DTypeLike
 
 from jlora._arrays import Geometry
-from jlora._paths import quoted
 
 # The parts of a LoraArray, and the endings of their keys.
 PARTS: dict[str, dict[str, str]] = {
@@ -26,7 +22,7 @@ PARTS: dict[str, dict[str, str]] = {
     "embedding": {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"},
     "loralib": {"lora_a": "lora_A", "lora_b": "lora_B"},
 }
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_DTYPES = (np.float32, np.float16, jnp.bfloat16)
 MAGNITUDE = "lora_magnitude_vector"
 # Kinds of parameters that, if fully saved, have their axes in the same order in PyTorch.
 AS_IT_IS = ("embedding", "Conv1D", "parameter")
@@ -38,36 +34,13 @@ def parts_of(kind: str, dora: bool = False) -> dict[str, str]:
     return parts | ({"magnitude": MAGNITUDE} if dora else {})
 
 
-def read(file: Path, call: str) -> dict[str, np.ndarray]:
-    """Read every tensor; the format's own checks come first, then the dtype's."""
-    try:
-        entries = safetensors.deserialize(file.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"`{call}`: {file.name} is not a complete safetensors file ({str(error)[:200]}); "
-            "it may be cut off. Copy it again."
-        ) from None
-    tensors = {}
-    # The reader's order varies between calls; sort, so that errors list keys in a stable order.
-    for key, entry in sorted(entries, key=lambda pair: pair[0]):
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"`{call}`: {quoted(key)} in {file.name} is of dtype {entry['dtype']}; an adapter "
-                "is float32, float16 or bfloat16. Cast it in PyTorch."
-            )
-        # Not `safetensors.numpy.load`, which knows no bfloat16.
-        flat = np.frombuffer(entry["data"], np.dtype(_DTYPES[entry["dtype"]]))
-        tensors[key] = flat.reshape(entry["shape"])
-    return tensors
-
-
 def in_dtype(
     tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None, call: str
 ) -> dict[str, np.ndarray]:
-    """Cast tensors to a dtype if given; raise for dtypes that `read` does not accept."""
+    """Cast tensors to a dtype if given; raise for dtypes that an adapter cannot have."""
     made = {key: x if dtype is None else _cast(key, x, dtype, call) for key, x in tensors.items()}
     for key, x in made.items():
-        if x.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
+        if x.dtype not in [np.dtype(dtype) for dtype in _DTYPES]:
             raise ValueError(
                 f'`{call}`: "{key}" would be of dtype {x.dtype.name}; an adapter is float32, '
                 "float16 or bfloat16. Cast it first."

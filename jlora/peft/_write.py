@@ -1,15 +1,14 @@
 """Write the two files of an adapter in PEFT's format."""
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
+from jlora import _tensor_file
 from jlora.peft._config import CONFIG, PICKLE, TENSORS
 
 
@@ -18,15 +17,9 @@ def write(folder: Path, tensors: Mapping[str, np.ndarray], entries: Mapping[str,
     text = json.dumps(entries, indent=2, sort_keys=True, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".jlora-", dir=folder) as temporary:
-        write_tensors(Path(temporary) / TENSORS, tensors)
+        _tensor_file.write(Path(temporary) / TENSORS, tensors)
         (Path(temporary) / CONFIG).write_text(text, encoding="utf-8")
         (folder / CONFIG).unlink(missing_ok=True)
         (Path(temporary) / TENSORS).replace(folder / TENSORS)
         (Path(temporary) / CONFIG).replace(folder / CONFIG)
         (folder / PICKLE).unlink(missing_ok=True)
-
-
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors as PEFT does, made contiguous because the writer ignores strides."""
-    contiguous = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
-    safetensors.numpy.save_file(contiguous, os.fspath(file), metadata={"format": "pt"})

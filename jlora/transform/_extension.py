@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Literal
 
+from jlora._paths import brief
 from jlora.transform import _registry
 from jlora.transform._registry import Rule, RuleFn
+
+_KINDS = ("rearrange", "product", "join")
 
 
 def rule(
@@ -46,7 +49,9 @@ def rule(
         A decorator, which returns the function unchanged.
 
     Raises:
-        ValueError: the primitive (or this kernel of it) already has a rule and `replace` is False.
+        ValueError: the primitive (or this kernel of it) already has a rule and `replace` is False;
+            `kind` is none of the three.
+        TypeError: an argument, or what is decorated, has another type.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -66,7 +71,25 @@ def rule(
         (3, 6)
     """
 
+    call = "jlora.transform.rule(primitive, kind=...)"
+    if not isinstance(primitive, str):
+        raise TypeError(
+            f"`{call}`: `primitive` is {brief(primitive)}. Pass its name, as printed in a jaxpr: "
+            '`@jlora.transform.rule("dot_general", kind="product")`.'
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"`{call}`: `kind` is {brief(kind)}. Give one of {', '.join(_KINDS)}.")
+    if not (kernel is None or isinstance(kernel, str)):
+        raise TypeError(f"`{call}`: `kernel` is {brief(kernel)}. Give its name, or None.")
+    if not isinstance(replace, bool):
+        raise TypeError(f"`{call}`: `replace` is {brief(replace)}. Give True or False.")
+
     def enter(fn: RuleFn) -> RuleFn:
+        if not callable(fn):
+            raise TypeError(
+                f"`{call}`: the rule is {brief(fn)}. Decorate a function `(walk, eqn, *operands) "
+                "-> outputs`."
+            )
         _registry.register(Rule(fn, kind), primitive, kernel, replace)
         return fn
 

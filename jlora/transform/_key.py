@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PRNGKeyArray, PyTree
 
 from jlora import _compat
@@ -35,6 +36,20 @@ def call_key(dropout: float | Array, key: PRNGKeyArray | None) -> "CallKey | Non
             "key=step_key)`, another one each step. To evaluate leave the dropout out."
         )
     return CallKey(key)
+
+
+# The name that weights get where a function with dropout is called on plain ones.
+PLAIN = "jlora.lora(dropout=...)(plain)"
+
+
+def plain(arguments: PyTree) -> PyTree:
+    """Name the traced arrays, so that an outer transform sees that they lose their dropout."""
+
+    def named(x: Any) -> Any:
+        real = _compat.is_traced(x) and jnp.issubdtype(x.dtype, jnp.floating)
+        return checkpoint_name(x, PLAIN) if real else x
+
+    return jax.tree.map(named, arguments)
 
 
 class CallKey:

@@ -18,7 +18,7 @@ from jlora._boxes import inside
 from jlora._check import check_function
 from jlora._partition import constant
 from jlora._paths import brief, path_strs
-from jlora.transform._key import call_key
+from jlora.transform._key import call_key, plain
 from jlora.transform._probe import waiting
 from jlora.transform._state import Arguments
 from jlora.transform._view import View
@@ -84,7 +84,8 @@ def lora(
             a node whose parts do not fit, a change to an `nnx.State` that is not returned or, under
             `fallback="error"`, a weight that must be materialized; with dropout, a second call, a
             key that is a constant of a compiled program, or one key for all examples of a
-            `jax.vmap`: the masks would repeat.
+            `jax.vmap`: the masks would repeat; or a call inside a function that another `lora`
+            adapts, where nothing would be dropped.
 
     Example:
         >>> import jax.numpy as jnp
@@ -148,6 +149,8 @@ def call(
     arguments = Arguments(fn, args, kwargs)
     pairs, tree = jax.tree_util.tree_flatten_with_path(arguments.opened, is_leaf=is_leaf)
     if not any(is_leaf(x) for _, x in pairs):
+        if key is not None and not arguments.has_state:
+            args, kwargs = plain((args, kwargs))
         return fn(*args, **kwargs)
     leaves = [x.value if isinstance(x, FullArray) else x for _, x in pairs]
     names = argument_paths(pairs, arguments.opened)
@@ -155,7 +158,7 @@ def call(
         args, kwargs = tree.unflatten(_constants(pairs, leaves) if freeze else leaves)
         return fn(*args, **kwargs)
     for name, x in zip(names, leaves, strict=True):
-        if isinstance(x, LoraArray):
+        if isinstance(x, LoraArray) and settings.mix is None:  # a bank's adapters were checked
             forms.check(name, x, "jlora.lora")
     bases = [x.base if isinstance(x, LoraArray) else x for x in leaves]
     traced = Traced(functools.wraps(fn)(lambda *a, **k: arguments.run(*a, **k)), tree, bases)

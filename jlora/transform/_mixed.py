@@ -81,8 +81,8 @@ def _low_rank(
     z = contract(x, form.x, pair[form.first], of, form.between, form.precision, narrow)
     z = z * expanded(narrowed(m, z.dtype), labels, form.between)
     if s:
-        stack = [k for k in of if k in last and k != RANK]
-        z = z * narrowed(expanded(s[0], stack[: s[0].ndim], form.between), z.dtype)
+        axes = [*(k for k in of if k in last and k != RANK), RANK]
+        z = z * narrowed(expanded(s[0], axes[-s[0].ndim :], form.between), z.dtype)
     z = narrowed(z, form.dtype)
     other, how = pair[1 - form.first], (last, form.out, form.precision, wide)
     update = contract(z, form.between, other, *how)

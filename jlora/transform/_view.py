@@ -92,8 +92,8 @@ class View(Weight):
         a, b, s = self.parts
         stack = self.roles.count("s")
         with _compat.in_mesh_of(b):
-            b = lax.transpose(b, [*range(stack), *range(stack + 1, b.ndim), stack])
-            return a, scaled(b, s)
+            b = scaled(b, s)
+            return a, lax.transpose(b, [*range(stack), *range(stack + 1, b.ndim), stack])
 
     @property
     def components(self) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
+from jlora.transform._key import PLAIN
 from jlora.transform._registry import rule
-from jlora.transform._view import GAIN, axes_of, on_factor
+from jlora.transform._view import GAIN, View, axes_of, on_factor
 from jlora.transform._walk import Walk
 from jlora.transform._weight import AnyBase, Role, Value, Weight
 
@@ -35,12 +36,24 @@ def _cast(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
 
 
 @rule(
-    *("copy", "name", "sharding_constraint", "layout_constraint", "reduce_precision"),
+    *("copy", "sharding_constraint", "layout_constraint", "reduce_precision"),
     kind="rearrange",
     own=True,
 )
 def _same(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     return [view.over(walk.bind(eqn, view)[0])]
+
+
+@rule("name", kind="rearrange", own=True)
+def _name(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
+    if eqn.params["name"] == PLAIN and isinstance(view, View) and walk.settings.observe is None:
+        raise ValueError(
+            "`jlora.lora(fn, dropout=..., key=...)`: it is called inside a function that was given "
+            "to another `jlora.lora` or to `jlora.bank.each`, which adapts the weights itself, so "
+            "nothing would be dropped. Pass what `jlora.lora` returned instead of a function that "
+            "calls it: `jlora.bank.each(jlora.lora(fn, dropout=..., key=step_key), ...)`."
+        )
+    return _same(walk, eqn, view)
 
 
 @rule("stop_gradient", kind="rearrange")

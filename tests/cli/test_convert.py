@@ -66,7 +66,7 @@ def test_attention_is_the_same_after_the_rotary_embedding(tmp_path):
     lora = pair(attention + "q_proj", D, D) | pair(attention + "k_proj", D // 2, D, seed=1)
     path = adapter(tmp_path / "lora", lora, target_modules=["q_proj", "k_proj"])
     run(path, tmp_path / "a.gguf", "--to", "gguf", "--base", base(tmp_path))
-    _, tensors = read(tmp_path / "a.gguf")
+    said, tensors = read(tmp_path / "a.gguf")
     x, angles = drawn(D, seed=3), np.array([0.3, 1.1])
 
     def ours(name):
@@ -75,7 +75,8 @@ def test_attention_is_the_same_after_the_rotary_embedding(tmp_path):
 
     def theirs(name):
         a, b = (tensors[f"blk.1.{name}.weight.lora_{k}"] for k in "ab")
-        return [interleaved(h, angles) for h in (b @ (a @ x)).reshape(-1, 4)]
+        s = said["adapter.lora.alpha"] / len(a)
+        return [interleaved(h, angles) for h in (s * b @ (a @ x)).reshape(-1, 4)]
 
     (k,), (other,) = ours("k_proj"), theirs("attn_k")
     for q, p in zip(ours("q_proj"), theirs("attn_q"), strict=True):
@@ -122,9 +123,10 @@ def test_qwen_is_not_permuted(tmp_path):
     path = adapter(tmp_path / "lora", lora, target_modules=["q_proj"])
     config = {"model_type": "qwen2", "num_hidden_layers": 1}
     run(path, tmp_path / "a.gguf", "--to", "gguf", "--base", base(tmp_path, config))
-    _, tensors = read(tmp_path / "a.gguf")
+    said, tensors = read(tmp_path / "a.gguf")
     b = tensors["blk.0.attn_q.weight.lora_b"]
-    np.testing.assert_allclose(b, 3 * lora[f"{q}.lora_B.weight"], rtol=1e-6)
+    np.testing.assert_array_equal(b, lora[f"{q}.lora_B.weight"])
+    assert said["adapter.lora.alpha"] == 6
 
 
 A, B = drawn((2, D)), drawn((D, 2))
@@ -148,7 +150,7 @@ def test_refused(tmp_path, module, config, part):
 
 
 def test_a_dtype_that_is_not_one(tmp_path):
-    with pytest.raises(ValueError, match="it must be one of float32, float16"):
+    with pytest.raises(ValueError, match="it must be one of float32, float16, bfloat16"):
         jlora.gguf.save(tmp_path / "a.gguf", [Module(Q, A, B, 1.0)], LLAMA, "int8")
 
 
@@ -237,7 +239,6 @@ def test_mlx_refuses(tmp_path, modules, part):
     ("words", "said"),
     [
         (["--to", "gguf"], "needs `--base`"),
-        (["--to", "vllm", "--dtype", "float16"], "does not use `--dtype`"),
         (["--to", "mlx", "--base", "BASE"], "config.json has no num_hidden_layers"),
     ],
 )
@@ -259,7 +260,7 @@ def test_a_bridge_without_its_library(tmp_path, monkeypatch, capsys):
     def fails(name):
         raise ModuleNotFoundError(name="gguf")
 
-    monkeypatch.setattr("jlora.cli.convert.import_module", fails)
+    monkeypatch.setattr("jlora.cli._source.import_module", fails)
     _, path = two_ranks(tmp_path)
     run(path, tmp_path / "out", "--to", "gguf", "--base", base(tmp_path), code=2)
     assert "needs gguf: `pip install gguf`" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import matplotlib.image
 import numpy as np
 import pytest
 from checkpoints import (
@@ -242,3 +243,30 @@ def test_refused(tmp_path, two, capsys, case):
     words, said = REFUSED[case]
     run(*words(tmp_path, two[0]), code=2)
     assert said in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", "extract"])
+def test_dry_runs_write_nothing(tmp_path, two, capsys, verb):
+    base = checkpoint(tmp_path / "base", tensors_of())
+    moved = {k: x + x for k, x in tensors_of().items()}
+    words = {
+        "combine": [*two, tmp_path / "out"],
+        "resize": [two[0], tmp_path / "out", "--rank", 1],
+        "extract": [base, checkpoint(tmp_path / "tuned", moved), tmp_path / "out", "--rank", 1],
+    }
+    before = sorted(tmp_path.rglob("*"))
+    run(verb, *words[verb], "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["written"] == "nothing (--dry-run)"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_picture(tmp_path, two, capsys):
+    """A PNG of all updates, relative to the weights or not."""
+    folder = checkpoint(tmp_path / "base", tensors_of())
+    for n, more in enumerate(([], ["--base", folder])):
+        run("inspect", two[1], *more, "--plot", tmp_path / f"plots/{n}.png", "--json")
+        assert json.loads(capsys.readouterr().out)["weights"]
+        image = matplotlib.image.imread(tmp_path / f"plots/{n}.png")
+        assert image.shape[0] > 300 and image.shape[1] > 1000 and image[..., :3].std() > 0.05
+    run("inspect", two[1], "--plot", tmp_path / "a.txt", code=2)
+    assert "is no name of a .png file" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """`jlora merge`: every tensor byte for byte as in memory, for every kind of file and adapter."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,7 +329,7 @@ def test_the_disk_is_asked_first(tmp_path, monkeypatch, capsys):
 
 
 SCRIPT = """
-import re, sys
+import re, sys, time
 from pathlib import Path
 from jlora.cli import main
 
@@ -338,8 +340,9 @@ def peak():  # not `getrusage`, whose maximum a process inherits from the one th
 
 main(["merge", sys.argv[1], sys.argv[2], sys.argv[3] + "_small"])  # what JAX and the CLI need
 before = peak()
+begun = time.monotonic()
 assert main(["merge", *sys.argv[4:]]) == 0
-print("KB", peak() - before)
+print("KB", peak(), before, time.monotonic() - begun)
 """
 
 
@@ -358,27 +361,57 @@ def large(folder, count, rows):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("count", "rows", "most"),
-    [(6, 16384, 120), pytest.param(160, 32768, 120, marks=pytest.mark.nightly)],
-    ids=["200MB", "10GB"],
-)
-def test_the_peak_of_memory(tmp_path, count, rows, most):
-    """The memory does not grow with the tensors: blocks of rows are read, changed and written."""
-    base = large(tmp_path / "large", count, rows)
-    lora = {}
-    for n in range(count):
-        lora |= pair(f"model.layers.{n}.mlp.up_proj", rows, 1024, 8)
-    path = adapter(tmp_path / "lora", lora, r=8, target_modules=["up_proj"])
-    factors = sum(x.nbytes for x in lora.values()) / 2**20
+def peak_of_merge(tmp_path, base, path):
+    """The peak of memory of a merge, alone and over that of a tiny one, in MB, and its seconds."""
     small = checkpoint(tmp_path / "small", tensors_of())
     first = adapter(tmp_path / "first", q_and_up(), **TARGETS)
     words = [small, first, tmp_path / "out", base, path, tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, words)], capture_output=True, text=True, check=True
     )
-    grown = int(done.stdout.rpartition("KB")[2]) / 1024
-    assert 0 < grown < most + 3 * factors, f"{grown:.0f} MB, of which factors {factors:.0f} MB"
+    peak, before, seconds = map(float, done.stdout.rpartition("KB")[2].split())
+    return peak / 1024, (peak - before) / 1024, seconds
+
+
+def lora_of(tmp_path, count, rows, rank):
+    lora = {}
+    for n in range(count):
+        lora |= pair(f"model.layers.{n}.mlp.up_proj", rows, 1024, rank, seed=n)
+    factors = sum(x.nbytes for x in lora.values()) / 2**20
+    return lora, adapter(tmp_path / "lora", lora, r=rank, target_modules=["up_proj"]), factors
+
+
+def test_the_peak_of_memory(tmp_path):
+    """The memory does not grow with the tensors: blocks of rows are read, changed and written."""
+    base = large(tmp_path / "large", 6, 16384)
+    _, path, factors = lora_of(tmp_path, 6, 16384, 8)
+    _, grown, _ = peak_of_merge(tmp_path, base, path)
+    assert 0 < grown < 120 + 3 * factors, f"{grown:.0f} MB, of which factors {factors:.0f} MB"
+
+
+@pytest.mark.nightly
+def test_ten_gigabytes(tmp_path):
+    """160 tensors of 64 MB in 160 files: two tensors and 200 MB, and the bytes of a small merge."""
+    count, rows = 160, 32768
+    base = large(tmp_path / "large", count, rows)
+    lora, path, factors = lora_of(tmp_path, count, rows, 2)
+    begun = time.monotonic()
+    shutil.copytree(base, tmp_path / "copy")
+    os.sync()
+    copied = time.monotonic() - begun
+    shutil.rmtree(tmp_path / "copy")
+    peak, grown, seconds = peak_of_merge(tmp_path, base, path)
+    print(f"peak {peak:.0f} MB, {grown:.0f} MB over a tiny merge, factors {factors:.0f} MB")
+    print(f"{seconds:.0f} s, a copy {copied:.0f} s, {count * rows * 2048 / seconds / 1e6:.0f} MB/s")
+    for n in range(count):
+        name = f"model.layers.{n}.mlp.up_proj"
+        file = f"model-{n + 1:05d}-of-{count:05d}.safetensors"
+        tensors = {f"{name}.weight": drawn((rows, 1024), BFLOAT16)}
+        own = {key: x for key, x in lora.items() if key.startswith(f"{name}.")}
+        want = merged_in_memory(tensors, own)[f"{name}.weight"]
+        ((_, got),) = safetensors.deserialize((tmp_path / "out" / file).read_bytes())
+        assert bytes(got["data"]) == want.tobytes(), name
+    assert grown < 2 * 64 + 200
 
 
 @pytest.mark.nightly

@@ -59,7 +59,14 @@ class Run(NamedTuple):
 
 # What changes neither the programs nor the shapes of a run, with the number of its values.
 NEUTRAL = {"--out": 1, "--resume": 0, "--overwrite": 0, "--save-every": 1, "--export-peft": 1}
-NEUTRAL |= {"--merge": 1, "--eval-every": 1, "--patience": 1, "--seed": 1}
+NEUTRAL |= {
+    "--export-gguf": 1,
+    "--log": 1,
+    "--merge": 1,
+    "--eval-every": 1,
+    "--patience": 1,
+    "--seed": 1,
+}
 
 
 def programs_of(flags: Sequence[str]) -> tuple[str, ...]:
@@ -111,5 +118,6 @@ def finished(
     folder = tmp_path_factory.mktemp("finished")
     out, exported, merged = folder / "out", folder / "peft", folder / "merged"
     flags = ["--eval-every", "2", "--export-peft", str(exported), "--merge", str(merged)]
+    flags += ["--export-gguf", str(folder / "adapter.gguf")]
     assert job(out, *flags) == 0
     return Run(job_flags(tiny_path, sums), out, exported, merged)

@@ -38,6 +38,7 @@ KEYS = [
     "settings",
     "data_sha256",
     "base_sha256",
+    "data",
     "versions",
 ]
 
@@ -157,6 +158,7 @@ def test_the_head_is_computed_where_the_loss_is_and_held_once() -> None:
     assert logits <= compiled(1).memory_analysis().temp_size_in_bytes < 1.1 * logits
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("start", [1, 48])
 def test_loss_and_gradient_are_those_of_the_whole_logits(start: int) -> None:
     apply, make = wide(503, 16)
@@ -244,6 +246,7 @@ def test_one_step_and_where_a_smoke_test_writes() -> None:
     assert finetune.parse(["--smoke"]).out != finetune.parse([]).out == Path("runs/finetune")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_capital_of_france(capsys: Any) -> None:
     text = "The capital of France is"

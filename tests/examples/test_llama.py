@@ -1,6 +1,5 @@
 """The decoder against itself, packed, padded and cached; against torch: tests/parity."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
+import rope
 
 
 def apply_of(config: llama.Config) -> Any:
@@ -22,16 +22,15 @@ def tokens_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 def test_llama3_frequencies_by_cases() -> None:
     """Hugging Face's rule, written as it is there: by wavelength, in three cases."""
     factor, low, high, context = 8.0, 1.0, 4.0, 64.0
-    plain = llama.Config(264, 32, 48, 2, 2, 1, 16, 96, 100.0)
-    base = np.asarray(llama.frequencies(plain), np.float64)
+    base = np.asarray(rope.frequencies(100.0, 8), np.float64)
     wave, expected = 2 * np.pi / base, []
     for f, w in zip(base, wave, strict=True):
         smooth = (context / w - low) / (high - low)
         middle = (1 - smooth) * f / factor + smooth * f
         expected.append(f / factor if w > context / low else f if w < context / high else middle)
     assert len({*np.digitize(wave, [context / high, context / low])}) == 3  # every case occurs
-    scaled = dataclasses.replace(plain, rope_llama3=(factor, low, high, context))
-    np.testing.assert_allclose(llama.frequencies(scaled), expected, rtol=1e-6)
+    scaled = rope.frequencies(100.0, 8, rope.Llama3(factor, low, high, context))
+    np.testing.assert_allclose(scaled, expected, rtol=1e-6)
 
 
 def test_packed_rows_equal_separate_rows(tiny: Any) -> None:

@@ -64,6 +64,7 @@ def close(got: Any, want: Any, rtol: float) -> None:
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tied", [False, True])
 def test_remat_and_chunks_compute_the_same(layer: Any, tied: bool) -> None:
     config, params = layer
@@ -79,6 +80,7 @@ def test_remat_and_chunks_compute_the_same(layer: Any, tied: bool) -> None:
         close(value_and_grad(again, params, batch), want, 1e-5)
 
 
+@pytest.mark.nightly
 def test_scanned_layers_compute_the_same(tiny: Any) -> None:
     """The program does not grow with the number of layers; generation has a stacked cache."""
     config, base = tiny
@@ -145,6 +147,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(layer: Any) -> None:
     close(found[1], found[0], 1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Flax normalizes in float32
 def test_bfloat16(finished: Any) -> None:
     """The base in bfloat16, A and B in float32; generation has a cache of the base's dtype."""

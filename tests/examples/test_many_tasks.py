@@ -20,6 +20,7 @@ def loud(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many_tasks, "make_adapters", louder)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("loud")
 def test_mixed_batches_answer_as_each_adapter_alone(tiny: Any, capsys: Any) -> None:
     config, base = tiny

@@ -13,12 +13,18 @@ import gguf_file
 import jax
 import jax.numpy as jnp
 import llama
+import merged
 import numpy as np
+import param_tree
 import pytest
+import rope
 import weights
 from safetensors.flax import save_file as save_flax
+from safetensors.numpy import load_file, save_file
 from tiny_llama import TINY, tiny_tensors, write_model
 from tokenizers import Tokenizer
+
+import jlora
 
 
 def test_directory_round_trip(tiny_dir: Path) -> None:
@@ -56,16 +62,17 @@ def test_tied_head_has_no_kernel(tmp_path: Path) -> None:
     ("change", "match"),
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*unknown"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM.*of model_type 'llama'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"lacks.*low_freq_factor"),
-        ({"attention_bias": True}, "attention_bias=True is not implemented"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented"),
+        ({"attention_bias": True}, "self_attn.q_proj.bias is in none"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*'gptq'.*nf4"),
         ({"eos_token_id": None}, "config.json lacks"),
         ({"hidden_size": None}, "config.json lacks"),
         ({"intermediate_size": 40}, r"mlp/gate_proj/kernel the shape \(32, 48\).*\(32, 40\)"),
         ({"num_hidden_layers": 3}, "model.layers.2.*is in none of its"),
-        ({"num_hidden_layers": "2"}, "wrong type.*TypeError"),
+        ({"num_hidden_layers": "2"}, "wrong type.*'<' not supported"),
         ({"num_attention_heads": 0}, "wrong type.*ZeroDivisionError"),
+        ({"sliding_window": 0, "model_type": "mistral", "architectures": None}, "window is 0, not"),
         ({"num_attention_heads": -4}, r"its own configuration asks for \(32, -16\)"),
         ({"max_position_embeddings": 0}, "its context is 0"),
         ({"rope_scaling": "linear"}, "wrong type.*AttributeError"),
@@ -105,7 +112,95 @@ def test_llama3_scaling_is_read(tiny_dir: Path) -> None:
     scaling = {"rope_type": "llama3", **dict(zip(keys, (8, 1, 4, 48), strict=True))}
     entries = {**TINY, "rope_scaling": scaling}
     (tiny_dir / "config.json").write_text(json.dumps(entries))
-    assert weights.load(str(tiny_dir))[0].rope_llama3 == (8.0, 1.0, 4.0, 48.0)
+    assert weights.load(str(tiny_dir))[0].rope_scaling == rope.Llama3(8.0, 1.0, 4.0, 48.0)
+
+
+def test_weights_without_a_place_are_refused(tiny_dir: Path) -> None:
+    """They belong to another model than config.json says; a copy of a tied head does not."""
+    raw = tiny_tensors(TINY)
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}
+    save_file(raw | bias, tiny_dir / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 weights that the model.*such as.*q_proj\.bias"):
+        weights.load(str(tiny_dir))
+    idle = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(raw | idle, tiny_dir / "model.safetensors")
+    params = weights.load(str(tiny_dir))[1]
+
+    (tiny_dir / "config.json").write_text(json.dumps({**TINY, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"1 weights .*such as lm_head\.weight"):
+        weights.load(str(tiny_dir))
+    head = {"lm_head.weight": raw["model.embed_tokens.weight"]}
+    save_file(raw | head, tiny_dir / "model.safetensors")
+    tied = weights.load(str(tiny_dir), layers=1)[1]
+    np.testing.assert_array_equal(tied["embed"]["embedding"], params["embed"]["embedding"])
+    assert "lm_head" not in tied and "layers_1" not in tied
+
+
+def four_bits(folder: Path, double: bool) -> dict[str, Any]:
+    """Store the projections as bitsandbytes does; return what is stored, by path."""
+    format, tensors, stored = jlora.quant.NF4(16, double), {}, {}
+    for name, value in tiny_tensors(TINY).items():
+        if "_proj" not in name:
+            tensors[name] = value
+            continue
+        weight = jnp.asarray(value, jnp.bfloat16)
+        stored[name] = jlora.quantize({"w": weight}, {"w": format}, layouts={"w": "oi"})["w"]
+        tensors |= jlora.bitsandbytes.to_tensors(stored[name], name)
+    save_file(tensors, folder / "model.safetensors")
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps({**TINY, "quantization_config": method}))
+    return stored
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bit_directories(tiny_dir: Path, double: bool) -> None:
+    """Kept as they are, byte for byte, or dequantized."""
+    stored = four_bits(tiny_dir, double)
+    config, kept, *_ = weights.load(str(tiny_dir), keep=True)
+    dense = weights.load(str(tiny_dir))[1]
+    for path, _, name in param_tree.names(config):
+        ours, value = merged.leaf(kept, path), merged.leaf(dense, path)
+        if name not in stored:
+            assert isinstance(ours, jax.Array)
+            np.testing.assert_array_equal(ours, value)
+            continue
+        assert (ours.layout, ours.shape, ours.dtype) == ("io", value.shape, jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, ours.parts, stored[name].parts)
+        want = stored[name].dequantize().astype(jnp.float32)
+        np.testing.assert_array_equal(value, want.T)
+    apply = jlora.lora(lambda p, x: llama.Llama(config).apply({"params": p}, x))
+    tokens = np.arange(8, dtype=np.int32)[None]
+    one, two = jax.jit(lambda *params: [apply(x, tokens) for x in params])(kept, dense)
+    np.testing.assert_allclose(one, two, atol=0.02 * np.abs(two).max())  # bfloat16 products of W
+
+    merged.write_merged(tiny_dir / "merged", tiny_dir, config, kept)
+    again = weights.load(str(tiny_dir / "merged"))[1]
+    jax.tree.map(np.testing.assert_array_equal, again, dense)
+
+
+def test_damaged_four_bit_directories(tiny_dir: Path) -> None:
+    four_bits(tiny_dir, False)
+    tensors = load_file(tiny_dir / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    for change, match in (
+        ({f"{name}.absmax": None}, "absmax"),
+        ({state: np.frombuffer(b"{", np.uint8)}, "is not what bitsandbytes writes"),
+        ({state: None}, r"2 weights .*such as .*up_proj\.weight\.absmax"),
+        (
+            {f"{name}.other": np.zeros(2, np.float32)},
+            r"1 weights .*such as .*up_proj\.weight\.other",
+        ),
+    ):
+        changed = {key: x for key, x in (tensors | change).items() if x is not None}
+        save_file(changed, tiny_dir / "model.safetensors")
+        with pytest.raises(ValueError, match=match):
+            weights.load(str(tiny_dir), keep=True)
+    entries = json.loads((tiny_dir / "config.json").read_text())
+    entries["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
+    (tiny_dir / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"'fp4'.*is not implemented.*type nf4"):
+        weights.load(str(tiny_dir))
 
 
 def test_missing_model(tmp_path: Path) -> None:
@@ -139,9 +234,14 @@ def llama_cpp_permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, architecture: str = "llama", pre: str = "smollm", merge: str = "1 2", heads: Any = 4
+    path: Path,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    merge: str = "1 2",
+    heads: Any = 4,
+    more: dict[str, Any] | None = None,
 ) -> Path:
-    """The tiny model as llama.cpp's converter would write it."""
+    """The tiny model as llama.cpp's converter would write it; `more` are keys and tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(96)
@@ -159,10 +259,18 @@ def write_gguf(
     writer.add_token_types([1] * 256 + [3, 1] + [3] * 6)
     writer.add_token_merges([merge])
     writer.add_eos_token_id(256)
+    for name, value in (more or {}).items():
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_float32(name, value)
     for name, value in tiny_tensors(TINY).items():
         for hugging, cpp in NAMES.items():
             name = name.replace(hugging, cpp)
         heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
+        heads = heads if architecture == "llama" else None
         writer.add_tensor(name, llama_cpp_permute(value, heads) if heads else value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -191,9 +299,70 @@ def same_sizes(a: llama.Config, b: llama.Config) -> bool:
     return dataclasses.replace(a, norm_eps=b.norm_eps) == b and np.isclose(a.norm_eps, b.norm_eps)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_gguf_of_qwen(kind: str, tmp_path: Path) -> None:
+    """With biases or norms of q and k, whose rows are in Hugging Face's order, and its words."""
+    draw, more, sizes = np.random.default_rng(3), {}, {"q": 32, "k": 16, "v": 16}
+    for i in range(2):
+        for x, size in sizes.items():
+            name = f"blk.{i}.attn_{x}.bias" if kind == "qwen2" else f"blk.{i}.attn_{x}_norm.weight"
+            if kind == "qwen2" or x != "v":
+                size = size if kind == "qwen2" else 8
+                more[name] = draw.normal(size=size).astype(np.float32)
+    path = write_gguf(tmp_path / "q.gguf", kind, "qwen2", more=more)
+    config, params, tokenizer, _ = weights.load(str(path))
+    assert (config.qkv_bias, config.qk_norm, config.out_bias) == (
+        kind == "qwen2",
+        kind == "qwen3",
+        False,
+    )
+    raw, attention = tiny_tensors(TINY), params["layers_1"]["attn"]
+    np.testing.assert_array_equal(
+        attention["q_proj"]["kernel"], raw["model.layers.1.self_attn.q_proj.weight"].T
+    )
+    if kind == "qwen2":
+        np.testing.assert_array_equal(attention["v_proj"]["bias"], more["blk.1.attn_v.bias"])
+    else:
+        np.testing.assert_array_equal(
+            attention["k_norm"]["scale"], more["blk.1.attn_k_norm.weight"]
+        )
+    words = tokenizer.pre_tokenizer.pre_tokenize_str("I'm 12\n\nyes")
+    assert [word for word, _ in words] == ["I", "'m", "Ġ", "1", "2", "ĊĊ", "yes"]
+
+
+def test_gguf_rope_scaling(tmp_path: Path) -> None:
+    """Divisors of frequencies, as in Llama 3.1; three digits are a word there."""
+    divisors = np.linspace(1, 8, 4).astype(np.float32)
+    path = write_gguf(tmp_path / "l.gguf", pre="llama-bpe", more={"rope_freqs.weight": divisors})
+    config, _, tokenizer, _ = weights.load(str(path))
+    assert config.rope_scaling == rope.Divided(tuple(divisors.tolist()))
+    plain = rope.frequencies(5000.0, 4)
+    np.testing.assert_allclose(rope.frequencies(5000.0, 4, config.rope_scaling), plain / divisors)
+    words = tokenizer.pre_tokenizer.pre_tokenize_str("1234")
+    assert [word for word, _ in words] == ["123", "4"]
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert weights.load(str(write_gguf(tmp_path / "n.gguf", more=linear)))[0].rope_scaling == (
+        rope.Linear(4.0)
+    )
+
+
 def test_gguf_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="architecture 'gemma' is unknown"):
+    with pytest.raises(ValueError, match=r"architecture 'gemma' is unknown.*llama, qwen2, qwen3"):
         weights.load(str(write_gguf(tmp_path / "g.gguf", architecture="gemma")))
+    for n, (key, value, match) in enumerate(
+        (
+            ("llama.rope.scaling.type", "yarn", r"rope scaling \(yarn\) is not implemented"),
+            (
+                "llama.attention.sliding_window",
+                4.0,
+                "llama.attention.sliding_window=4.0, which may",
+            ),
+            ("llama.rope.dimension_count", 4.0, "rope.dimension_count=4.0, where a head has 8"),
+            ("blk.0.attn_q.bias", np.zeros(32, np.float32), r"1 weights .*blk\.0\.attn_q\.bias"),
+        )
+    ):
+        with pytest.raises(ValueError, match=match):
+            weights.load(str(write_gguf(tmp_path / f"x{n}.gguf", more={key: value})))
     with pytest.raises(ValueError, match=r"tokenizer \(gpt2, other\) is not one"):
         weights.load(str(write_gguf(tmp_path / "p.gguf", pre="other")))
     for n, wrong in enumerate(

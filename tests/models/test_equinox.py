@@ -55,6 +55,7 @@ class Image(eqx.Module):
         return self.mlp(jax.nn.relu(self.up(h)).mean(axis=(1, 2)))
 
 
+@pytest.mark.nightly
 def test_image_model() -> None:
     others = {".*/bias": "a bias (channels, 1, 1) of a convolution, which is added"}
     model(Image, x(2, 3, 12, 17), others=others, eager=True)
@@ -109,11 +110,13 @@ class Recurrent(eqx.Module):
         return jax.tree.leaves(jax.lax.scan(step, (zero, zero) if pair else zero, sequence)[0])[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cell", [eqx.nn.LSTMCell, eqx.nn.GRUCell])
 def test_recurrence(cell: Any) -> None:
     model(lambda: Recurrent(cell(11, 7, key=KEY)), x(2, 5, 11))
 
 
+@pytest.mark.nightly
 def test_blocks_stacked_by_filter_vmap() -> None:
     """Three layers made at once, and scanned over, as Equinox's documentation stacks them."""
     make = eqx.filter_vmap(lambda key: eqx.nn.MLP(11, 11, 17, 1, key=key))

@@ -66,20 +66,23 @@ CELLS = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrence(name: str) -> None:
     linen(nn.RNN(CELLS[name]), x(2, 5, 11))
 
 
+@pytest.mark.nightly
 def test_recurrence_both_ways() -> None:
     linen(nn.Bidirectional(nn.RNN(nn.LSTMCell(7)), nn.RNN(nn.LSTMCell(7))), x(2, 5, 11))
 
 
+@pytest.mark.nightly
 def test_recurrence_of_convolutions() -> None:
     linen(nn.RNN(nn.ConvLSTMCell(7, (3, 3))), x(2, 4, 6, 5, 3))
 
 
+@pytest.mark.nightly
 def test_attention_over_another_sequence() -> None:
     module = nn.MultiHeadDotProductAttention(
         num_heads=2, qkv_features=10, out_features=13, normalize_qk=True
@@ -146,6 +149,7 @@ class Stack(nn.Module):
         return scanned()(h, None)[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_blocks(remat: bool) -> None:
     others = ADDED | {".*scale": "of a norm, stacked, which scales each channel"}

@@ -68,7 +68,7 @@ CELLS = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrence(name: str) -> None:
     model(lambda rngs: nnx.RNN(CELLS[name](11, 7, rngs=rngs)), x(2, 5, 11))
@@ -168,12 +168,14 @@ class Stack(nnx.Module):
         return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(h, self.blocks)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_blocks(remat: bool) -> None:
     others = ADDED | {".*scale": "of a norm, stacked, which scales each channel"}
     model(lambda rngs: Stack(remat, rngs), x(2, 4, 11), others=others)
 
 
+@pytest.mark.nightly
 def test_mapped_models() -> None:
     """An ensemble: three models in one, each with its own A and B."""
 

@@ -55,6 +55,7 @@ def image(h: jax.Array) -> jax.Array:
     return hk.nets.MLP([13, 5])(h.mean(axis=(1, 2)))
 
 
+@pytest.mark.nightly
 def test_image_model() -> None:
     model(image, x(2, 9, 11, 3), eager=True)
 
@@ -67,7 +68,7 @@ CORES = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", CORES)
 def test_recurrence(name: str) -> None:
     def run(sequence: jax.Array) -> Any:

@@ -55,6 +55,7 @@ def test_perceptron() -> None:
     model(sequential((11,), *stack), x(4, 11), eager=True)
 
 
+@pytest.mark.nightly
 def test_image_model() -> None:
     net = sequential(
         (9, 11, 4),
@@ -103,6 +104,7 @@ def test_transformer() -> None:
     model(transformer(), tokens, others={".*bias": "a bias of two dimensions, which is added"})
 
 
+@pytest.mark.nightly
 def test_the_lists_of_a_stateless_call() -> None:
     """Trainable values as a list, whose paths are numbers; what a step changes is returned."""
     net = sequential((11,), layers.Dense(13), layers.BatchNormalization(), layers.Dense(5))

@@ -58,6 +58,7 @@ def same_state(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_module_is_changed_as_by_a_plain_call(jit):
     model, merged = adapted()
@@ -141,6 +142,7 @@ class Scanned(nnx.Module):
         return run(self.blocks, x)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("train", [False, True])
 def test_variables_that_loops_write_unchanged_are_no_change(train):
     modes = {"deterministic": not train, "use_running_average": not train}
@@ -192,6 +194,7 @@ def test_the_gradient_of_a_layer_used_twice_is_one_sum():
     assert [use.name for use in report.uses] == ["first/kernel"] * 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("jit", [False, True])
 def test_an_optimizer_of_nnx_trains_the_adapter(jit):
     """As optax does alone; the state of the weights that are frozen is empty."""

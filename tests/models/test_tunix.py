@@ -12,7 +12,7 @@ pytestmark = MARKS
 every = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @every
 def test_model(family: str) -> None:
     graph, state = model(family)
@@ -46,6 +46,7 @@ def test_remat(family: str, remat: str) -> None:
     holds(forward(graph), state, *prompt())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("family", "option"), [("llama3", "weight_tying"), ("qwen3", "use_tied_embedding")]
 )
@@ -55,6 +56,7 @@ def test_tied_head(family: str, option: str) -> None:
     holds(forward(graph), state, *prompt())
 
 
+@pytest.mark.nightly
 def test_experts() -> None:
     graph, state = model("qwen3", num_layers=1, num_experts=3, num_experts_per_tok=2)
     report = holds(forward(graph), state, *prompt())

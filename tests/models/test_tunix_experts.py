@@ -138,6 +138,7 @@ def into_mixture(net: torch.nn.Module, folder: Path) -> torch.nn.Module:
 fused = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
 
 
+@pytest.mark.nightly
 @fused
 def test_experts_have_their_names_and_an_adapter_its_numbers(experts, tmp_path):
     """A file of PEFT's with one layer for each expert, in Tunix's model and in transformers 5's."""

@@ -117,7 +117,7 @@ def adapter(net: torch.nn.Module, folder: Path) -> torch.nn.Module:
     return net
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @every
 def test_every_weight_has_its_name_and_an_adapter_its_numbers(family, tmp_path):
     """transformers' weights in Tunix's model, plain and with an adapter of PEFT's: the logits."""
@@ -160,7 +160,7 @@ def test_names_and_layouts_are_found_by_value(family, tmp_path):
     assert all(found[path] == sides[path][1:] for path in fused) and len(fused) % 2 == 0
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @every
 def test_an_adapter_of_every_matrix_loads_in_peft(family, tmp_path):
     graph, state = model(family, embed_dim=WIDTH)

@@ -27,7 +27,7 @@ def bare() -> torch.nn.Module:
     return module
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("rank", [1, 4, 6])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", EVERY, ids=repr)
@@ -40,6 +40,7 @@ def test_dora(twin, variant, rank, tmp_path, compare):
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["use_dora"] is True
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("twin", [t for t in EVERY if t not in (embedding, heads)], ids=repr)
 def test_dora_and_biases(twin, bias, tmp_path, compare):
@@ -142,7 +143,7 @@ def test_where_peft_itself_refuses_a_bias_of_lora_b(twin: Twin):
         jlora.peft.rules(config, twin.params(plain(twin)), names=twin.names)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("patterns", PATTERNS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", BIASED, ids=repr)

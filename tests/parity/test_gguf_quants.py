@@ -64,7 +64,7 @@ def test_a_real_file(every):
     assert list(found) == [x.name for x in tensors]
     built = jax.jit(lambda w: w.dequantize())
     seen = set()
-    for tensor in tensors if every else tensors[:12]:
+    for tensor in tensors if every else [tensors[0], *tensors[5:9]]:
         ours, want = found[tensor.name], gguf.dequantize(tensor.data, tensor.tensor_type)
         if not isinstance(ours, quant.QuantArray):
             np.testing.assert_array_equal(bits(ours), bits(want))

@@ -176,7 +176,7 @@ def test_lora_plus(twin, tmp_path, compare):
     race.hold(compare, there, tx)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("reg", [1e-2, 1e-6])
 @pytest.mark.parametrize("twin", [linear, conv1d_hf, mlp], ids=repr)
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

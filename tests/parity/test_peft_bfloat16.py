@@ -78,7 +78,7 @@ EACH = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("twin", "variant"), EACH, ids=str)
 def test_a_layer(twin: Twin, variant: str, tmp_path):
     model, params, _ = in_bfloat16(twin, tmp_path, **DORA[variant])
@@ -117,7 +117,7 @@ MERGED = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("twin", "variant"), MERGED, ids=str)
 def test_merging(twin: Twin, variant: str, tmp_path, compare):
     model, params, base = in_bfloat16(twin, tmp_path, **DORA[variant])
@@ -132,6 +132,7 @@ def test_merging(twin: Twin, variant: str, tmp_path, compare):
         compare(got, want, f"merged {path}", 2**-8)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", GROUPED, ids=repr)
 def test_merging_groups(twin: Twin, variant: str, tmp_path, compare):

@@ -83,7 +83,7 @@ def the_same(twin: Twin, params: Any, model: Any, compare: Any, most: float = 1e
         compare(node.base, base, f"residual of {path}", most)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @twins
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 def test_corda(twin, method, compare):
@@ -137,7 +137,7 @@ def begun_in_peft(twin: Twin, x: np.ndarray, **more: Any) -> Any:
     return quiet(peft.get_peft_model, module, theirs)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("twin", [linear, mlp], ids=repr)
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_lora_ga(twin, direction, compare):
@@ -217,7 +217,7 @@ def tree(module: Trunk) -> Any:
     }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("rho", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("adjust", [True, False], ids=["adjusted", "alpha"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])

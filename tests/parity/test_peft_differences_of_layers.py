@@ -18,6 +18,7 @@ from twins import grouped as in_groups
 import jlora
 
 
+@pytest.mark.nightly
 def test_attention_adds_its_output_update_twice(tmp_path):
     model = adapt(attention)
     params = through_files(attention, model, tmp_path)
@@ -30,6 +31,7 @@ def test_attention_adds_its_output_update_twice(tmp_path):
     assert errors[0] > 0.1 and errors[1] < 1e-5 and errors[2] < 1e-5, errors
 
 
+@pytest.mark.nightly
 def test_attention_trains_its_last_adapter_alone(tmp_path, compare):
     """PEFT registers the merged weight anew for each adapter, which cuts the ones before it off.
 

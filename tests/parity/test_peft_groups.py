@@ -18,7 +18,7 @@ import jlora.peft
 every = pytest.mark.parametrize("twin", GROUPED, ids=repr)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @every
 @pytest.mark.parametrize(
     "more",

@@ -42,7 +42,7 @@ def attach(twin: Twin, theirs: peft.LoraConfig) -> tuple[Any, Any]:
     return base, jlora.attach(base, rules, key=jax.random.key(0))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @moving
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 def test_the_same_product_and_the_same_residual(twin, init, rslora, compare):

@@ -17,7 +17,7 @@ import jlora.peft
 BIASES = ("none", "lora_only", "all")
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", TWINS, ids=repr)
 def test_layers(twin, variant, tmp_path, compare):
@@ -40,7 +40,7 @@ def test_biases_and_patterns(bias, variant, tmp_path, compare):
     assert written["bias"] == bias and ranks == {3, 4}
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bias", BIASES[1:])
 @pytest.mark.parametrize("twin", [t for t in TWINS if t.targets and t is not mlp], ids=repr)
@@ -55,7 +55,7 @@ def test_biases(twin, bias, variant, tmp_path, compare):
     assert written["bias"] == ("lora_only" if biased else "none") and len(saved) == biased
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", TWINS, ids=repr)
 def test_patterns(twin, variant, tmp_path, compare):

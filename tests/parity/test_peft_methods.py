@@ -57,6 +57,7 @@ def hold(params, folder, compare):
     assert changed >= 6
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_there_and_back(tmp_path, compare, method):
     written(tmp_path / "there", method, modules_to_save=["lm_head"])
@@ -76,6 +77,7 @@ def test_there_and_back(tmp_path, compare, method):
     hold(read, tmp_path / "lora", compare)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_rules_begin_as_peft_does(method):
     """One step's forward pass: the same ranks, the same scaling, the update is zero."""

@@ -94,7 +94,7 @@ wide = dataclasses.replace(linear, make=lambda: Holder(torch.nn.Linear(130, 70))
 wide_embedding = dataclasses.replace(embedding, make=lambda: Holder(torch.nn.Embedding(170, 60)))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("twin", "init"),
     [

@@ -100,6 +100,7 @@ def test_every_layer_whole(twin, tmp_path, compare):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("more", MORE.values(), ids=MORE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("twin", [linear, conv1d_hf, mlp], ids=repr)

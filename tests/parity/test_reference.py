@@ -100,6 +100,7 @@ def test_outputs_and_gradients(compare):
     compare(gx, numpy(tx.grad), "gradient of the input")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("way", ["freeze", "partition"])
 def test_two_hundred_steps_of_adam(way, compare):
     module, params = pair(b_is_zero=True)

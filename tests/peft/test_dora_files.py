@@ -253,6 +253,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("params", "more", "match"), UNFIT.values(), ids=UNFIT)
 def test_saving_is_refused_and_nothing_written(tmp_path, params, more, match):
     with pytest.raises(ValueError, match=match):

@@ -378,6 +378,7 @@ def test_arguments_of_another_type():
         peft.match(params, tensors, names={"embed": None})
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("make", [linen, stacked])
 def test_an_adapter_loads_by_what_is_found(make, tmp_path):
     """As by names written by hand; saved, it has PEFT's names."""

@@ -79,6 +79,7 @@ def lost(params):
     return float(np.linalg.norm(kept - update) / np.linalg.norm(update))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_a_merge_that_loses_the_update_says_so(dtype):
     spec = LoraSpec(2, init=initializers.uniform)

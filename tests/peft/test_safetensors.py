@@ -8,8 +8,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from jlora.peft._tensors import read
-from jlora.peft._write import write_tensors as write
+from jlora._tensor_file import read, write
 
 
 def test_an_array_that_is_not_contiguous(tmp_path):

@@ -117,6 +117,7 @@ def test_saving_changes_nothing_that_was_given(tmp_path):
     assert all(a is b for a, b in zip(jax.tree.leaves(params), before, strict=True))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("alpha", "rank"), [(16, 8), (8, 8), (10, 3), (1, 7), (32, 3), (0.1, 3), (7.25, 5), (1e-3, 2)]
 )
@@ -163,6 +164,7 @@ def test_one_leaf_of_several_parameters(tmp_path):
         same(got, params)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("layout", ["ooio", "oio", "iooi"])
 def test_one_leaf_whose_parameters_share_a_or_b(tmp_path, layout):
     """What the program multiplies by at once has one A (or B); the file has it for each."""

@@ -1,0 +1,119 @@
+"""The entries of a small GGUF file, an adapter's: every count is checked against its size.
+
+gguf-py's reader believes what a header says, which in a damaged file may be 2⁶⁰ elements.
+
+    "GGUF"  version u32  tensors u64  entries u64
+    entry   length u64, key   type u32   value             (array: type u32, length u64, values)
+    tensor  length u64, name  dimensions u32, sizes u64 each, innermost first  type u32  offset u64
+    tensors, from the next multiple of general.alignment
+"""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._paths import brief, quoted
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
+_SCALARS[12] = "d"
+_STRING, _ARRAY = 8, 9
+_DTYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(jnp.bfloat16)}
+_Q8_0 = 8
+
+
+class Contents(NamedTuple):
+    """Entries that are numbers or texts, and tensors."""
+
+    entries: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+class _Reader:
+    def __init__(self, data: bytes, call: str, name: str) -> None:
+        self.data, self.at, self._call, self._name = data, 0, call, name
+
+    def refuse(self, why: str) -> NoReturn:
+        raise ValueError(
+            f"`{self._call}`: {self._name} is not a complete GGUF file: {why}. Copy it again."
+        )
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            self.refuse("it ends early")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode()
+        except UnicodeDecodeError:
+            self.refuse("a name is no UTF-8")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """Read a value; an array is passed over, and is None."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY or depth > 2:
+            self.refuse(f"it has a value of type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _SCALARS:
+            self.take(count * struct.calcsize(f"<{_SCALARS[inner]}"))
+            return None
+        for _ in range(min(count, len(self.data))):
+            self.value(inner, depth + 1)
+        return None
+
+
+def entries_of(file: Path, call: str) -> Contents:
+    """Read an adapter's entries and its tensors: F32, F16, BF16, and Q8_0 as float32."""
+    reader = _Reader(file.read_bytes(), call, file.name)
+    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
+        reader.refuse("it does not begin as one")
+    count, entries = reader.number("Q"), reader.number("Q")
+    found: dict[str, Any] = {}
+    for _ in range(entries):
+        key = reader.text()
+        found[key] = reader.value(reader.number("I"))
+    places = [_place(reader) for _ in range(count)]
+    align = found.get("general.alignment", 32)
+    if not isinstance(align, int) or align < 1:
+        reader.refuse("its alignment is no positive number")
+    start = -(-reader.at // align) * align
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape, kind, offset in places:
+        if name in tensors:
+            reader.refuse(f"it has {quoted(name)} twice")
+        reader.at = start + offset
+        tensors[name] = _tensor(reader, name, shape, kind)
+    return Contents(found, tensors)
+
+
+def _place(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    name, dims = reader.text(), reader.number("I")
+    if not 1 <= dims <= 4:
+        reader.refuse(f"{quoted(name)} has {dims} dimensions")
+    shape = tuple(reader.number("Q") for _ in range(dims))[::-1]
+    return name, shape, reader.number("I"), reader.number("Q")
+
+
+def _tensor(reader: _Reader, name: str, shape: tuple[int, ...], kind: int) -> np.ndarray:
+    size = math.prod(shape)
+    if kind in _DTYPES:
+        dtype = _DTYPES[kind]
+        return np.frombuffer(reader.take(size * dtype.itemsize), dtype).reshape(shape)
+    if kind != _Q8_0 or shape[-1] % 32:
+        reader.refuse(
+            f"{quoted(name)} is of type {brief(kind)}; an adapter is F32, F16, BF16, Q8_0"
+        )
+    blocks = np.frombuffer(reader.take(size // 32 * 34), np.uint8).reshape(*shape[:-1], -1)
+    return gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)

@@ -1,0 +1,92 @@
+"""What people watch: loggers of other packages, which stand-ins show, and the use of the device."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import watch
+
+import jlora
+
+
+class Calls:
+    """A module that records what is called."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            self.seen.append((name, args, more))
+            return self
+
+        return call
+
+
+def test_loggers_get_every_step_and_evaluation(
+    job: Any, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, wandb = Calls(), Calls()
+    monkeypatch.setitem(sys.modules, "tensorboardX", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert job(tmp_path, "--log", "tensorboard", "--eval-every", "3") == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scalars = [args for name, args, _ in board.seen if name == "add_scalar"]
+    for line in lines:
+        step = line.pop("step")
+        assert all((name, value, step) in scalars for name, value in line.items())
+    assert len(scalars) == sum(map(len, lines)) and not wandb.seen
+    assert board.seen[0] == ("SummaryWriter", (str(tmp_path / "tensorboard"),), {})
+
+    args = types.SimpleNamespace(log=["wandb"], out=tmp_path, lr=0.1, data=None)
+    (log,) = watch.loggers(args)
+    log(3, {"step": 3, "loss": 0.5})
+    assert wandb.seen[0][2]["config"]["lr"] == "0.1" and "data" not in wandb.seen[0][2]["config"]
+    assert wandb.seen[1] == ("log", ({"loss": 0.5},), {"step": 3})
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_written(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, module in watch.MODULES.items():
+        monkeypatch.setitem(sys.modules, module, None)  # an ImportError
+        assert job(tmp_path / "out", "--log", name) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"`--log {name}`: {module} is not installed" in error
+        assert f"Run pip install {module}, or leave it out" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_those_of_the_kind(kind: str, peak: float | None) -> None:
+    assert watch.peak_of(kind) == peak
+
+
+def test_utilization_is_of_the_products_and_of_all_devices(monkeypatch: Any) -> None:
+    base = {"embed": jnp.ones((50, 8)), "w": jnp.ones((8, 6)), "scale": jnp.ones(8)}
+    params = jlora.attach(base, {"w": jlora.LoraSpec(2)}, key=jax.random.key(0))
+    trainable, frozen = jlora.partition(params)
+    assert watch.flops_of_token(trainable, frozen, False) == 4 * 48 + 6 * (16 + 12)
+    assert watch.flops_of_token(trainable, frozen, True) == 4 * (400 + 48) + 6 * 28
+    assert watch.utilization(1e9, 1e3) == {}
+    devices = [types.SimpleNamespace(device_kind="TPU v4")] * 2
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert watch.utilization(2.75e9, 1e5) == {"mfu": pytest.approx(0.5)}
