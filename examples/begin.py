@@ -31,7 +31,8 @@ from jlora import peft
 
 SCORED = 256  # held-out words that are generated and scored
 # All that a run writes into its directory.
-WRITTEN = ("adapter", "metrics.jsonl", "loss.png", "report.json", "state")
+WRITTEN = ("adapter", "metrics.jsonl", "loss.png", "report.json", "sweep.json", "sweep.png")
+WRITTEN += ("tensorboard", "state")
 
 
 def prepare(args: argparse.Namespace) -> Job:

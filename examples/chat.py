@@ -27,7 +27,7 @@ class Chat:
     def __init__(self, template: str, special: Mapping[str, str], ends: Sequence[str] = ()) -> None:
         self.special, self.ends = dict(special), tuple(ends)
         self.marks = tuple(f"\ufdd0{secrets.token_hex(8)}{kind}" for kind in "<>")
-        self.marked = "generation" in template and "endgeneration" in template
+        self.marked = "endgeneration" in template
         self.template = environment(self.marks).from_string(template)
 
     def render(self, messages: Sequence[Any], **more: Any) -> tuple[str, Spans]:

@@ -15,6 +15,20 @@ import jlora.cli
 from jlora import peft
 
 
+def check_export(args: argparse.Namespace, job: Job) -> None:
+    """Raise before training if llama.cpp's format has no place for adapters of this model."""
+    if args.export_gguf is None:
+        return
+    from jlora import gguf
+
+    source = weights.path_of(args.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            gguf.save(Path(scratch) / "adapter.gguf", [], config_of(job, source))
+        except ValueError as error:
+            raise ValueError(f"`--export-gguf {args.export_gguf}`: {error}") from error
+
+
 def export(args: argparse.Namespace, job: Job, params: Any, found: dict[str, Any]) -> None:
     """Write what the flags ask for; `found` is the report of the run."""
     source = weights.path_of(args.model)

@@ -8,9 +8,11 @@
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
     python examples/finetune.py --export-peft DIR       # PEFT files; --export-gguf for llama.cpp
     python examples/finetune.py --adapter DIR           # start from a PEFT adapter
+    python examples/finetune.py --quantize keep         # train over the blocks of a GGUF file
+    python examples/finetune.py --sweep lr=1e-3,2e-3    # which rate is best? all in one program
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
-`--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
+`--model` takes a Hugging Face directory or a .gguf file (models: README.md). `--data` takes .jsonl
 files, with lines of {"prompt": ..., "completion": ...}, where only the completion is learned, of
 {"messages": [...]}, where only what the assistant says is, or of {"text": ...}; and plain .txt.
 The output directory gets adapter/ (the adapter alone), metrics.jsonl, loss.png, report.json, and
@@ -35,11 +37,12 @@ import training
 import watch
 from begin import Start, adapt, check_folders, check_run, load_model, prepare, remove_run, start
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
-from exports import export
+from exports import check_export, export
 from flags import parse
 from plan import show_plan
 from states import write_beside
 from stopping import Stopping, stoppable
+from sweep import sweep
 from tqdm import tqdm
 from training import State, make_schedule
 
@@ -219,6 +222,9 @@ def main(
             with states.only_run(args.out) as left:
                 check_run(args, left)
                 job = make_job(args)
+                check_export(args, job)
+                if args.sweep:
+                    return sweep(args, job)
                 begun = start(args, job)
                 running = True
                 return run(args, job, begun, asked)

@@ -48,6 +48,7 @@ def parse(
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="default: 120, or 4 with --smoke")
     add("--lr", type=above_zero, default=2e-3, help="the peak learning rate; default: 0.002")
+    add("--sweep", type=rates, metavar="lr=A,B,...", help="train one adapter per rate, all at once")
     add("--lora-plus", type=above_zero, metavar="RATIO", help="B's learning rate over A's, as 16")
     add("--batch", type=positive, default=2, metavar="ROWS", help="of packed tokens; default: 2")
     add("--length", type=positive, metavar="TOKENS", help="of a row; default: 128, or the longest")
@@ -103,6 +104,21 @@ def parse(
         parser.error("--patience counts the evaluations of --eval-every: give both")
     if args.resume and args.overwrite:
         parser.error("--resume continues the run that --overwrite removes: give one of them")
+    unfit = (
+        "resume",
+        "eval_every",
+        "log",
+        "export_peft",
+        "export_gguf",
+        "merge",
+        "generate",
+        "plan",
+    )
+    unfit = [name for name in unfit if getattr(args, name)]
+    unfit += ["accumulate"] if args.accumulate > 1 else ["beta"] if preferences else []
+    if args.sweep and unfit:
+        flag = unfit[0].replace("_", "-")
+        parser.error(f"--sweep finds a learning rate and does no more: leave --{flag} out")
     exports = {args.export_peft, args.export_gguf, args.merge} != {None}
     if args.generate is not None and (args.resume or exports):
         parser.error("--generate trains nothing: leave --resume and all exports out")
@@ -133,6 +149,18 @@ def above_zero(text: str) -> float:
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return float(text)
+
+
+def rates(text: str) -> list[float]:
+    """An argparse type: `lr=1e-4,1e-3`, two learning rates or more."""
+    name, _, values = text.partition("=")
+    try:
+        found = [above_zero(value) for value in values.split(",")]
+    except (ValueError, argparse.ArgumentTypeError):
+        found = []
+    if name != "lr" or len({*found}) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not lr= and two learning rates or more")
+    return found
 
 
 def period(text: str) -> int | float:

@@ -2,10 +2,11 @@
 
     python examples/sweep.py                              # seven rates, SmolLM2's first 4 layers
     python examples/sweep.py --rates 1e-3 4e-3 --steps 20
+    python examples/finetune.py --sweep lr=1e-3,2e-3      # the same of the main job
 
-The model, the data and the schedule are those of `finetune.py --smoke`. A bank holds the adapters;
-`jlora.bank.per_slot` gives each its own optimizer, which injects the rate, so every slot trains as
-it would in a run of its own. The output directory gets sweep.png and sweep.json.
+The first two are `finetune.py --smoke`. A bank holds the adapters; `jlora.bank.per_slot` gives each
+its own optimizer, which injects the rate, so every slot trains as it would in a run of its own. The
+output directory gets sweep.png, sweep.json and the best adapter.
 """
 
 import argparse
@@ -20,25 +21,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import training
-from begin import prepare
+from begin import prepare, remove_run
 from evaluation import Job, make_apply
 from flags import above_zero, parse, positive
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jlora
+from jlora import checkpoint
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
-def sweep(job: Job, rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Train one adapter per rate; return the losses, (steps, K), and the held-out losses, (K,)."""
+def train(
+    job: Job, rates: Sequence[float], lora_plus: float | None = None
+) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Train one adapter per rate.
+
+    Returns the losses, (steps, K), the held-out losses, (K,), and the bank.
+    """
     base, adapter = jlora.detach(job.params)
     bank = jlora.bank.stack([adapter] * len(rates))
-    loss = training.make_loss(make_apply(job.config))
+    loss = training.make_loss(make_apply(job.config), chunked=job.config.chunk > 0)
     slots = jnp.arange(len(rates))
     rate = optax.inject_hyperparams(optax.scale)(step_size=1.0)
-    tx = jlora.bank.per_slot(optax.chain(training.make_optimizer(1.0, len(job.batches)), rate))
+    tx = training.make_optimizer(1.0, len(job.batches), lora_plus)
+    tx = jlora.bank.per_slot(optax.chain(tx, rate))
     state = tx.init(bank)
     state = (*state[:-1], state[-1]._replace(hyperparams={"step_size": jnp.asarray(rates)}))
 
@@ -58,7 +66,28 @@ def sweep(job: Job, rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         bank, state, losses = step(bank, state, base, batch)
         history.append(np.asarray(losses))
     total = sum(losses_of(bank, base, b) * b["weight"].sum() for b in job.held_out)
-    return np.stack(history), np.asarray(total / sum(b["weight"].sum() for b in job.held_out))
+    held_out = np.asarray(total / sum(b["weight"].sum() for b in job.held_out))
+    return np.stack(history), held_out, bank
+
+
+def sweep(args: argparse.Namespace, job: Job) -> int:
+    """Train with every rate of --sweep, say which was best, and save its adapter."""
+    if args.overwrite:
+        remove_run(args.out)
+    history, held_out, bank = train(job, args.sweep, args.lora_plus)
+    for rate, last, loss in zip(args.sweep, history[-1], held_out, strict=True):
+        print(f"learning rate {rate:8.2g}: last training loss {last:.3f}, held-out loss {loss:.3f}")
+    best = int(np.nanargmin(held_out))  # a rate that diverged may give NaN
+    print(f"best: --lr {args.sweep[best]:g}, held-out loss {held_out[best]:.3f}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = {"rates": [*args.sweep], "losses": history.tolist(), "held_out": held_out.tolist()}
+    rows["best"] = args.sweep[best]
+    (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
+    plot(args.out / "sweep.png", args.sweep, held_out)
+    base, _ = jlora.detach(job.params)
+    checkpoint.save(args.out / "adapter", jlora.bind(base, jlora.bank.pick(bank, best)))
+    print(f"written to {args.out / 'sweep.png'}")
+    return 0
 
 
 def plot(path: Path, rates: Sequence[float], held_out: np.ndarray) -> None:
@@ -75,20 +104,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=above_zero, nargs="+", default=RATES)
     parser.add_argument("--steps", type=positive, default=60)
     parser.add_argument("--model", help="as in finetune.py")
-    parser.add_argument("--data", help="as in finetune.py")
+    parser.add_argument("--data", nargs="+", help="as in finetune.py")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     args = parser.parse_args(argv)
-    flags = ["--smoke", "--steps", str(args.steps)]
-    for name in ("model", "data"):
-        flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    history, held_out = sweep(prepare(parse(flags)), args.rates)
-    for rate, last, loss in zip(args.rates, history[-1], held_out, strict=True):
-        print(f"learning rate {rate:8.2g}: last training loss {last:.3f}, held-out loss {loss:.3f}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = {"rates": [*args.rates], "losses": history.tolist(), "held_out": held_out.tolist()}
-    (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
-    plot(args.out / "sweep.png", args.rates, held_out)
-    print(f"written to {args.out / 'sweep.png'}")
+    flags = ["--smoke", "--steps", str(args.steps), "--out", str(args.out), "--overwrite"]
+    flags += ["--model", args.model] if args.model else []
+    flags += ["--data", *args.data] if args.data else []
+    job = parse(flags)
+    job.sweep = args.rates
+    sweep(job, prepare(job))
 
 
 if __name__ == "__main__":

@@ -79,12 +79,13 @@ def test_recipes(capsys):
     )
 
 
+@pytest.mark.usefixtures("usual_promotion")  # Keras and Tunix broadcast
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix's
 @pytest.mark.parametrize("n", range(6), ids=["linen", "nnx", "equinox", "keras", "haiku", "tunix"])
 def test_frameworks(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program runs, in few lines, and its gradient reaches the adapter and nothing else."""
     first, *others = programs(FRAMEWORKS)
-    assert len(others) == 6 and len(others[n].strip().splitlines()) <= 12
+    assert len(others) == 6 and len(re.findall(r"\n+", others[n])) <= 10
     if n == 3:
         monkeypatch.setenv("KERAS_BACKEND", "jax")
         monkeypatch.setenv("KERAS_HOME", os.devnull)
@@ -95,7 +96,7 @@ def test_frameworks(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with nnx.use_eager_sharding(False):
         exec(others[n], names)
     if n == 5:
-        moved = names["grads"]
+        moved = jax.jit(jax.grad(names["loss"]))(names["params"])
     elif n == 1:
         moved = nnx.as_pure(nnx.state(names["net"], nnx.Param))
     else:

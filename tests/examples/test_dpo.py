@@ -1,6 +1,7 @@
 """Preferences: the formula, the batches, and a run on a tiny model."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import finetune
 import jax
 import numpy as np
 import pytest
+import training
 from evaluation import make_apply
 from flags import parse
 from tiny_llama import byte_tokenizer
@@ -46,13 +48,14 @@ def test_the_loss_is_that_of_trl(prepared: Any) -> None:
     keys = iter(jax.random.split(jax.random.key(1), 100))
     moved = lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape)
     trainable, frozen = jlora.partition(params)
-    params = jlora.combine(jax.tree.map(moved, trainable), frozen)
+    params = jlora.combine(jax.jit(lambda x: jax.tree.map(moved, x))(trainable), frozen)
     apply, beta = make_apply(prepared.config), 0.3
+    plain = jax.jit(apply)
 
     def log_probabilities(weights: Any) -> np.ndarray:
         """Those of the tokens of each answer, summed, as `get_batch_logps` did in TRL."""
         inputs = (batch["tokens"], batch["positions"], batch["segments"])
-        logits = np.asarray(apply(weights, *inputs), np.float64)[:, :-1]
+        logits = np.asarray(plain(weights, *inputs), np.float64)[:, :-1]
         logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         picked = np.take_along_axis(logps, batch["tokens"][:, 1:, None], axis=2)[..., 0]
         answers = np.zeros(batch["tokens"].shape, bool)
@@ -69,8 +72,11 @@ def test_the_loss_is_that_of_trl(prepared: Any) -> None:
     rewards = beta * chosen_logratios - beta * rejected_logratios
     want = np.mean(np.log1p(np.exp(-rewards)))
     adapted = jlora.lora(apply)
-    np.testing.assert_allclose(dpo.make_loss(beta)(adapted)(params, batch), want, rtol=1e-4)
-    measured = dpo.make_measures(beta)(adapted)(params, batch)
+    made = (dpo.make_loss(beta)(adapted), dpo.make_measures(beta)(adapted))
+    loss, measured = jax.jit(lambda params, batch: [of(params, batch) for of in made])(
+        params, batch
+    )
+    np.testing.assert_allclose(loss, want, rtol=1e-4)
     np.testing.assert_allclose(measured["margin"], rewards.mean(), rtol=1e-3, atol=1e-5)
     assert float(measured["accuracy"]) == (rewards > 0).mean()
     assert abs(want - np.log(2)) > 0.01
@@ -104,12 +110,33 @@ def test_the_margin_grows_on_held_out_pairs(
     assert report["restored_max_abs_diff"] == 0
     lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["held_out_margin"] == report["margin_after"]
-    assert finetune.main([*flags, "--resume"], "", dpo.prepare) == 0  # nothing is left to do
-    assert (
-        json.loads((tmp_path / "out" / "report.json").read_text())["margin_after"]
-        == (report["margin_after"])
-    )
     assert (tmp_path / "p" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("usual_promotion")
+def test_a_run_that_was_stopped_continues_with_the_same_pairs(
+    tiny_path: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance, calls = training.advance, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return advance(*args)
+
+    found = []
+    for name in ("once", "twice"):
+        flags = flags_of(tiny_path, preferences, tmp_path / name)
+        if name == "twice":
+            monkeypatch.setattr(training, "advance", stopping)
+            assert finetune.main(flags, "", dpo.prepare) == 130
+            flags.append("--resume")
+        assert finetune.main(flags, "", dpo.prepare) == 0
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        found.append([report[key] for key in ("loss_after", "margin_after", "steps")])
+    assert found[0] == found[1] and found[0][2] == 8
 
 
 GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'

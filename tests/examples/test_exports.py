@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import card
+import exports
 import finetune
 import gguf
 import numpy as np
@@ -73,11 +74,19 @@ def test_the_gguf_adapter_has_the_updates(finished: Any, tiny: Any) -> None:
 
 
 def test_exports_that_cannot_be_written_are_refused_before_training(
-    finished: Any, tmp_path: Path, capsys: Any
+    finished: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--out", str(tmp_path / "out"), "--export-gguf", str(finished.out / "report.json")]
     assert finetune.main([*finished.flags, *more]) == 2
     assert "it exists. Name a new file" in " ".join(capsys.readouterr().err.split())
+    entries = json.loads((Path(finished.flags[1]) / "config.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "config_of", lambda *_: {**entries, "model_type": "other"})
+        more = ["--out", str(tmp_path / "out"), "--export-gguf", str(tmp_path / "a.gguf")]
+        assert finetune.main([*finished.flags, *more]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "a.gguf`: `jlora.gguf.save" in error and "model_type 'other'" in error
+    assert not (tmp_path / "out").exists()
     for wrong, match in [
         (["--export-gguf", "a", "--dora"], "llama.cpp has no DoRA"),
         (["--export-gguf", "a", "--init", "pissa"], "--export-gguf writes plain LoRA"),

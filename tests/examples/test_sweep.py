@@ -1,6 +1,7 @@
 """The sweep on a tiny model: every rate trains as in a run of its own."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import sweep
 import training
+import weights
 from evaluation import make_apply
 
 import jlora
+from jlora import checkpoint
 
 RATES = (1e-3, 3e-2)
 
@@ -44,3 +47,41 @@ def test_every_rate_trains_as_in_a_run_of_its_own(
     losses = [float(evaluate(params, batch)) for batch in job.held_out]
     weights = [batch["weight"].sum() for batch in job.held_out]
     np.testing.assert_allclose(found["held_out"][1], np.average(losses, weights=weights), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_the_main_job_sweeps(tiny_path: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
+    """It says which rate was best and saves that adapter; a rate may diverge."""
+    flags = ["--model", str(tiny_path), "--data", str(sums), "--steps", "4", "--rank", "2"]
+    flags += ["--sweep", "lr=1e-3,3e-2,1e-2", "--out", str(tmp_path / "out")]
+    assert finetune.main(flags) == 0
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    best = int(np.argmin(found["held_out"]))
+    assert best > 0 and found["best"] == found["rates"][best] == [1e-3, 3e-2, 1e-2][best]
+    said = capsys.readouterr().out
+    assert f"best: --lr {found['best']:g}, held-out loss {min(found['held_out']):.3f}" in said
+    job = finetune.prepare(finetune.parse(flags))
+    params = checkpoint.restore(tmp_path / "out" / "adapter", weights.load(str(tiny_path))[1])
+    loss = jax.jit(training.make_loss(jlora.lora(make_apply(job.config))))
+    (batch,) = job.held_out
+    np.testing.assert_allclose(loss(params, batch), min(found["held_out"]), rtol=1e-5)
+    assert finetune.main(flags) == 2  # as with any run that is there
+    assert "Continue that run with --resume" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (["--sweep", "lr=1e-3"], "is not lr= and two learning rates or more"),
+        (["--sweep", "lr=1e-3,0"], "is not lr= and two"),
+        (["--sweep", "lr=1e-3,much"], "is not lr= and two"),
+        (["--sweep", "rank=4,8"], "is not lr= and two"),
+        (["--sweep", "lr=1,2", "--resume"], "--sweep finds a learning rate .* leave --resume out"),
+        (["--sweep", "lr=1,2", "--eval-every", "2"], "leave --eval-every out"),
+        (["--sweep", "lr=1,2", "--batch", "4", "--accumulate", "2"], "leave --accumulate out"),
+    ],
+)
+def test_sweeps_that_make_no_sense(wrong: list[str], match: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(wrong)
+    assert re.search(match, capsys.readouterr().err)
