@@ -5,12 +5,13 @@
 Decoder blocks of a preset's shapes, every projection adapted and every block under remat, over
 float32 weights and over the same weights in each format. `step` is the loss and the gradients of A,
 B and the input, with 1 x 128 and 1 x 512 tokens; `token` is the forward pass of one token, without
-remat. On a CPU a product runs in blocks of outputs, so that at most a quarter of a weight is built
-at once; `whole` builds each weight as a whole. The variants take turns in every round, and a ratio
-is the median over the rounds of a variant's time over that of float32.
+remat. qwix, and PEFT with bitsandbytes, which keeps what the backward pass needs, take part if they
+are installed. The variants take turns in every round, and a ratio is the median over the rounds of
+a variant's time over that of float32.
 
-Temporary memory is what XLA allocates besides arguments and results. Expected: int8 near 1.1,
-4 bits near 1.2 at 512 tokens and more with fewer, since building a weight takes a fixed time.
+Temporary memory is what XLA allocates besides arguments and results; PyTorch's is not measured.
+Expected: int8 at most 1.05, 4 bits at most 1.15 at 512 tokens and 1.3 at 128, since building a
+weight takes a fixed time.
 """
 
 import argparse
@@ -19,15 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import jax
 from blocks import PRESETS, Sizes, attached, loss, weights
 from measure import ratio, surroundings, take_turns, write_json
+from quant_peers import PEERS
 
 import jlora
 from jlora import quant
-from jlora.quant import _product
 
 FORMATS: dict[str, Any] = {
     "float32": None,
@@ -39,11 +39,9 @@ FORMATS: dict[str, Any] = {
 TOKENS = (128, 512)
 
 
-def compiled(fn: Callable[..., Any], *args: Any, whole: bool = False) -> tuple[Any, int]:
+def compiled(fn: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     """Compile; return a run, and the bytes of its temporary memory."""
-    least = float("inf") if whole else _product.LEAST
-    with mock.patch.object(_product, "LEAST", least):
-        made = jax.jit(fn).lower(*args).compile()
+    made = jax.jit(fn).lower(*args).compile()
     run = lambda: jax.block_until_ready(made(*args))
     return run, made.memory_analysis().temp_size_in_bytes
 
@@ -63,8 +61,11 @@ def cases(sizes: Sizes, tokens: int, grad: bool) -> dict[str, tuple[Any, int, in
         fn = jax.value_and_grad(value, (0, 1)) if grad else value
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
         found[name] = (*compiled(fn, trainable, x, frozen), held)
-        if format is not None:
-            found[f"{name}, whole"] = (*compiled(fn, trainable, x, frozen, whole=True), held)
+    for library, build in PEERS.items():
+        try:
+            found |= build(sizes._replace(batch=1, time=tokens), x, grad)
+        except ImportError:
+            print(f"{library} is not installed")
     return found
 
 
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         print(what)
         for name, row in result[what].items():
             print(
-                f"  {name:14} {row['ratio']:5.2f} x float32  {1e3 * row['seconds']:8.1f} ms  "
+                f"  {name:20} {row['ratio']:5.2f} x float32  {1e3 * row['seconds']:8.1f} ms  "
                 f"temp {row['temp_bytes'] / 1e6:6.1f} MB  base {row['base_bytes'] / 1e6:6.1f} MB"
             )
     print(around)

@@ -8,10 +8,11 @@
     python examples/finetune.py --model DIR --data pairs.jsonl --rank 16 --out runs/pairs
     python examples/finetune.py --export-peft DIR       # PEFT files; --export-gguf for llama.cpp
     python examples/finetune.py --adapter DIR           # start from a PEFT adapter
+    python examples/finetune.py --quantize keep         # train over the blocks of a GGUF file
     python examples/finetune.py --sweep lr=1e-3,2e-3    # which rate is best? all in one program
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
-`--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
+`--model` takes a Hugging Face directory or a .gguf file (models: README.md). `--data` takes .jsonl
 files, with lines of {"prompt": ..., "completion": ...}, where only the completion is learned, of
 {"messages": [...]}, where only what the assistant says is, or of {"text": ...}; and plain .txt.
 The output directory gets adapter/ (the adapter alone), metrics.jsonl, loss.png, report.json, and

@@ -95,12 +95,13 @@ def test_quant_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     formats = {"float32": None, "nf4": NF4(16)}
     monkeypatch.setattr(quant, "FORMATS", formats)
     monkeypatch.setattr(quant, "TOKENS", (8,))
+    monkeypatch.setattr(quant, "PEERS", {})
     quant.main(["--rounds", "1", "--json", str(tmp_path / "quant.json")])
     found = json.loads((tmp_path / "quant.json").read_text())["cases"]
     assert list(found) == ["step, 8 tokens", "token"]
     assert "step, 8 tokens" in capsys.readouterr().out
     for rows in found.values():
-        assert list(rows) == ["float32", "nf4", "nf4, whole"] and rows["float32"]["ratio"] == 1
+        assert list(rows) == ["float32", "nf4"] and rows["float32"]["ratio"] == 1
         assert 4 * rows["nf4"]["base_bytes"] < rows["float32"]["base_bytes"]
 
 
