@@ -1,5 +1,6 @@
 """Preferences: the formula, the batches, and a run on a tiny model."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -45,7 +46,7 @@ def prepared(tiny_path: Path, preferences: Path) -> Any:
 def test_the_loss_is_that_of_trl(prepared: Any) -> None:
     """TRL's loss_type="sigmoid", in NumPy, over the merged model's and the base's logits."""
     params, batch = prepared.params, prepared.batches[0]
-    keys = iter(jax.random.split(jax.random.key(1), 100))
+    keys = map(jax.random.key, itertools.count())
     moved = lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape)
     trainable, frozen = jlora.partition(params)
     params = jlora.combine(jax.jit(lambda x: jax.tree.map(moved, x))(trainable), frozen)
