@@ -78,6 +78,7 @@ FAMILIES = {
 }
 # Keys that change numbers, and the values that do not. A family's own keys come before these.
 NO = (False, None)
+SWITCHES = ("attention_bias", "mlp_bias", "use_sliding_window")
 ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "use_sliding_window"), NO),
     **dict.fromkeys(("use_bidirectional_attention", "rope_interleaved", "use_mrope"), NO),
@@ -130,8 +131,10 @@ def check_keys(path: Path, entries: Entries, family: Family) -> None:
     """Raise for a key that may change numbers and is not read."""
     used = {*USED.split(), *family.keys.split()}
     for key, value in entries.items():
-        if key in used:
+        if key in used and (key not in SWITCHES or value in NO or value is True):
             continue
+        if key in used:
+            raise refused(path, key, value)
         if key in ONLY and not any(value == other for other in ONLY[key]):
             raise refused(path, key, value)
         if key not in ONLY and key not in HARMLESS:
@@ -283,6 +286,8 @@ def scaling(path: Path, kind: str, rope: Entries, context: int, pairs: int) -> S
     if kind == "linear":
         return Linear(of("factor"))
     if kind == "dynamic":
+        if of("factor") < 1:
+            raise refused(path, "factor", rope["factor"])
         return Dynamic(of("factor"), context)
     if kind == "llama3":
         low, high = of("low_freq_factor"), of("high_freq_factor")

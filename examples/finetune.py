@@ -12,7 +12,7 @@
     python examples/finetune.py --sweep lr=1e-3,2e-3    # which rate is best? all in one program
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
 
-`--model` takes a Hugging Face directory of the Llama family or a .gguf file. `--data` takes .jsonl
+`--model` takes a Hugging Face directory or a .gguf file (models: README.md). `--data` takes .jsonl
 files, with lines of {"prompt": ..., "completion": ...}, where only the completion is learned, of
 {"messages": [...]}, where only what the assistant says is, or of {"text": ...}; and plain .txt.
 The output directory gets adapter/ (the adapter alone), metrics.jsonl, loss.png, report.json, and

@@ -162,7 +162,7 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `permute`: the two halves that `llama.rope` rotates."""
+    """The inverse of `permute`: the two halves that `rope.rotate` rotates."""
     rows = weight.reshape(heads, -1, 2, weight.shape[1])  # (H, D/2, 2, C)
     return rows.swapaxes(1, 2).reshape(weight.shape)
 

@@ -223,6 +223,10 @@ def from_nnx():
 def test_specs_from_those_of_nnx():
     graph, state, params = from_nnx()
     specs = jlora.specs(params, nnx.get_partition_spec(state))
+    # NNX has one spec a Variable, the base's, and jlora derives the others from it.
+    of_nnx = nnx.get_partition_spec(params)
+    assert of_nnx["kernel"].get_value() == P("data", "model")
+    assert jax.tree.leaves(jlora.specs(params, of_nnx)) == jax.tree.leaves(specs)
     node = specs["kernel"].get_value()
     assert (node.base, node.lora_a, node.lora_b) == (
         P("data", "model"),
@@ -236,7 +240,7 @@ def test_specs_from_those_of_nnx():
     np.testing.assert_allclose(
         apply(placed, X), nnx.merge(graph, jlora.merge(params))(X), rtol=1e-5
     )
-    # What nnx says of the adapted state would be that of W for A, B and the scaling.
+    # As shardings, which are those of W for A, B and the scaling, JAX refuses them.
     with pytest.raises(ValueError, match=r"rank|partitioned 2 times"):
         jax.device_put(params, nnx.get_named_sharding(params, mesh()))
 

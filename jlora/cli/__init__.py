@@ -6,7 +6,7 @@
     jlora inspect ADAPTER --base BASE                    norms, spectra, intruder dimensions
     jlora extract BASE TUNED OUT --rank 16               an adapter from two checkpoints
     jlora check ADAPTER --base BASE --for vllm           is every key known, and who takes it?
-    jlora convert ADAPTER OUT --to gguf --base BASE      for llama.cpp; mlx and vllm
+    jlora convert ADAPTER OUT --to gguf --base BASE      from and to GGUF, MLX, kohya, diffusers
 
 The verbs work on Hugging Face checkpoints and PEFT folders by the names in the files; no model is
 built. Exit status: 0 if every key of every adapter was used, 2 with one paragraph otherwise.

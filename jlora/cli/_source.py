@@ -59,8 +59,7 @@ def format_of(path: Path, call: str) -> str:
         return "peft"
     if not path.is_file():
         raise FileNotFoundError(f"`{call}`: there is no {path}.")
-    with path.open("rb") as file:
-        begins = file.read(8)
+    begins = _begins(path)
     if begins[:4] == b"GGUF":
         return "gguf"
     if begins == b"\x89HDF\r\n\x1a\n":
@@ -76,6 +75,11 @@ def format_of(path: Path, call: str) -> str:
     names = header(path, call)[0]
     kohya = any(".lora_down." in name or name.startswith("lora_") for name in names)
     return "kohya" if kohya else "diffusers"
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(8)
 
 
 def _components(path: Path) -> list[Path]:
@@ -131,10 +135,12 @@ def bridge(name: str, call: str) -> Any:
 
 
 def config_of(base: Path | None, call: str) -> dict[str, Any]:
-    """Read the base's config.json."""
+    """Read the base's config.json, or the metadata of a GGUF model."""
     if base is None:
         raise ValueError(f"`{call}` needs `--base`, the folder with the model's config.json.")
     file = base / CONFIG if base.is_dir() else base
     if not file.is_file():
         raise FileNotFoundError(f"`{call}`: there is no {file}.")
+    if _begins(file)[:4] == b"GGUF":
+        return bridge("gguf._entries", call).model_config(file, call)
     return read_json(file, call)

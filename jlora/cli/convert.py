@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="a folder or file of any of these formats")
     parser.add_argument("out", type=Path, help="gguf, kohya: the new file; others: the new folder")
     parser.add_argument("--to", choices=[*FORMATS], required=True)
-    parser.add_argument("--base", type=Path, help="gguf, mlx: the folder with its config.json")
+    parser.add_argument(
+        "--base", type=Path, help="gguf, mlx: the folder with its config.json, or a .gguf"
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="by default that of ADAPTER"
     )

@@ -9,6 +9,7 @@ gguf-py's reader believes what a header says, which in a damaged file may be 2â
 """
 
 import math
+import mmap
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -33,8 +34,14 @@ class Contents(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-class _Reader:
-    def __init__(self, data: bytes, call: str, name: str) -> None:
+# GGUF's architecture: transformers' model_type.
+_MODELS = {x: x for x in ("llama", "qwen2", "qwen3", "gemma", "gemma2")} | {"gemma3": "gemma3_text"}
+
+
+class Reader:
+    """Read numbers and texts from bytes, none of them past their end."""
+
+    def __init__(self, data: Any, call: str, name: str) -> None:
         self.data, self.at, self._call, self._name = data, 0, call, name
 
     def refuse(self, why: str) -> NoReturn:
@@ -76,15 +83,8 @@ class _Reader:
 
 def entries_of(file: Path, call: str) -> Contents:
     """Read an adapter's entries and its tensors: F32, F16, BF16, and Q8_0 as float32."""
-    reader = _Reader(file.read_bytes(), call, file.name)
-    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
-        reader.refuse("it does not begin as one")
-    count, entries = reader.number("Q"), reader.number("Q")
-    found: dict[str, Any] = {}
-    for _ in range(entries):
-        key = reader.text()
-        found[key] = reader.value(reader.number("I"))
-    places = [_place(reader) for _ in range(count)]
+    reader = Reader(file.read_bytes(), call, file.name)
+    found, places = _header(reader)
     align = found.get("general.alignment", 32)
     if not isinstance(align, int) or align < 1:
         reader.refuse("its alignment is no positive number")
@@ -98,7 +98,35 @@ def entries_of(file: Path, call: str) -> Contents:
     return Contents(found, tensors)
 
 
-def _place(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+def model_config(file: Path, call: str) -> dict[str, Any]:
+    """Return what `load` and `save` ask of config.json, from the metadata of a GGUF model."""
+    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        said, places = _header(Reader(data, call, file.name))
+    kind = str(said.get("general.architecture"))
+    entry = lambda name: said.get(f"{kind}.{name}")
+    return {
+        "model_type": _MODELS.get(kind, kind),
+        "num_hidden_layers": entry("block_count"),
+        "num_attention_heads": entry("attention.head_count"),
+        "num_key_value_heads": entry("attention.head_count_kv"),
+        "tie_word_embeddings": all(name != "output.weight" for name, *_ in places),
+    }
+
+
+def _header(reader: Reader) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]]]:
+    """Read the entries, and the name, shape, type and offset of every tensor."""
+    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
+        reader.refuse("it does not begin as one")
+    count, entries = reader.number("Q"), reader.number("Q")
+    found: dict[str, Any] = {}
+    for _ in range(entries):
+        key = reader.text()
+        found[key] = reader.value(reader.number("I"))
+    return found, [place(reader) for _ in range(count)]
+
+
+def place(reader: Reader) -> tuple[str, tuple[int, ...], int, int]:
+    """Read the name, shape, type and offset of a tensor."""
     name, dims = reader.text(), reader.number("I")
     if not 1 <= dims <= 4:
         reader.refuse(f"{quoted(name)} has {dims} dimensions")
@@ -106,7 +134,7 @@ def _place(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, reader.number("I"), reader.number("Q")
 
 
-def _tensor(reader: _Reader, name: str, shape: tuple[int, ...], kind: int) -> np.ndarray:
+def _tensor(reader: Reader, name: str, shape: tuple[int, ...], kind: int) -> np.ndarray:
     size = math.prod(shape)
     if kind in _DTYPES:
         dtype = _DTYPES[kind]

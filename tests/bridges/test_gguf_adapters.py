@@ -10,6 +10,8 @@ from modules import equal, module
 
 import jlora.gguf
 from jlora._modules import Module
+from jlora.cli._source import config_of
+from jlora.gguf._entries import model_config
 
 LLAMA = {
     "model_type": "llama",
@@ -169,3 +171,21 @@ def test_damaged_files(tmp_path, data, part):
     (tmp_path / "a.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=rf"is not a complete GGUF file: .*{part}"):
         jlora.gguf.load(tmp_path / "a.gguf", LLAMA)
+
+
+def test_the_configuration_of_a_model(tmp_path):
+    """A GGUF model, with a tokenizer among its entries, tells what config.json would."""
+    writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_token_list(["a", "b"])
+    writer.add_block_count(2)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    packed = library.quantize(np.ones((2, 32), np.float32), library.GGMLQuantizationType.Q4_1)
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, packed, raw_dtype=library.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert model_config(tmp_path / "m.gguf", "call") == LLAMA
+    assert config_of(tmp_path / "m.gguf", "call") == LLAMA  # as `--base` reads it

@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "initializer_range": 0.3,
+    "rms_norm_eps": 0.01,
 }
 LENGTH = 24  # beyond the windows and the original contexts below
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -100,6 +101,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make(tmp_path_factory.mktemp("family"), kind, more)
 
 
+def in_ci(*names: str) -> pytest.MarkDecorator:
+    """All cases, but only those of these names outside the nightly run."""
+    marks = lambda name: () if name in names else pytest.mark.nightly
+    cases = [pytest.param(name, marks=marks(name)) for name in CASES]
+    return pytest.mark.parametrize("case", cases, indirect=True)
+
+
 def make(folder: Path, kind: str, more: dict[str, Any], shard: str = "1GB") -> Case:
     """Write the model as transformers does, with random biases and norms, and read it here."""
     torch.manual_seed(0)
@@ -142,7 +150,25 @@ def test_logits_are_those_of_transformers(case: Case) -> None:
     assert close(jax.jit(apply_of(case.config))(case.params, tokens), want)
 
 
-@pytest.mark.sample(6)
+SIZE_FIELDS = {"vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"}
+
+
+@pytest.mark.nightly
+def test_every_option_changes_the_logits(case: Case) -> None:
+    """So the test above would fail if one of them were ignored."""
+    plain, tokens = {x.name: x.default for x in dataclasses.fields(llama.Config)}, tokens_of()
+    want = theirs_on(case.theirs, tokens)
+    for name, value in vars(case.config).items():
+        if name in SIZE_FIELDS | {"tied", "fused"} or value == plain[name]:
+            continue
+        config = dataclasses.replace(case.config, **{name: plain[name]})
+        assert not close(jax.jit(apply_of(config))(case.params, tokens), want), name
+    if case.config.window is not None:
+        config = dataclasses.replace(case.config, window=case.config.window + 1)
+        assert not close(jax.jit(apply_of(config))(case.params, tokens), want)
+
+
+@in_ci("gemma3", "phi3_long", "smollm3")
 def test_generated_tokens_are_the_largest_logits_of_the_full_text(case: Case) -> None:
     """With a cache; the text exceeds windows and original contexts while it is generated."""
     prompts = tokens_of()[:, : LENGTH - 6]
@@ -169,7 +195,7 @@ def adapted(case: Case) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
-@pytest.mark.sample(9)
+@in_ci("gemma2", "phi3_long")
 def test_adapters_to_and_from_peft(case: Case, tmp_path: Path) -> None:
     """And the merged model, as transformers loads it."""
     params, tokens, names = adapted(case), tokens_of(), jlora.peft.llama_names
@@ -190,7 +216,7 @@ def test_adapters_to_and_from_peft(case: Case, tmp_path: Path) -> None:
     assert close(ours, theirs_on(load(tmp_path / "merged"), tokens))
 
 
-@pytest.mark.sample(17)
+@in_ci("gemma3")
 def test_scanned_layers_equal_unrolled_ones(case: Case) -> None:
     """Also in the loss, by rows of logits; and generation with a stacked cache."""
     config = dataclasses.replace(case.config, scan=True, remat=True, chunk=7)
@@ -327,6 +353,8 @@ def test_published_configurations_are_read(name: str) -> None:
     entries, want = PUBLISHED[name]
     config, stop = families.hf_config(Path("m"), {**HUB, **entries}, None)
     assert stop == 2 and {key: getattr(config, key) for key in want} == want
+    for path, _, hf in param_tree.names(config):
+        assert jlora.peft.llama_names(path) == hf
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -352,6 +380,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "llama",
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 5.0}},
         r"low_freq_factor=5.0 is not below high_freq_factor=4.0",
+    ),
+    ("llama", {"attention_bias": "no"}, "attention_bias='no' is not implemented"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 0.5}},
+        "factor=0.5 is not implemented",
     ),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not implemented"),
     ("mistral", {"layer_types": ["full_attention"] * 8}, "layer_types=.*is not implemented"),
