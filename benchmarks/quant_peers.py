@@ -16,7 +16,7 @@ Run = tuple[Callable[[], Any], int, int]  # a run, its temporary memory, the byt
 
 
 def with_qwix(sizes: Sizes, x: jax.Array, grad: bool) -> dict[str, Run]:
-    """Qwix's QLoRA, int8 with a scale per output and NF4 in blocks of 64; `nnx.remat` fails on it."""
+    """Qwix's QLoRA, int8 with a scale per output and NF4 in blocks of 64, without remat."""
     import qwix
     from flax import nnx
 
