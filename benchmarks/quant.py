@@ -5,9 +5,9 @@
 Decoder blocks of a preset's shapes, every projection adapted and every block under remat, over
 float32 weights and over the same weights in each format. `step` is the loss and the gradients of A,
 B and the input, with 1 x 128 and 1 x 512 tokens; `token` is the forward pass of one token, without
-remat. qwix, and PEFT with bitsandbytes, which keeps what the backward pass needs, take part if they
-are installed. The variants take turns in every round, and a ratio is the median over the rounds of
-a variant's time over that of float32.
+remat. qwix, and PEFT with bitsandbytes, take part if they are installed, both without remat. The
+variants take turns in every round, and a ratio is the median over the rounds of a variant's time
+over that of float32.
 
 Temporary memory is what XLA allocates besides arguments and results; PyTorch's is not measured.
 Expected: int8 at most 1.05, 4 bits at most 1.15 at 512 tokens and 1.3 at 128, since building a
