@@ -7,6 +7,7 @@
     jlora extract BASE TUNED OUT --rank 16               an adapter from two checkpoints
     jlora check ADAPTER --base BASE --for vllm           is every key known, and who takes it?
     jlora convert ADAPTER OUT --to gguf --base BASE      from and to GGUF, MLX, kohya, diffusers
+    jlora quantize BASE OUT --format nf4                 or int8, or q4_1 of a GGUF model
 
 The verbs work on Hugging Face checkpoints and PEFT folders by the names in the files; no model is
 built. Exit status: 0 if every key of every adapter was used, 2 with one paragraph otherwise.
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = ("merge", "extract", "combine", "resize", "inspect", "check", "convert")
+VERBS = ("merge", "extract", "combine", "resize", "inspect", "check", "convert", "quantize")
 
 __all__ = ["main"]
 

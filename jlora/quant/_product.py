@@ -50,7 +50,8 @@ def product(
         wide = accumulator(x.dtype)
         return lax.dot_general(x, rows, contract, preferred_element_type=wide).astype(dtype)
 
-    if sides[0] * sides[1] < LEAST or any(map(_on_mesh, (*parts.values(), x))):
+    small = sides[0] * sides[1] < LEAST or x.size == 0
+    if small or any(map(_on_mesh, (*parts.values(), x))):
         return times(parts, x, dtype, transposed) if hasattr(format, "dot") else NotImplemented
 
     def forward(x: Array) -> Array:
@@ -109,7 +110,7 @@ def _never(x: Array) -> Array:
     """Return False, and depend on x on a CPU. No compiler may know, for NaN differs from itself."""
 
     def of(x: Array) -> Array:
-        first = x.ravel()[0]
+        first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
         return (first != first) & (first == first)
 
     return lax.platform_dependent(x, cpu=of, default=lambda _: jnp.array(False))

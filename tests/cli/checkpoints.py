@@ -75,6 +75,7 @@ def read(folder: Path):
     for file in sorted(folder.glob("*.safetensors")):
         for name, x in safetensors.deserialize(file.read_bytes()):
             dtype = {"F32": np.float32, "F16": np.float16, "BF16": BFLOAT16, "I32": np.int32}
+            dtype |= {"U8": np.uint8, "I8": np.int8}
             found[name] = np.frombuffer(x["data"], dtype[x["dtype"]]).reshape(x["shape"])
     return found
 

@@ -1,0 +1,180 @@
+"""`jlora quantize`: read back by bitsandbytes' layout, by gguf-py, and by transformers."""
+
+import json
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import BFLOAT16, checkpoint, drawn, read, run, tensors_of
+
+import jlora
+from jlora import bitsandbytes, quant
+
+SHAPES = {
+    "model.embed_tokens.weight": (20, 64),
+    "model.layers.0.self_attn.q_proj.weight": (64, 64),
+    "model.layers.0.mlp.down_proj.weight": (64, 128),
+    "model.layers.0.mlp.odd.weight": (8, 24),
+    "model.layers.0.input_layernorm.weight": (64,),
+    "lm_head.weight": (20, 64),
+}
+Q, DOWN = (f"model.layers.0.{x}.weight" for x in ("self_attn.q_proj", "mlp.down_proj"))
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_nf4(tmp_path, capsys, files):
+    """The tensors of bitsandbytes, equal to those of `jlora.quantize`; all others unchanged."""
+    base = tensors_of(SHAPES)
+    folder = checkpoint(tmp_path / "base", base, files)
+    run("quantize", folder, tmp_path / "out", "--format", "nf4", "--json")
+    said = json.loads(capsys.readouterr().out)
+    odd = "model.layers.0.mlp.odd.weight"
+    assert said["quantized"] == 2 and odd in said["matrices left"]
+    found = read(tmp_path / "out")
+    for name in (Q, DOWN):
+        ours = bitsandbytes.from_tensors(found, name)
+        w = {"w": jnp.asarray(base[name])}
+        want = jlora.quantize(w, {"w": "nf4"}, layouts={"w": "oi"})["w"]
+        assert ours.dtype == jnp.bfloat16 and ours.shape == base[name].shape
+        for part, x in want.parts.items():
+            assert np.asarray(ours.parts[part]).tobytes() == np.asarray(x).tobytes()
+    for name in set(base) - {Q, DOWN}:
+        assert found[name].tobytes() == base[name].tobytes()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["load_in_4bit"] and config["model_type"] == "llama"
+    assert "model.layers.0.mlp.odd" in config["quantization_config"]["llm_int8_skip_modules"]
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    if files > 1:
+        index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(found)
+
+
+def test_int8(tmp_path):
+    base = tensors_of(SHAPES, np.float32)
+    folder = checkpoint(tmp_path / "base", base)
+    run("quantize", folder, tmp_path / "out", "--format", "int8", "--targets", ".*q_proj.weight")
+    found = read(tmp_path / "out")
+    module = Q.removesuffix(".weight")
+    codes, scb = found[Q], found[f"{module}.SCB"]
+    assert codes.dtype == np.int8 and found[f"{module}.weight_format"].shape == ()
+    np.testing.assert_array_equal(scb, np.abs(base[Q]).max(1))
+    error = np.abs(codes * (scb / 127)[:, None] - base[Q])
+    assert (error <= scb[:, None] / 250).all() and found[DOWN].tobytes() == base[DOWN].tobytes()
+
+
+def model_file(file, **entries):
+    """A GGUF model with F16 and F32 matrices, and an array among its entries."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_block_count(1)
+    half = {"token_embd.weight": drawn((3, 64), np.float16)}
+    half |= {f"blk.0.{x}.weight": drawn((40, 64), np.float16, n) for n, x in enumerate("ab")}
+    single = {"blk.0.attn_norm.weight": drawn(64), "blk.0.c.weight": drawn((2, 32), seed=5)}
+    for name, x in (half | single).items():
+        writer.add_tensor(name, x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return half | single
+
+
+def test_q4_1(tmp_path, capsys, monkeypatch):
+    """gguf-py's own blocks, in several pieces; entries and other tensors as they were."""
+    monkeypatch.setattr("jlora.gguf._requantize._CHUNK", 64 * 7)
+    tensors = model_file(tmp_path / "m.gguf")
+    words = ["quantize", tmp_path / "m.gguf", tmp_path / "q.gguf", "--format", "q4_1"]
+    run(*words, "--dry-run")
+    assert not (tmp_path / "q.gguf").exists()
+    run(*words, "--json")
+    said = json.loads(capsys.readouterr().out.partition("(--dry-run)\n")[2])
+    assert said["quantized"] == 3 and said["unchanged"] == 2
+    old, new = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in "mq")
+    kinds = {x.name: x.tensor_type.name for x in new.tensors}
+    assert kinds["blk.0.a.weight"] == "Q4_1" and kinds["token_embd.weight"] == "F16"
+    for x in new.tensors:
+        want = tensors[x.name]
+        if x.tensor_type.name == "Q4_1":
+            want = gguf.quantize(want.astype(np.float32), gguf.GGMLQuantizationType.Q4_1)
+        np.testing.assert_array_equal(x.data, want)
+    contents = lambda r: {k: f.contents() for k, f in r.fields.items() if k[:5] != "GGUF."}
+    changed = {"general.file_type": 3, "general.quantization_version": 2}
+    assert contents(new) == contents(old) | changed
+    found = jlora.gguf.read(tmp_path / "q.gguf")
+    assert isinstance(found["blk.0.a.weight"], quant.QuantArray)
+    run(*words, code=2)
+    run(*words, "--overwrite")
+    run("quantize", tmp_path / "q.gguf", tmp_path / "r.gguf", "--format", "q4_1")
+    assert (tmp_path / "r.gguf").read_bytes() == (tmp_path / "q.gguf").read_bytes()
+
+
+def broken(tmp_path, case):
+    config, words, base = None, [], tmp_path / "base"
+    match case:
+        case "quantized":
+            config = {"quantization_config": {}}
+        case "conv1d":
+            config = {"model_type": "gpt2"}
+        case "bare":
+            config = {}
+        case "pattern":
+            words = ["--targets", "("]
+        case "nothing":
+            words = ["--targets", "x"]
+    checkpoint(base, tensors_of(SHAPES), config=config)
+    if case in ("folder", "targets", "cut", "type", "same", "version"):
+        words = ["--targets", "x"] if case == "targets" else []
+        if case != "folder":
+            base = tmp_path / "m.gguf"
+            model_file(base)
+        data = bytearray(base.read_bytes()) if base.is_file() else bytearray()
+        if case == "cut":
+            base.write_bytes(data[:-100])
+        if case == "version":
+            base.write_bytes(data[:4] + b"\t" + data[5:])
+        if case == "type":
+            name = b"blk.0.b.weight"
+            at = data.index(name) + len(name) + 4 + 16
+            data[at] = 99
+            base.write_bytes(data)
+        return [base, base if case == "same" else tmp_path / "out", "--format", "q4_1", *words]
+    return [base, tmp_path / "out", "--format", "nf4", *words]
+
+
+SAID = {
+    "quantized": "is quantized already",
+    "conv1d": "whose layers are no `nn.Linear`",
+    "bare": "is without a config.json",
+    "pattern": "is no regular expression",
+    "nothing": "there is no matrix to quantize",
+    "folder": "is no GGUF file. Convert the checkpoint",
+    "targets": "does not use `--targets`",
+    "cut": "it ends early",
+    "version": "does not begin as one",
+    "type": "blk.0.b.weight is of type 99",
+    "same": "exists. Give another file",
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_refused(tmp_path, capsys, case):
+    words = broken(tmp_path, case)
+    before = sorted(tmp_path.rglob("*"))
+    run("quantize", *words, code=2)
+    err = capsys.readouterr().err
+    assert err.startswith("error: `jlora quantize BASE OUT") and SAID[case] in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_onto_itself(tmp_path, capsys):
+    model_file(tmp_path / "m.gguf")
+    run("quantize", *[tmp_path / "m.gguf"] * 2, "--format", "q4_1", "--overwrite", code=2)
+    assert "is BASE. Give another file" in capsys.readouterr().err
+
+
+def test_a_dry_run(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "base", tensors_of(SHAPES, BFLOAT16))
+    run("quantize", folder, tmp_path / "out", "--format", "nf4", "--dry-run")
+    assert "nothing (--dry-run)" in capsys.readouterr().out and not (tmp_path / "out").exists()
