@@ -202,13 +202,13 @@ def continue_text(args: argparse.Namespace) -> int:
 def main(
     argv: Sequence[str] | None = None,
     about: str = __doc__ or "",
-    make_job: Callable[[argparse.Namespace], Job] = prepare,
+    make_job: Callable[[argparse.Namespace], Job] | None = None,
 ) -> int:
     """Run the command line; invalid input ends in a one-paragraph error and status 2.
 
     `make_job` is another task's, as that of dpo.py.
     """
-    args = parse(argv, about, preferences=make_job is not prepare)
+    args = parse(argv, about, preferences=make_job is not None)
     running = False
     with stoppable() as asked:
         try:
@@ -221,7 +221,7 @@ def main(
             watch.check(args.log)
             with states.only_run(args.out) as left:
                 check_run(args, left)
-                job = make_job(args)
+                job = (make_job or prepare)(args)
                 check_export(args, job)
                 if args.sweep:
                     return sweep(args, job)
