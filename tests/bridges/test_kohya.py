@@ -15,7 +15,7 @@ from jlora._modules import Module
 
 BLOCK = "unet.down_blocks.1.attentions.0.transformer_blocks.0"
 # Of the names of all linear layers and convolutions of the models that diffusers 0.42.1 and
-# transformers 5.23 build, sorted, one a line: tests/bridges/test_live_diffusers.py reads them.
+# transformers 5.23 build, sorted, one a line.
 REAL = {
     "sd15": "dd6091162eb4b863",
     "sdxl": "d234e0d9bb1356fe",
