@@ -92,7 +92,7 @@ def spread(axes, count):
     return axes if isinstance(axes, tuple) else (axes,) * count
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.filterwarnings("ignore:A rank above:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*rank.*min:UserWarning")
 @pytest.mark.parametrize("case", list(batched()))
@@ -511,6 +511,7 @@ def test_ids_in_every_form_and_traced_ones_out_of_range():
     same(scanned[0], want)
 
 
+@pytest.mark.nightly
 def test_shared_arguments_and_results():
     many = bank.stack(unlike())
     mask, cache = w(9), {"k": w(6, 4), "slot": jnp.int32(2)}

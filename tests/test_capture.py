@@ -38,6 +38,7 @@ def test_dense():
     moments_are(single(lambda p, x: x @ p["w"].T, w(7, 11), X, layout="oi"), X.reshape(-1, 11))
 
 
+@pytest.mark.nightly
 def test_attention_kernels():
     def attend(p, x):
         q = jnp.einsum("bti,ihd->bthd", x, p["q"]["w"])
@@ -171,6 +172,7 @@ def test_a_stack_that_is_mapped():
     moments_are(single(to_all, w(3, 11, 7), x[0], layout="io"), np.stack([x[0]] * 3))
 
 
+@pytest.mark.nightly
 def test_experts():
     """Each by its rows; an expert that gets none has seen none."""
     x, sizes = w(7, 11), jnp.array([4, 0, 3])

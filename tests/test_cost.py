@@ -164,7 +164,7 @@ def test_both_forms_of_the_update_are_the_product(rank, dtype):
     assert np.all(np.abs(np.asarray(found, np.float64) - wanted) <= eps * bound)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("rank", [3, 12, 40])  # in terms, turned, as it lies
 @pytest.mark.parametrize("moved", [("lora_a", "lora_b"), ("lora_a",), ("lora_b",), ("scaling",)])
 def test_every_form_is_differentiated_as_a_product_is(moved, rank):

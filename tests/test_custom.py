@@ -94,6 +94,7 @@ def test_residuals_may_be_whole_or_moved_weights():
     agree(lambda p, x: dense(x, p["w"]))
 
 
+@pytest.mark.nightly
 def test_integer_and_static_arguments():
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def lookup(scale, k, n):

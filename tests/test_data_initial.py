@@ -93,7 +93,7 @@ def within_rounding(y, want, node, x):
     assert (np.abs(np.float64(y) - np.float64(want)) <= most).all()
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_starts_unchanged(case, method):

@@ -137,6 +137,7 @@ def test_a_loops_condition_and_body_draw_apart(key):
     assert len(set(drawn)) == len(drawn)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dora", [False, True])
 def test_integers_are_dropped_as_numbers(dora):
     spec = jlora.LoraSpec(2, dora=dora)

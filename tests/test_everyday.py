@@ -154,7 +154,7 @@ def test_a_program_of_the_table_is_factored(name: str) -> None:
     assert report.materialized == case.materialized and not report.unused, f"\n{report}"
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", sorted(MADE))
 def test_an_everyday_program(name: str) -> None:
     """Factored, and equal to the merged model in output and gradients."""

@@ -208,6 +208,7 @@ def test_a_frozen_a_keeps_no_inputs():
         assert memory - less >= 0.95 * inputs and fewer < flops, form
 
 
+@pytest.mark.sample(3)
 @every
 def test_pefts_files_hold_it_as_plain_lora(form, tmp_path):
     """Of a node without a base too: what stands between A and B goes into B."""

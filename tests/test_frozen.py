@@ -144,7 +144,7 @@ def test_clipping_inside_and_outside_of_freeze_is_one_program():
     assert flops(outside, loss, params, x) > 1.1 * costs[0], "the count shows nothing"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("form", ["lora", "lora_fa"])
 def test_a_detached_adapter_keeps_its_alpha_and_what_its_form_freezes(form):

@@ -66,6 +66,7 @@ def test_slices_and_parameters_trained_in_full():
     assert zero == np.inf
 
 
+@pytest.mark.nightly
 def test_cosines_and_overlaps():
     adapters = [
         {"w": node(seed=1), "v": node((7, 5), "io", 2, seed=2)},

@@ -102,7 +102,7 @@ def test_gradient_is_the_gradient_through_merge(case):
     close(got, want, scale=coarse(case))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @law(FACTORED)
 def test_no_array_of_deltas_shape(case):
     """Only casts, rearrangements of the base itself and the program's own results may have it."""
@@ -137,7 +137,7 @@ def test_no_array_of_deltas_shape(case):
 DENSE = ("dot_general", "add", "mul", "sub", "conv_general_dilated")
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(10)
 @every
 def test_explain_says_how_many_are_materialized(case):
     params = adapted(case)
@@ -147,7 +147,7 @@ def test_explain_says_how_many_are_materialized(case):
     assert all("tests/cases" in use.line or "flax" in use.line for use in report.uses), str(report)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @law(FACTORED)
 def test_layouts_cover_every_adapted_weight(case):
     layouts = case.layouts(base_of(case))

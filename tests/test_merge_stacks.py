@@ -79,6 +79,7 @@ def test_a_stored_stack_is_built_in_turn():
     close(jlora.merge(params)["w"], at_once(params["w"]), jnp.bfloat16)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [

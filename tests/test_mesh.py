@@ -59,6 +59,7 @@ def near(got, want):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * most)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "shape", "scanned", "replicate"), CASES)
 def test_as_on_one_device(kind, shape, scanned, replicate):
     p, want = alone(scanned, dora=True)

@@ -114,7 +114,7 @@ def moved(after, before):
 # Geometry: a stack, a slice, a layout are bookkeeping only.
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(24)
 @weights
 @optimizers
 def test_every_pair_of_factors_is_updated_by_itself(make, shape, layout, slices):
@@ -227,6 +227,7 @@ def test_all_else_goes_to_adam(name):
 # LoRA+.
 
 
+@pytest.mark.nightly
 def test_plus_scales_the_update_of_b():
     params = attached(dora=True)
     before = optax.adamw(1e-2, weight_decay=0.1)

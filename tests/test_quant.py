@@ -413,6 +413,7 @@ def test_reports_say_what_is_stored():
     assert "(NF4(block=64, double=True), built here)" in table
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_adapters_under_vmap_over_one_stored_base(name, monkeypatch):
     monkeypatch.setattr(_product, "LEAST", 1)

@@ -111,6 +111,7 @@ class NoTokens:
         return [types.SimpleNamespace(ids=[0])] * len(texts)
 
 
+@pytest.mark.nightly
 def test_words_are_split_once_for_all() -> None:
     dataset = data.load(None, NoTokens(), 256, 96)
     train, held_out = ({e.prompt for e in part} for part in (dataset.train, dataset.held_out))

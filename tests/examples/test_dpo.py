@@ -98,6 +98,7 @@ def test_batches_are_of_pairs(prepared: Any) -> None:
     assert isinstance(prepared.batches, data.Listed)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")  # Optax's Adam counts in integers
 def test_the_margin_grows_on_held_out_pairs(
     tiny_path: Path, preferences: Path, tmp_path: Path

@@ -199,6 +199,7 @@ def adapted(case: Case) -> Any:
     return jlora.combine(jax.tree.map(new, trainable), frozen)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 @in_ci("gemma2", "phi3_long")
 def test_adapters_to_and_from_peft(case: Case, tmp_path: Path) -> None:
@@ -221,6 +222,7 @@ def test_adapters_to_and_from_peft(case: Case, tmp_path: Path) -> None:
     assert close(ours, theirs_on(load(tmp_path / "merged"), tokens))
 
 
+@pytest.mark.nightly
 @in_ci("gemma3")
 def test_scanned_layers_equal_unrolled_ones(case: Case) -> None:
     """Also in the loss, by rows of logits; and generation with a stacked cache."""

@@ -158,7 +158,7 @@ def test_the_head_is_computed_where_the_loss_is_and_held_once() -> None:
     assert logits <= compiled(1).memory_analysis().temp_size_in_bytes < 1.1 * logits
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("start", [1, 48])
 def test_loss_and_gradient_are_those_of_the_whole_logits(start: int) -> None:
     apply, make = wide(503, 16)

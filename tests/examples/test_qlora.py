@@ -8,6 +8,7 @@ import pytest
 import qlora
 
 
+@pytest.mark.nightly
 def test_it_trains_over_stored_weights(
     tiny_dir: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

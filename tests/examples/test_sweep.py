@@ -49,6 +49,7 @@ def test_every_rate_trains_as_in_a_run_of_its_own(
     np.testing.assert_allclose(found["held_out"][1], np.average(losses, weights=weights), rtol=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("usual_promotion")
 def test_the_main_job_sweeps(tiny_path: Path, sums: Path, tmp_path: Path, capsys: Any) -> None:
     """It says which rate was best and saves that adapter; a rate may diverge."""

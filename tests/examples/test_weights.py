@@ -152,6 +152,7 @@ def four_bits(folder: Path, double: bool) -> dict[str, Any]:
     return stored
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("double", [False, True])
 def test_four_bit_directories(tiny_dir: Path, double: bool) -> None:
     """Kept as they are, byte for byte, or dequantized."""

@@ -27,7 +27,7 @@ def bare() -> torch.nn.Module:
     return module
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("rank", [1, 4, 6])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", EVERY, ids=repr)
@@ -40,7 +40,7 @@ def test_dora(twin, variant, rank, tmp_path, compare):
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["use_dora"] is True
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("twin", [t for t in EVERY if t not in (embedding, heads)], ids=repr)
 def test_dora_and_biases(twin, bias, tmp_path, compare):

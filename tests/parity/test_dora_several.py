@@ -19,7 +19,7 @@ LAYERS = [linear, conv1d_hf, embedding, conv(1, 2, 1), conv(2, 2, 1), conv(3, 1,
 SUMMED = [linear, conv1d_hf, conv(2, 2, 1)]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("twin", LAYERS, ids=repr)
 def test_in_turn(twin, tmp_path, compare):
     """Forward, the gradients of x and of both adapters' A, B and m, and the merged weight."""
@@ -34,6 +34,7 @@ def test_in_turn(twin, tmp_path, compare):
         compare(merged[path], want, f"merged {path}")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("twin", SUMMED, ids=repr)
 def test_at_once(twin, tmp_path, compare):
     model, adapters = two(twin, tmp_path, lora_dropout=0.5)

@@ -27,6 +27,7 @@ def bits(x: Any) -> np.ndarray:
     return np.asarray(x, np.float32).view(np.uint32)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN scales
 @formats
 def test_random_blocks(format):
@@ -64,7 +65,7 @@ def test_a_real_file(every):
     assert list(found) == [x.name for x in tensors]
     built = jax.jit(lambda w: w.dequantize())
     seen = set()
-    for tensor in tensors if every else [tensors[0], *tensors[5:9]]:
+    for tensor in tensors if every else tensors[5:9]:
         ours, want = found[tensor.name], gguf.dequantize(tensor.data, tensor.tensor_type)
         if not isinstance(ours, quant.QuantArray):
             np.testing.assert_array_equal(bits(ours), bits(want))
@@ -79,7 +80,7 @@ def test_a_real_file(every):
         seen.add(str(ours.format))
         if str(ours.format) == "Q4_1":
             assert ours.nbytes <= 0.17 * 4 * ours.size
-    assert seen == {"Q8_0", "Q4_1"}
+    assert seen == ({"Q8_0", "Q4_1"} if every else {"Q4_1"})
 
 
 def write(path: Path, tensors: dict[str, Any], **metadata: Any) -> Path:

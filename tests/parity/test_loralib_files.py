@@ -156,7 +156,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     ("make", "dims", "window", "more"), CONVOLUTIONS.values(), ids=CONVOLUTIONS
 )

@@ -78,7 +78,7 @@ EACH = [
 ]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(("twin", "variant"), EACH, ids=str)
 def test_a_layer(twin: Twin, variant: str, tmp_path):
     model, params, _ = in_bfloat16(twin, tmp_path, **DORA[variant])
@@ -92,7 +92,7 @@ def test_a_layer(twin: Twin, variant: str, tmp_path):
     assert (np.abs(float32(y) - theirs) <= one_rounding(*sizes)).all()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("twin", SEVERAL, ids=repr)
 def test_products_one_after_another(twin: Twin, tmp_path):
     """Each rounds what it gives on, and not in one order: so both are held to what is exact."""
@@ -117,7 +117,7 @@ MERGED = [
 ]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(("twin", "variant"), MERGED, ids=str)
 def test_merging(twin: Twin, variant: str, tmp_path, compare):
     model, params, base = in_bfloat16(twin, tmp_path, **DORA[variant])

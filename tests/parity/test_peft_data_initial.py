@@ -137,7 +137,7 @@ def begun_in_peft(twin: Twin, x: np.ndarray, **more: Any) -> Any:
     return quiet(peft.get_peft_model, module, theirs)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.nightly
 @pytest.mark.parametrize("twin", [linear, mlp], ids=repr)
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_lora_ga(twin, direction, compare):
@@ -217,7 +217,7 @@ def tree(module: Trunk) -> Any:
     }
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("rho", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("adjust", [True, False], ids=["adjusted", "alpha"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])

@@ -18,7 +18,7 @@ import jlora.peft
 every = pytest.mark.parametrize("twin", GROUPED, ids=repr)
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(24)
 @every
 @pytest.mark.parametrize(
     "more",
@@ -82,7 +82,7 @@ def recipe(twin: Twin, **more: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=8, lora_alpha=6, target_modules=["layer"], **more)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @every
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}], ids=str)
 def test_a_recipe_with_groups(twin, more, tmp_path, compare):

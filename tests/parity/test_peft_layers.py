@@ -17,7 +17,7 @@ import jlora.peft
 BIASES = ("none", "lora_only", "all")
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", TWINS, ids=repr)
 def test_layers(twin, variant, tmp_path, compare):
@@ -55,7 +55,7 @@ def test_biases(twin, bias, variant, tmp_path, compare):
     assert written["bias"] == ("lora_only" if biased else "none") and len(saved) == biased
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("twin", TWINS, ids=repr)
 def test_patterns(twin, variant, tmp_path, compare):

@@ -19,7 +19,7 @@ CASES = [(twin, "none") for twin in (*TWINS, grouped(2, 2))]
 CASES += [(linear, "lora_only"), (conv(2, 2, 1), "lora_only"), (mlp, "all")]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(("twin", "bias"), CASES, ids=str)
 def test_several_active_adapters(twin, bias, tmp_path, compare):
     model = adapt(twin, bias=bias)
