@@ -41,7 +41,8 @@ import jlora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import training
-from begin import LENGTH, SCORED, prepare
+from begin import SCORED, prepare
+from data import LENGTH
 from evaluation import Apply, Job, compile_all, evaluate, make_apply
 from flags import parse as parse_job
 from flags import positive

@@ -152,7 +152,7 @@ def unmerge(merged: PyTree, params: PyTree) -> PyTree:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jlora import LoraSpec, attach
+        >>> from jlora import LoraSpec, attach, merge
         >>> params = attach({"w": jnp.ones((4, 6))}, {"w": LoraSpec(2)}, key=jax.random.key(0))
         >>> bool((unmerge(merge(params), params)["w"].base == params["w"].base).all())
         True

@@ -161,7 +161,7 @@ def alone(fn, adapters, n, base=BASE):
 IDS = np.array([1, 0, -1, 2, 1, 0])
 
 
-@pytest.mark.sample(6)
+@pytest.mark.nightly
 @pytest.mark.parametrize("x", [X, FEW], ids=["many", "few"])
 @pytest.mark.parametrize("make", [unlike, with_dora])
 def test_unlike_adapters_in_one_batch(x, make):
@@ -303,6 +303,7 @@ def test_other_ids_slots_and_alphas_compile_nothing():
     jax.tree.map(np.testing.assert_array_equal, bank.pick(many, 5), adapters[0])
 
 
+@pytest.mark.nightly
 def test_boxes_of_flax_are_for_the_base_alone():
     model = nn.Dense(6, kernel_init=nn.with_partitioning(nn.initializers.ones, ("in", "out")))
     params = model.init(jax.random.key(0), X)

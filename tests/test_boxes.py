@@ -110,6 +110,7 @@ def test_stacks_slices_and_other_layouts():
     assert node.scaling == P()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "kind", [nn.Partitioned, pytest.param(nn.LogicallyPartitioned, marks=pytest.mark.nightly)]
 )

@@ -212,6 +212,7 @@ def test_bfloat16_is_summed_in_float32():
     assert {m.dtype for m in jax.tree.leaves(moments)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.nightly
 def test_variants_of_nodes():
     """DoRA, slices, a `FullArray`, and what the A and B were: the inputs are the base model's."""
     fn = lambda p, x: jnp.tanh(x @ p["w"] + p["bias"]) @ p["v"]["w"]

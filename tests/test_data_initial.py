@@ -138,6 +138,7 @@ def test_back_to_the_original_weights(case, method):
     assert not any(x.residual for x in got)
 
 
+@pytest.mark.nightly
 def test_directions_of_a_weight():
     fn, _, params, x = made("heads")
     begun = eva(params, jlora.capture(fn, params, x))
@@ -171,6 +172,7 @@ def test_a_stack_and_slices_are_weights_of_their_own(case):
             near(a @ b, want["w"].lora_a @ want["w"].lora_b, 1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rslora", [False, True])
 def test_ranks_are_handed_out(rslora):
     """One budget for all: the weight of few directions gives what the other can use."""

@@ -256,6 +256,7 @@ def test_a_fill_that_is_a_number_is_not_scaled():
     assert np.isnan(nan[1]).all() and np.isfinite(nan[0]).all()
 
 
+@pytest.mark.nightly
 def test_slices_have_a_magnitude_for_every_output():
     x = node((11, 21), slices=((0, 7), (14, 18)))
     assert x.extra["magnitude"].shape == (21,)

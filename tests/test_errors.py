@@ -168,7 +168,10 @@ PLAIN = {
     "bool": ("jlora.LoraSpec(rank=True)", "TypeError: `LoraSpec(rank=True)`: the rank must be an"),
     "init": ("jlora.LoraSpec(init='kaiming')", "TypeError: `LoraSpec(init='kaiming')`: pass a fun"),
     "dora": ("jlora.LoraSpec(dora=1)", "TypeError: `LoraSpec(dora=1)`: give True or False."),
-    "dtype": ("jlora.LoraSpec(dtype='int32')", "TypeError: `LoraSpec(dtype=int32)`: A and B are"),
+    "dtype": (
+        "jlora.LoraSpec(dtype='int32')",
+        "TypeError: `LoraSpec(dtype=...)`: `dtype` is int32. A and B",
+    ),
     "scaling": (
         "jlora.LoraSpec(scaling='x')",
         "ValueError: `LoraSpec(scaling='x')`: give \"lora\"",

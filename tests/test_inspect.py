@@ -55,6 +55,7 @@ def test_an_intruder_is_a_new_direction():
     assert inspect({"w": along}, base, top=1)["w"]["intruders"] == 0
 
 
+@pytest.mark.nightly
 def test_slices_and_parameters_trained_in_full():
     sliced = node((6, 9), "io", 2, slices=((0, 3), (5, 9)))
     base = {"w": jnp.ones((6, 9)), "b": jnp.asarray([3.0, 4.0])}
@@ -123,8 +124,8 @@ REFUSED = {
     "original": (lambda: inspect({"b": FullArray(None, jnp.ones(2))}), "a detached adapter lacks"),
     "shape": (lambda: inspect({"w": node()}, {"w": jnp.ones((2, 9, 4, 5))}), "needs lora_a"),
     "paths": (lambda: inspect({"w": node()}, {"v": jnp.ones(3)}), "the trees differ"),
-    "top": (lambda: inspect({"w": node()}, top=0), "top must be at least 1"),
-    "threshold": (lambda: inspect({"w": node()}, threshold=5.0), "a cosine, in (0, 1)"),
+    "top": (lambda: inspect({"w": node()}, top=0), "`top` is 0"),
+    "threshold": (lambda: inspect({"w": node()}, threshold=5.0), "a cosine, a number in (0, 1)"),
 }
 
 

@@ -137,6 +137,7 @@ def counted() -> dict[str, tuple[int, int]]:
     return {name: (found[0][name], found[1][name]) for name in found[0]}
 
 
+@pytest.mark.nightly
 def test_twice_the_leaves_take_twice_the_steps(counted):
     grown = {name: many / few for name, (few, many) in counted.items()}
     assert len(grown) == 14 and min(few for few, _ in counted.values()) > 100

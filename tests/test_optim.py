@@ -209,7 +209,7 @@ def test_the_state_is_in_float32_and_updates_in_the_gradients_dtype(make):
     close(jax.tree.map(lambda x: x.astype(jnp.float32), updates), exact, 0.02)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["lora_plus", "riemannian", "lora_rite"])
 def test_all_else_goes_to_adam(name):
     params = attached(dora=True)

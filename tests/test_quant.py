@@ -45,6 +45,7 @@ def weigh(outs: Any) -> Any:
     return sum((x * rng.normal(size=x.shape).astype(np.float32)).sum() for x in outs)
 
 
+@pytest.mark.nightly
 @some
 def test_the_laws(name):
     """Values and gradients are those of the merged model, over dequantized weights."""
@@ -136,7 +137,7 @@ def test_a_weight_of_any_layout_is_stored_by_rows(name):
     assert bits(stack.dequantize()[1]) == bits(want)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_stands_for_a_weight_of_its_dtype(dtype):
     w = W.astype(dtype)
@@ -383,6 +384,7 @@ def test_a_small_update_is_rounded_away_and_said_so():
         jlora.merge({"w": node}, requantize=True)
 
 
+@pytest.mark.nightly
 def test_merge_refuses_what_it_cannot_store():
     from stored import pack
 
@@ -476,6 +478,7 @@ def test_pefts_files_over_stored_weights(tmp_path):
     assert list(rules) == ["layers"] and rules["layers"].rank == 2
 
 
+@pytest.mark.nightly
 def test_saved_and_restored(tmp_path):
     """The adapter by jlora, the stored base too by Orbax and by Flax."""
     import orbax.checkpoint as ocp
@@ -516,6 +519,7 @@ def test_exported_with_its_static_fields():
     same(jax.export.deserialize(data).call(params, x), fn(params, x), 0)
 
 
+@pytest.mark.nightly
 def test_boxes_and_modules():
     dense = nn.Dense(12, kernel_init=nn.with_partitioning(nn.initializers.normal(), ("in", "out")))
     x = jnp.ones((3, 128))
@@ -539,7 +543,7 @@ def test_repr_is_short():
     assert re.search(r"QuantArray\(.*format=Q4_1, layout='io'", text) and len(text) < 300
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("steps", [1, 2])
 def test_loftq_makes_up_for_the_error_of_every_weight(steps):
     layers = jnp.stack([W, 2 * W[::-1]])

@@ -100,7 +100,7 @@ def test_as_on_one_device(name: str, shape: Any, least: int, monkeypatch: Any) -
         made, want = node.base.parts[codes], alone.base.parts[codes]
         assert bits(made) == bits(want), path
         assert made.sharding.is_equivalent_to(NamedSharding(mesh, of_codes), made.ndim), path
-        first = NamedSharding(mesh, P(*spec[: len(spec) - len(layout) + 1]))
+        first = NamedSharding(mesh, P(*spec[: len(node.shape) - len(layout) + 1]))
         part = node.lora_a if layout[0] == "i" else node.lora_b
         assert layout[0] == "o" or part.sharding.is_equivalent_to(first, part.ndim), path
     # The mean of NF4's scales is rounded otherwise on a mesh: the same bytes, where those are.

@@ -60,6 +60,7 @@ def test_readme_is_short():
     assert len(README.splitlines()) <= 130 and len(README.split()) <= 1000
 
 
+@pytest.mark.nightly
 def test_recipes(capsys):
     names: dict[str, Any] = {}
     for program in programs(RECIPES.replace(FRAMEWORKS, "")):
@@ -79,6 +80,7 @@ def test_recipes(capsys):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("usual_promotion")  # Keras and Tunix broadcast
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix's
 @pytest.mark.parametrize("n", range(6), ids=["linen", "nnx", "equinox", "keras", "haiku", "tunix"])

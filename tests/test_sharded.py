@@ -156,6 +156,7 @@ def test_shards_that_are_sent_around(split, check):
     np.testing.assert_allclose(got, fn(jlora.merge(params), X), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_what_leaves_an_explicit_mesh():
     with jax.set_mesh(mesh(AxisType.Explicit)):
         params = tree()

@@ -71,7 +71,7 @@ def test_the_layers_of_a_stack_share():
     np.testing.assert_array_equal(jlora.untie(tied)["d"]["k"].lora_a, jnp.repeat(first, 3, 0))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize("form", ["lora", "vera", "lora_xs"])
 def test_the_gradient_is_the_sum_of_the_uses(form):
     parts = ("core",) if form == "lora_xs" else BOTH

@@ -57,6 +57,7 @@ def copy(tree):
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
+@pytest.mark.nightly
 def test_both_ways_are_one_program():
     params = attached()
     compiled = {}

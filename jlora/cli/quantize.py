@@ -17,13 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import bitsandbytes, quant, quantize
+from jlora import bitsandbytes, quant
 from jlora._paths import near_misses
 from jlora.cli._changes import plain
 from jlora.cli._checkpoint import CONFIG, EMBEDDINGS, HEADS, INDEX, Checkpoint, open_checkpoint
 from jlora.cli._output import Progress, check_space, check_target, report, shown, write_folder
 from jlora.cli._safetensors import WEIGHTS, Entry, Target, as_bytes
 from jlora.cli._source import bridge
+from jlora.quant._quantize import quantize
 
 HELP = "store a model in nf4 or int8 (for transformers) or q4_1 (for llama.cpp)"
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")

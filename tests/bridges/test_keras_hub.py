@@ -45,6 +45,7 @@ def written(file, pairs, rank=2):
     return file
 
 
+@pytest.mark.nightly
 def test_the_merged_model_is_keras_own(tmp_path, net):
     """The kernels of Keras's layers with LoRA enabled, and ours merged."""
     own = [x for x in net._flatten_layers(include_self=False) if x.weights]

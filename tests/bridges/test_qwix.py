@@ -28,6 +28,7 @@ class Net(nnx.Module):
         return self.dense(self.o(self.q(x)))
 
 
+@pytest.mark.nightly
 def test_the_model_of_qwix_itself():
     """The same outputs as Qwix's own model, from its leaves and the weights before it."""
     net, x = Net(nnx.Rngs(0)), jnp.ones((1, 2, 6))

@@ -381,6 +381,7 @@ def lora_of(tmp_path, count, rows, rank):
     return lora, adapter(tmp_path / "lora", lora, r=rank, target_modules=["up_proj"]), factors
 
 
+@pytest.mark.nightly
 def test_the_peak_of_memory(tmp_path):
     """The memory does not grow with the tensors: blocks of rows are read, changed and written."""
     base = large(tmp_path / "large", 6, 16384)

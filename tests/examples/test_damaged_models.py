@@ -31,7 +31,7 @@ def read(first: int, count: int) -> list[list]:
 
 @pytest.mark.parametrize(
     ("first", "count"),
-    [(0, 40), *(pytest.param(k, 200, marks=pytest.mark.nightly) for k in range(40, 1040, 200))],
+    [(0, 20), *(pytest.param(k, 204, marks=pytest.mark.nightly) for k in range(20, 1040, 204))],
 )
 def test_damaged_directories(first: int, count: int) -> None:
     lines = read(first, count)

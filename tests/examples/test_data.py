@@ -310,6 +310,7 @@ def test_a_row_has_few_targets_more_than_on_average(tmp_path: Path) -> None:
     assert batches[0]["at"].shape == (64,) and min(weights) > 24
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_files(tmp_path: Path, monkeypatch: Any) -> None:
     """Files of five times as many lines, with what is constant made small."""
     monkeypatch.setattr(stream_module, "HELD_OUT", 20)

@@ -21,6 +21,7 @@ import jlora
 from jlora import checkpoint
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 def test_export_and_back(finished: Any, tiny_path: Path, tmp_path: Path, capsys: Any) -> None:
     out, exported, common = finished.out, finished.exported, finished.flags

@@ -64,7 +64,7 @@ def close(got: Any, want: Any, rtol: float) -> None:
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("tied", [False, True])
 def test_remat_and_chunks_compute_the_same(layer: Any, tied: bool) -> None:
     config, params = layer

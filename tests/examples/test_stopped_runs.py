@@ -259,6 +259,7 @@ def same_exports(a: Path, b: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
+@pytest.mark.nightly
 def test_killed_within_a_save(finished: Any, flags: list[str], tmp_path: Path) -> None:
     """The kernel kills the process in the write of a state; what it left is gone at the end."""
     size = (finished.out / "state" / "6.safetensors").stat().st_size

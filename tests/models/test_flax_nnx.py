@@ -168,7 +168,7 @@ class Stack(nnx.Module):
         return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(h, self.blocks)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_blocks(remat: bool) -> None:
     others = ADDED | {".*scale": "of a norm, stacked, which scales each channel"}

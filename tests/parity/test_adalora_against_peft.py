@@ -63,7 +63,7 @@ def twins(orthogonal):
     return model, layers, params
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize("orthogonal", [0.0, 0.5], ids=["plain", "penalty"])
 @pytest.mark.parametrize("whole", [False, True], ids=["partition", "freeze"])
 def test_the_same_choices(orthogonal, whole, compare):

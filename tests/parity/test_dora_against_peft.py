@@ -40,7 +40,7 @@ def test_dora(twin, variant, rank, tmp_path, compare):
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["use_dora"] is True
 
 
-@pytest.mark.sample(4)
+@pytest.mark.nightly
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("twin", [t for t in EVERY if t not in (embedding, heads)], ids=repr)
 def test_dora_and_biases(twin, bias, tmp_path, compare):

@@ -34,7 +34,7 @@ def test_in_turn(twin, tmp_path, compare):
         compare(merged[path], want, f"merged {path}")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.nightly
 @pytest.mark.parametrize("twin", SUMMED, ids=repr)
 def test_at_once(twin, tmp_path, compare):
     model, adapters = two(twin, tmp_path, lora_dropout=0.5)

@@ -5,6 +5,7 @@ from typing import Any
 
 import llama
 import numpy as np
+import pytest
 import torch
 import weights
 from tiny_llama import TINY, tiny_tensors, write_model
@@ -41,6 +42,7 @@ def torch_llama(tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarra
     return (norm(x, "model.norm") @ w["lm_head"].T).numpy()
 
 
+@pytest.mark.nightly
 def test_equals_the_equations_in_torch(tmp_path: Path) -> None:
     config, params = weights.load(str(write_model(tmp_path, TINY)))[:2]
     tokens = np.random.default_rng(0).integers(0, 256, (23,)).astype(np.int32)

@@ -89,6 +89,7 @@ def test_merged_linear(enabled, compare):
     hold(layer, lambda w, x: x @ w + bias[None, None], node, x, np.transpose, compare)
 
 
+@pytest.mark.nightly
 def test_conv2d(compare):
     """loralib's B·A is a (out·k, in·k) matrix read as a kernel: here of rank k·(r·k)."""
     torch.manual_seed(0)

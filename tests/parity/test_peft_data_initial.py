@@ -217,7 +217,7 @@ def tree(module: Trunk) -> Any:
     }
 
 
-@pytest.mark.sample(24)
+@pytest.mark.nightly
 @pytest.mark.parametrize("rho", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("adjust", [True, False], ids=["adjusted", "alpha"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])

@@ -87,6 +87,7 @@ def test_attention_does_not_train_a_bias_of_lora_b(tmp_path):
         jlora.peft.rules(config, attention.params(plain(attention)), names=names)
 
 
+@pytest.mark.nightly
 def test_several_active_dora_adapters(tmp_path, compare):
     """Which model is meant PEFT says by order, and by whether there is dropout; here the user."""
     model, adapters = two(linear, tmp_path, lora_dropout=0.5)
@@ -175,6 +176,7 @@ def test_a_convolution_with_groups(tmp_path, compare):
     compare(apply(own, one)[:, :3], apply(own, x)[:, :3], "the first group's outputs")
 
 
+@pytest.mark.nightly
 def test_dora_of_a_convolution_with_groups(tmp_path, compare):
     """PEFT reads B (out, r/g) as (out/g, r), of which B A has as many numbers as the kernel."""
     twin = in_groups(2, 2)

@@ -18,7 +18,7 @@ import jlora.peft
 every = pytest.mark.parametrize("twin", GROUPED, ids=repr)
 
 
-@pytest.mark.sample(24)
+@pytest.mark.nightly
 @every
 @pytest.mark.parametrize(
     "more",

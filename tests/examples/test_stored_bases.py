@@ -103,6 +103,7 @@ def run(wide: Path, sums: Path, out: Path, *more: str) -> int:
         return finetune.main([*common, *JOB, *more])
 
 
+@pytest.mark.nightly
 def test_the_job_over_nf4_from_loftq(
     wide: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -160,6 +161,7 @@ def test_loftq_begins_nearer(wide: Path) -> None:
         assert error < 0.9 * near["kaiming"][path] or not path.endswith("_proj/kernel"), path
 
 
+@pytest.mark.nightly
 def test_a_plan_over_stored_weights(wide: Path, capsys: Any) -> None:
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam promotes
         for more in ([], ["--quantize", "nf4"]):
