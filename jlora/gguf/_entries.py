@@ -46,7 +46,8 @@ class Reader:
 
     def refuse(self, why: str) -> NoReturn:
         raise ValueError(
-            f"`{self._call}`: {self._name} is not a complete GGUF file: {why}. Copy it again."
+            f"`{self._call}`: {self._name} is not a complete GGUF file: {why}. It may be "
+            "truncated; copy it again."
         )
 
     def take(self, size: int) -> bytes:
@@ -111,6 +112,14 @@ def model_config(file: Path, call: str) -> dict[str, Any]:
         "num_key_value_heads": entry("attention.head_count_kv"),
         "tie_word_embeddings": all(name != "output.weight" for name, *_ in places),
     }
+
+
+def check_header(file: Path, call: str) -> None:
+    """Refuse a file whose header has lengths that go past its end."""
+    if file.stat().st_size == 0:
+        Reader(b"", call, file.name).refuse("it is empty")
+    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _header(Reader(data, call, file.name))
 
 
 def _header(reader: Reader) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]]]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jlora._paths import brief, quoted
+from jlora.gguf._entries import check_header
 from jlora.quant import QuantArray
 from jlora.quant._formats import GGML
 from jlora.quant.ggml import Ggml, fields_of, records
@@ -61,6 +62,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Array | QuantArray]:
     call = f"jlora.gguf.read({str(path)!r})"
     if not Path(path).is_file():
         raise FileNotFoundError(f"`{call}`: there is no such file.")
+    check_header(Path(path), call)
     try:
         reader = gguf.GGUFReader(path)
         wanted = [k for k in reader.fields if k == _ARCHITECTURE or ".attention.head_count" in k]

@@ -1,5 +1,6 @@
 """GGUF's blocks against gguf-py, bit for bit: random ones, and those of a real file."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ def test_damaged_files(tmp_path):
     for size in (0, 3, 20, 100, len(data) // 2, len(data) - 40):
         bad.write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"jlora\.gguf\.read\('.*bad\.gguf'\).*truncated"):
+            jlora.gguf.read(bad)
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a"
+    for long in (("<IIQ", 9, 8, 2**60), ("<IIQ", 9, 4, 2**60), ("<IQ", 8, 2**60)):
+        bad.write_bytes(head + struct.pack(*long) + bytes(64))
+        with pytest.raises(ValueError, match=r"bad\.gguf.*it ends early"):
             jlora.gguf.read(bad)
     at = data.index(BLOCKS[0, :34].tobytes())
     bad.write_bytes(data[:at] + b"\xff\xff" + data[at + 2 :])
