@@ -14,7 +14,7 @@ from jlora._base import is_stored, stored_as
 from jlora._begin import adapted, in_full
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_mapping, check_tree
-from jlora._kinds import check_key
+from jlora._check_values import check_key
 from jlora._nnx import Opened
 from jlora._paths import describe, is_bias, near_misses
 from jlora._placed import check_replicate, warn_of_undivided

@@ -69,10 +69,12 @@ def source_line(eqn: JaxprEqn) -> str:
 def is_traced(x: object) -> bool:
     """Whether a value is being traced, so that it cannot be read, but may be differentiated.
 
-    Reading the value instead would be an error for a tracer, whose message JAX writes by searching
-    the trace: asked once a weight, tracing a model would take time quadratic in its layers.
+    Only arrays with values can be waited for. Reading the value instead would be an error for a
+    tracer, whose message JAX writes by searching the trace: asked once a weight, tracing a model
+    would take time quadratic in its layers. The class is asked, because a tracer looks up what its
+    class lacks.
     """
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, jax.Array) and not hasattr(type(x), "block_until_ready")
 
 
 def varying_axes(x: PyTree) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write directories atomically, and verify what is read with checksums.
+"""Write files and directories atomically, and verify what is read with checksums.
 
 This file does not know about adapters.
 """
@@ -45,6 +45,22 @@ def replacing(target: Path) -> Generator[Path]:
         if not (hidden / _OLD).exists():  # otherwise it is the only copy
             shutil.rmtree(hidden, ignore_errors=True)
         _unlock(lock)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path, last: str | None = None) -> Generator[Path]:
+    """Yield a new directory, whose files replace those of their names in `folder`.
+
+    If something is raised, none is replaced. The file `last`, which describes the others, is
+    removed before they are replaced and comes after them, so it never describes other files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=folder) as new:
+        yield Path(new)
+        if last is not None:
+            (folder / last).unlink(missing_ok=True)
+        for file in sorted(Path(new).iterdir(), key=lambda file: file.name == last):
+            file.replace(folder / file.name)
 
 
 def _hidden(target: Path) -> tuple[Path, int | None]:

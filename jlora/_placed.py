@@ -27,8 +27,9 @@ from jlora import _compat
 from jlora._arrays import Adapted, FullArray, LoraArray, Tied
 from jlora._base import is_stored
 from jlora._boxes import of_parts
+from jlora._mesh import divided
 from jlora._paths import brief, describe
-from jlora._processes import divided, put
+from jlora._processes import put
 
 Names = Sequence[str]
 

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from jlora._disk import replacing_files
+
 _LAYER = re.compile(r"\.(\d+)(?=\.)")
 
 
@@ -33,7 +35,8 @@ def plot(file: str | os.PathLike[str], rows: Mapping[str, Mapping[str, Any]]) ->
             right.plot(np.arange(1, s.size + 1), s / s[0], color="C0", alpha=0.3, label=name)
     right.set(yscale="log", xlabel="rank", ylabel="singular value / the largest")
     figure.tight_layout()
-    FigureCanvasAgg(figure).print_png(Path(file))
+    with replacing_files(Path(file).parent) as new:
+        FigureCanvasAgg(figure).print_png(new / Path(file).name)
 
 
 def _map(figure: Figure, axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:

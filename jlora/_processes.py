@@ -3,14 +3,13 @@
 Every process calls the same functions in the same order, as in any program of JAX.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec, Sharding
+from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 
@@ -33,17 +32,6 @@ def put(x: Any, sharding: Sharding) -> jax.Array:
         return jax.device_put(x, sharding)
     own = np.asarray(x)
     return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
-
-
-def divided(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Leave out the mesh axes that do not divide their axis of an array."""
-
-    def fits(size: int, names: Any) -> bool:
-        each = names if isinstance(names, tuple) else (names,)
-        return names is not None and size % math.prod(mesh.shape[name] for name in each) == 0
-
-    pairs = zip(shape, spec, strict=False)
-    return PartitionSpec(*(names if fits(size, names) else None for size, names in pairs))
 
 
 def in_first(write: Callable[[], None], call: str) -> None:

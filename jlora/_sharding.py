@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from jlora._arrays import FullArray, LoraArray, Tied, is_adapted, is_leaf
 from jlora._boxes import unboxed
 from jlora._check import check_tree
+from jlora._mesh import divided
 from jlora._paths import brief, describe, leaves_with_paths, map_with_paths, near_misses
 from jlora._placed import (
     at_base,
@@ -21,7 +22,6 @@ from jlora._placed import (
     warn_of_undivided,
     warn_of_uneven,
 )
-from jlora._processes import divided
 
 
 def shardings(params: PyTree, replicate: Sequence[str] = (), *, of: PyTree = None) -> PyTree:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from jlora import forms
-from jlora._kinds import check_dtype
+from jlora._check_values import check_dtype
 from jlora._paths import brief, describe, is_doubtful, near_misses, quoted
 from jlora.forms._initial import check_initializer
 

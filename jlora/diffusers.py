@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jlora import _tensor_file
+from jlora._disk import replacing_files
 from jlora._modules import Module, check_pair, uses_dora
 from jlora._paths import brief, quoted
 
@@ -194,9 +195,9 @@ def save(path: str | os.PathLike[str], modules: Sequence[Module]) -> None:
         for key, value in _describe(component, own, call).items()
     }
     file = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(said, indent=2, sort_keys=True)
-    _tensor_file.write(file, tensors, {_METADATA: text})
+    with replacing_files(file.parent) as new:
+        _tensor_file.write(new / file.name, tensors, {_METADATA: text})
 
 
 def _describe(component: str, modules: Sequence[Module], call: str) -> dict[str, Any]:

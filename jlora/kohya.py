@@ -16,6 +16,7 @@ import numpy as np
 from jlora import _tensor_file
 from jlora._diffusion import SD15, SDXL, TEXT, flat, sgm_name, stable_diffusion
 from jlora._diffusion import modules as modules_of
+from jlora._disk import replacing_files
 from jlora._modules import Module, check_pair
 from jlora._paths import near_misses, quoted
 
@@ -147,7 +148,8 @@ def save(
         if module.magnitude is not None:
             sides = (len(module.b), *[1] * (module.a.ndim - 1))
             tensors[f"{name}.dora_scale"] = module.magnitude.reshape(sides)
-    _tensor_file.write(Path(file), tensors, _metadata(modules, sdxl))
+    with replacing_files(Path(file).parent) as new:
+        _tensor_file.write(new / Path(file).name, tensors, _metadata(modules, sdxl))
 
 
 def _is_sdxl(modules: Sequence[Module]) -> bool:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _tensor_file
+from jlora._disk import replacing_files
 from jlora._modules import Module, check_pair, scaled, uses_dora
 from jlora._paths import brief, quoted
 
@@ -164,11 +165,10 @@ def save(
         "model": model,
         "num_layers": layers,
     }
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _tensor_file.write(folder / TENSORS, tensors, {"format": "mlx"})
     text = json.dumps(config, indent=2) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    with replacing_files(Path(directory), last=CONFIG) as new:
+        _tensor_file.write(new / TENSORS, tensors, {"format": "mlx"})
+        (new / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _inside(module: Module, call: str) -> str:

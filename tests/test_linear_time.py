@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
@@ -157,6 +158,22 @@ def test_whether_a_weight_is_traced_is_found_without_a_look_at_the_trace(equatio
 
     jax.make_jaxpr(program)(1.0)
     assert counts[0] < 100
+
+
+def test_what_is_traced():
+    """In every transformation, keys too; arrays with values, NumPy's and numbers are not."""
+    key, seen = jax.random.key(0), []
+
+    def program(x):
+        seen.append(_compat.is_traced(x))
+        return x
+
+    jax.make_jaxpr(program)(key)
+    jax.vmap(program)(jnp.ones(2))
+    jax.grad(program)(1.0)
+    jax.jvp(program, (1.0,), (1.0,))
+    assert seen == [True] * 4
+    assert not any(map(_compat.is_traced, (key, jnp.ones(2), np.ones(2), 1.0, None)))
 
 
 def test_many_rules_are_looked_up_and_the_first_still_wins():

@@ -17,7 +17,7 @@ from jlora._attach import attach
 from jlora._base import built
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._check import check_tree
-from jlora._kinds import check_integer
+from jlora._check_values import check_integer
 from jlora._paths import describe
 from jlora._spec import LoraSpec, check_rules, resolve
 from jlora.arithmetic._compress import check_limits, needed

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, accumulator
 from jlora._base import built
-from jlora._kinds import check_key
+from jlora._check_values import check_key
 from jlora.arithmetic._terms import Term, check_original, each_path, read, refuse_gain, shape_among
 
 # (updates (n, in, out), weights (n,), key) -> update (in, out)

@@ -12,7 +12,7 @@ from jlora._adapt import bind, detach
 from jlora._arrays import FullArray, Geometry, LoraArray, accumulator
 from jlora._base import built
 from jlora._boxes import leaves_with_paths
-from jlora._kinds import check_integer, check_number
+from jlora._check_values import check_integer, check_number
 from jlora.arithmetic._compress import decomposed
 from jlora.arithmetic._fuse import svd
 from jlora.arithmetic._terms import check_original, matrices, read

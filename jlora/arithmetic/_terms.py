@@ -18,7 +18,7 @@ from jlora._adapters import check_adapters, is_slot, nodes_of, shape_of
 from jlora._arrays import Adapted, FullArray, LoraArray, accumulator
 from jlora._base import built
 from jlora._boxes import leaves_with_paths, map_with_paths, unboxed
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora._paths import brief, describe
 
 

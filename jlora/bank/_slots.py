@@ -19,7 +19,7 @@ from jlora._adapters import check_adapters, is_slot, nodes_of
 from jlora._arrays import FullArray, is_adapted
 from jlora._base import built, is_stored
 from jlora._boxes import leaves_with_paths, map_with_paths, unboxed
-from jlora._kinds import check_integer
+from jlora._check_values import check_integer
 from jlora._partition import has_adapted
 from jlora._paths import brief, describe
 from jlora.bank._fit import fitted, module, resized, template, without_gain

@@ -57,11 +57,7 @@ def run(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder) / args.out.name, source, args, call)
     elif args.to in _FILES:
-        parent = args.out.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".jlora-", dir=parent) as folder:
-            write(Path(folder) / args.out.name, source, args, call)
-            (Path(folder) / args.out.name).replace(args.out)
+        write(args.out, source, args, call)
     else:
         with replacing(args.out) as new:
             write(new, source, args, call)

@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
         found = arithmetic.inspect({name: node}, weight, top=args.top, threshold=args.threshold)
         rows[name] |= {key: np.asarray(x).tolist() for key, x in found[name].items()}
     if plot is not None and draw is not None:
-        plot.absolute().parent.mkdir(parents=True, exist_ok=True)
         draw(plot, rows)
     if args.json:
         report({"adapter": str(args.adapter), "weights": rows}, True)

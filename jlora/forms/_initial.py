@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._kinds import check_dtype, check_integer, check_key, check_number
+from jlora._check_values import check_dtype, check_integer, check_key, check_number
 from jlora._paths import brief
 
 P = ParamSpec("P")

@@ -7,6 +7,7 @@ left out, which llama.cpp reads as a scale of 1. Rows of q and k of Llama's fami
 order in GGUF, that of interleaved rotary embeddings, and so are the rows of their B.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._disk import replacing_files
 from jlora._modules import Module, check_pair, scaled
 from jlora._paths import brief, near_misses, quoted
 from jlora.gguf._entries import entries_of
@@ -92,10 +94,10 @@ def save(
         if x.dtype == jnp.bfloat16:  # which the writer knows as bytes
             x, raw = x.view(np.uint8), gguf.GGMLQuantizationType.BF16
         writer.add_tensor(name, x, raw_dtype=raw)
-    writer.write_header_to_file(Path(file))
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with replacing_files(Path(file).parent) as new, contextlib.closing(writer):
+        writer.write_header_to_file(new / Path(file).name)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def load(file: str | os.PathLike[str], config: Mapping[str, Any]) -> list[Module]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from jlora import forms
 from jlora._arrays import Geometry, LoraArray
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora._moments import Moments
 from jlora._paths import brief
 from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced

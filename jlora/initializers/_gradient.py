@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import Geometry, accumulator
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora._paths import brief, describe
 from jlora.forms import Split
 from jlora.initializers._data import lora_nodes, replaced, split, values_of

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
-from jlora._kinds import check_integer, check_number
+from jlora._check_values import check_integer, check_number
 from jlora.forms.adalora import FORM, VALUES
 from jlora.optim._factors import gram, require_wrapped, required, transposed
 

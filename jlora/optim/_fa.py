@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora.optim._factors import (
     Pair,
     factor_nodes,

@@ -4,7 +4,7 @@ import math
 
 import optax
 
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora.optim._factors import label, refuse_wrapping
 
 

@@ -6,7 +6,7 @@ from jaxtyping import PyTree
 
 from jlora import _compat
 from jlora._arrays import LoraArray, is_adapted
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora.optim._factors import (
     factor_nodes,
     pairs,

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jlora._arrays import LoraArray, is_adapted
-from jlora._kinds import check_number
+from jlora._check_values import check_number
 from jlora.optim._factors import (
     Pair,
     dot,

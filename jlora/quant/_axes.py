@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlora import _compat
-from jlora._processes import divided
+from jlora._mesh import divided
 
 
 def placed(parts: Mapping[str, Array], weight: Any, layout: str) -> Mapping[str, Array]:
