@@ -9,6 +9,14 @@ import safetensors
 from jlora import _tensor_file
 from jlora._modules import Module
 
+# Of config.json, what the bridges ask.
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 

@@ -6,20 +6,13 @@ import gguf as library
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from modules import equal, module
+from modules import LLAMA, equal, module
 
 import jlora.gguf
 from jlora._modules import Module
 from jlora.cli._source import config_of
 from jlora.gguf._entries import model_config
 
-LLAMA = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": False,
-}
 LAYER = "model.layers.1"
 SIZES = {"self_attn.q_proj": 8, "self_attn.k_proj": 4, "self_attn.v_proj": 4, "mlp.down_proj": 8}
 

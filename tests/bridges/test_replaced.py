@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+from modules import LLAMA
 
 import jlora.diffusers
 import jlora.gguf
@@ -21,9 +22,7 @@ SAVE = {
     "kohya": lambda to: jlora.kohya.save(to / "a.safetensors", [Module(ATTENTION, A, B, 0.5)]),
     "diffusers": lambda to: jlora.diffusers.save(to, [Module(ATTENTION, A, B, 0.5)]),
     "mlx": lambda to: jlora.mlx.save(to, [Module(DOWN, A, B, 0.5)], 1),
-    "gguf": lambda to: jlora.gguf.save(
-        to / "a.gguf", [Module(DOWN, A, B, 0.5)], {"model_type": "llama", "num_hidden_layers": 1}
-    ),
+    "gguf": lambda to: jlora.gguf.save(to / "a.gguf", [Module(DOWN, A, B, 0.5)], LLAMA),
     "picture": lambda to: _plot.plot(to / "a.png", {"layers.0.w": {"norm": 1.0}}),
 }
 

@@ -8,19 +8,12 @@ import pytest
 import safetensors.numpy
 from checkpoints import VOCAB, D, adapter, drawn, pair
 from helpers import says
+from modules import LLAMA
 
 import jlora.gguf
 import jlora.mlx
 from jlora._modules import Module
 from jlora.cli import main
-
-LLAMA = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": False,
-}
 
 
 def base(tmp_path, config=LLAMA):
