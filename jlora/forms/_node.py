@@ -64,7 +64,7 @@ def parts(node: LoraArray) -> dict[str, Part]:
         {'lora_a': 'si r', 'lora_b': 's r o'}
     """
     check_node(node, "jlora.forms.parts(node)")
-    return of(node).parts | (dora.PARTS if has_gain(node) else {})
+    return {**of(node).parts, **(dora.PARTS if has_gain(node) else {})}
 
 
 def begun(node: LoraArray, with_dora: bool, dtype: DTypeLike) -> LoraArray:
