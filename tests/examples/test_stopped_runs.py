@@ -289,8 +289,8 @@ def test_killed_anywhere(sums: Path, tmp_path: Path, tally: Counter[str], seed: 
     for k in range(20):
         kinds = [
             {"event": draw.randrange(60)},
-            {"seconds": draw.uniform(0.0, 8.0)},
-            {"event": draw.randrange(200)},
+            {"seconds": draw.uniform(0.0, 4.0)},
+            {"event": draw.randrange(90)},
             {"bytes": draw.randrange(30_000)},
             {"event": draw.randrange(120)},
         ]
