@@ -61,7 +61,9 @@ def parse(
     kinds = ("keep", "nf4", "int8")
     add("--quantize", choices=kinds, help="store the base in fewer bits; keep: as the file does")
     add("--remat", action="store_true", help="compute layers again instead of keeping their values")
-    add("--chunk", type=positive, default=0, metavar="N", help="rows of logits at once in the loss")
+    add(
+        "--chunk", type=positive, default=0, metavar="N", help="logits a token at once, in the loss"
+    )
     add("--scan", action="store_true", help="one program for all layers, which compiles sooner")
     add("--plan", action="store_true", help="print what a step needs, from shapes; train nothing")
     add = parser.add_argument_group("stopping and continuing").add_argument

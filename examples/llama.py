@@ -71,7 +71,7 @@ class Config:
     logit_cap: float | None = None
     dtype: str = "float32"  # of the weights and the cache
     remat: bool = False  # compute a layer again in the backward pass instead of keeping its values
-    chunk: int = 0  # rows of logits at once, in the loss; 0 for all
+    chunk: int = 0  # tokens of the vocabulary at once, in the loss; 0 for all
     scan: bool = False  # weights and cache have a leading axis of layers, and one program runs all
 
     @property
@@ -245,7 +245,7 @@ class Llama(nn.Module):
             at: (N,) indices into the flattened (B*T) tokens; the head, by far the largest matmul,
                 is then computed for these only.
             target: (N,) the tokens that follow those at `at`, for their loss in place of logits;
-                `config.chunk` rows of logits exist at a time.
+                logits of `config.chunk` tokens of the vocabulary exist at a time.
 
         Returns:
             Logits in float32, (B, T, V), or (N, V) with `at`; with a cache, (logits, cache). With
@@ -375,19 +375,26 @@ def chunked_loss(
 ) -> jax.Array:
     """cross_entropy(soft_cap(x @ kernel), target): (N, C), (C, V) and (N,) -> (N,).
 
-    Only `chunk` rows of logits exist at a time; the backward pass computes them again.
+    Logits of `chunk` tokens of the vocabulary exist at a time, (N, chunk), and the sum of their
+    exponentials goes on from part to part; the backward pass computes them again.
     """
-    N, C = x.shape
-    fill = -N % chunk
-    rows = jnp.pad(x, ((0, fill), (0, 0))).reshape(-1, chunk, C)
-    targets = jnp.pad(target, (0, fill)).reshape(-1, chunk)
+    N, V = x.shape[0], kernel.shape[1]
+    chunk = min(chunk, V)
 
-    @jax.checkpoint
-    def loss(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = soft_cap((part[0] @ kernel).astype(jnp.float32), cap)
-        return cross_entropy(logits, part[1])
+    def add(sums: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[Any, None]:
+        start = jnp.minimum(first, V - chunk)  # the last part begins within the one before it
+        part = lax.dynamic_slice_in_dim(kernel, start, chunk, axis=1)  # (C, chunk)
+        logits = soft_cap((x @ part).astype(jnp.float32), cap)  # (N, chunk)
+        token = start + jnp.arange(chunk, dtype=jnp.int32)[None]  # (1, chunk)
+        new = jax.nn.logsumexp(jnp.where(token < first, -jnp.inf, logits), axis=1)  # (N,)
+        hit = (token == target[:, None]) & (token >= first)
+        picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)  # (N,)
+        return (jnp.logaddexp(sums[0], new), sums[1] + picked), None
 
-    return lax.map(loss, (rows, targets)).reshape(-1)[:N]
+    zero = jnp.full(N, -jnp.inf, jnp.float32), jnp.zeros(N, jnp.float32)
+    parts = jnp.arange(0, V, chunk, dtype=jnp.int32)
+    total, picked = lax.scan(jax.checkpoint(add, prevent_cse=False), zero, parts)[0]
+    return total - picked
 
 
 def init_cache(config: Config, batch: int, length: int) -> Cache:

@@ -44,7 +44,7 @@ def make_loss(
 ) -> Callable[[Any, Batch], jax.Array]:
     """The mean cross-entropy over the targets of a packed batch; only their logits are computed.
 
-    `chunked`: the model computes the losses itself, some rows of logits at a time.
+    `chunked`: the model computes the losses itself, a part of the vocabulary at a time.
     """
 
     def loss(params: Any, batch: Batch) -> jax.Array:

@@ -164,8 +164,8 @@ def is_leaf(x: object) -> bool:
 
 
 def accumulator(dtype: DTypeLike) -> Any:
-    """Return the dtype to sum in: float32, or `dtype` if that is wider."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    """Return the dtype to sum in: float32, or `dtype` if that is wider and JAX has it."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else jax.dtypes.canonicalize_dtype(dtype)
 
 
 @functools.cache

@@ -61,7 +61,8 @@ def register_with_flax() -> None:
     """
     flax: Any = sys.modules.get("flax.serialization")
     enter = getattr(flax, "register_serialization_state", None)  # None while Flax is loading
-    if enter is not None:
+    # All are entered at once, so the newest one tells for all: thousands of nodes ask.
+    if enter is not None and not flax.is_serializable(next(reversed(_KINDS))):
         for kind in [kind for kind in _KINDS if not flax.is_serializable(kind)]:
             enter(kind, _state_dict, _from_state_dict)
 

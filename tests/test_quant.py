@@ -19,7 +19,7 @@ import jlora
 import jlora.checkpoint
 import jlora.peft
 from jlora import LoraSpec, quant
-from jlora.quant import _product
+from jlora.quant import _nibbles, _product, int4, nf4
 
 KEY = jax.random.key(0)
 IN_CI = ("nf4",)
@@ -251,6 +251,19 @@ def test_other_products_of_int8_build_it(name):
             fn, jlora.attach({"w": w}, {"w": LoraSpec(1, layout=w.layout)}, key=KEY)["w"], x
         )
     )
+
+
+@pytest.mark.parametrize("pairs", [nf4._PAIRS, int4._PAIRS], ids=["nf4", "int4"])
+def test_values_of_codes_on_a_tpu(pairs):
+    """They are selected, to the same bits: a table of pairs is padded 64-fold in its memory."""
+    codes = jnp.arange(256, dtype=jnp.uint8).reshape(2, 128)
+    table = tuple(pairs[:16, 1].tolist())
+    fn = jax.jit(lambda codes: (_nibbles.look_up(codes, pairs), _nibbles._select(codes, table)))
+    looked_up, selected = fn(codes)
+    assert bits(selected) == bits(looked_up) == bits(pairs.reshape(2, 256))
+    traced = jax.jit(lambda codes: _nibbles.look_up(codes, pairs)).trace(codes)
+    text = {x: traced.lower(lowering_platforms=(x,)).as_text() for x in ("tpu", "cpu")}
+    assert "gather" not in text["tpu"] and "gather" in text["cpu"]
 
 
 def test_rules_are_those_of_attach():

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import LoraSpec
+from jlora import LoraSpec, quant
 from jlora.quant import _product
 
 # path: shape, spec, layout, spec of the codes
@@ -43,7 +43,8 @@ def on(mesh: Any) -> Any:
 
 
 def attached(weights: Any, name: str) -> Any:
-    stored = jlora.quantize(weights, {".*": name}, layouts=LAYOUTS)
+    format = quant.Int4(group=16) if name == "int4" else name  # a row has 64 inputs, or more
+    stored = jlora.quantize(weights, {".*": format}, layouts=LAYOUTS)
     params = jlora.attach(stored, RULES, key=jax.random.key(0), layouts=LAYOUTS)
     trained, frozen = jlora.partition(params)
     return jlora.combine(jax.tree.map(lambda x: x + 0.02, trained), frozen)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jlora.arithmetic._fuse import check_part, elected, fused, kept_of, positions, weighted_sum
+from jlora.arithmetic._fuse import (
+    check_flag,
+    check_part,
+    elected,
+    fused,
+    kept_of,
+    positions,
+    weighted_sum,
+)
 from jlora.arithmetic._terms import weights_of
 
 
@@ -39,6 +47,7 @@ def breadcrumbs(
 
     Raises:
         ValueError: `outliers` out of range; as for `ties`.
+        TypeError: `elect` is no bool.
 
     Example:
         >>> from jlora import LoraSpec, attach, detach
@@ -50,6 +59,7 @@ def breadcrumbs(
     """
     call = "jlora.arithmetic.breadcrumbs(adapters, weights)"
     density = check_part("density", density, call)
+    check_flag("elect", elect, call)
     if not isinstance(outliers, int | float) or not 0 <= outliers <= 1 - density + 1e-9:
         raise ValueError(
             f"`{call}`: outliers={outliers!r}; it must be in [0, 1 - density], at most "

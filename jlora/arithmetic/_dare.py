@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jlora.arithmetic._fuse import check_part, elected, fused, weighted_sum
+from jlora.arithmetic._fuse import check_flag, check_part, elected, fused, weighted_sum
 from jlora.arithmetic._terms import weights_of
 
 
@@ -39,7 +39,7 @@ def dare(
 
     Raises:
         ValueError: as for `ties`.
-        TypeError: `key` is no PRNG key.
+        TypeError: `key` is no PRNG key, or `elect` no bool.
 
     Example:
         >>> from jlora import LoraSpec, attach, detach
@@ -53,6 +53,7 @@ def dare(
     """
     call = "jlora.arithmetic.dare(adapters, weights)"
     density = check_part("density", density, call)
+    check_flag("elect", elect, call)
     each = weights_of(weights, len(adapters), call)
     return fused(adapters, each, rank, _method(density, elect), call, key, random=True)
 

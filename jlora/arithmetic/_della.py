@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from jlora.arithmetic._fuse import check_part, elected, fused, positions, weighted_sum
+from jlora.arithmetic._fuse import check_flag, check_part, elected, fused, positions, weighted_sum
 from jlora.arithmetic._terms import weights_of
 
 
@@ -42,7 +42,7 @@ def della(
 
     Raises:
         ValueError: ε out of range; as for `ties`.
-        TypeError: `key` is no PRNG key.
+        TypeError: `key` is no PRNG key, or `elect` no bool.
 
     Example:
         >>> from jlora import LoraSpec, attach, detach
@@ -55,6 +55,7 @@ def della(
     """
     call = "jlora.arithmetic.della(adapters, weights)"
     density = check_part("density", density, call)
+    check_flag("elect", elect, call)
     good = isinstance(epsilon, int | float) and 0 <= epsilon / 2 < density <= 1 - epsilon / 2
     if not good:
         raise ValueError(

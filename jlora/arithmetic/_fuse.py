@@ -16,6 +16,7 @@ from jlora import forms
 from jlora._arrays import FullArray, Geometry, LoraArray, accumulator
 from jlora._base import built
 from jlora._check_values import check_key
+from jlora._paths import brief
 from jlora.arithmetic._terms import Term, check_original, each_path, read, refuse_gain, shape_among
 
 # (updates (n, in, out), weights (n,), key) -> update (in, out)
@@ -66,6 +67,13 @@ def check_part(name: str, x: Any, call: str) -> float:
     if not isinstance(x, int | float) or isinstance(x, bool) or not 0 < x <= 1:
         raise ValueError(f"`{call}`: {name}={x!r}; it must be a number in (0, 1].")
     return float(x)
+
+
+def check_flag(name: str, x: Any, call: str) -> bool:
+    """Return a flag; it chooses between methods, so it cannot be traced."""
+    if not isinstance(x, bool):
+        raise TypeError(f"`{call}`: {name}={brief(x)}; give True or False.")
+    return x
 
 
 def _geometry(path: str, nodes: Sequence[Any], call: str) -> Geometry:

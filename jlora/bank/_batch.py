@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jlora._paths import describe, leaves_with_paths
+from jlora._paths import brief, describe, leaves_with_paths
 
 
 class Batch(NamedTuple):
@@ -24,6 +24,7 @@ class Batch(NamedTuple):
     def of(cls, args: tuple[Any, ...], in_axes: Any, size: int, call: str) -> "Batch":
         """Find the examples in the arguments; refuse another number of them than `size`."""
         in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
+        check_axes(in_axes, "in_axes", call)
         try:
             axes = _spread(in_axes, args)
         except ValueError as error:
@@ -65,6 +66,16 @@ class Batch(NamedTuple):
         leaves, tree = jax.tree.flatten(out)
         axes = _spread(out_axes, out)
         return tree.unflatten([_merged(x, a) for x, a in zip(leaves, axes, strict=True)])
+
+
+def check_axes(axes: Any, argument: str, call: str) -> None:
+    """Refuse axes that are neither integers nor None."""
+    for axis in jax.tree.leaves(axes):
+        if not isinstance(axis, int) or isinstance(axis, bool):
+            raise TypeError(
+                f"`{call}`: `{argument}` has {brief(axis)}. Give an integer, or None for what all "
+                "examples share."
+            )
 
 
 def _arrays(x: Any) -> Any:

@@ -24,7 +24,7 @@ from jlora import _compat
 from jlora._arrays import FullArray, is_adapted
 from jlora._check import check_function
 from jlora._paths import leaves_with_paths
-from jlora.bank._batch import Batch
+from jlora.bank._batch import Batch, check_axes
 from jlora.bank._joined import joined, of_weights
 from jlora.bank._slots import Bank, bound, checked
 from jlora.transform._lora import Options, call, options_of
@@ -82,7 +82,7 @@ def each(
         What `fn` returns for the batch.
 
     Raises:
-        TypeError: `fn` is not a function, or `bank` not a bank.
+        TypeError: `fn` is not a function, `bank` not a bank, or an axis no integer.
         ValueError: `ids` or `weights` have a wrong shape or dtype, or an id is out of range; an
             argument has another number of examples; the bank has other paths or shapes than the
             base; with ids of tokens or with weights, something that they do not support.
@@ -100,6 +100,7 @@ def each(
     """
     check_function(fn, _CALL)
     checked(base, bank, _CALL)
+    check_axes(out_axes, "out_axes", _CALL)
     program = _Program.of(fn, (bank, ids, args, kwargs))
     chosen = _ids(ids, bank) if weights is None else _weights(weights, ids, bank)
     mixing = chosen if weights is not None else _one_hot(chosen, bank.slots)

@@ -60,6 +60,11 @@ def check_bank(bank: object, call: str, argument: str = "bank") -> None:
             f"`{call}`: `{argument}` is {brief(bank)}. Pass a bank: "
             "`jlora.bank.stack([adapter, ...])`."
         )
+    if not (isinstance(bank.ranks, Mapping) and isinstance(bank.gains, Mapping)):
+        raise TypeError(
+            f"`{call}`: `{argument}` has the ranks {brief(bank.ranks)} and the gains "
+            f"{brief(bank.gains)}. Let `jlora.bank.stack([adapter, ...])` build the bank."
+        )
 
 
 def stack(adapters: Sequence[PyTree], slots: int | None = None, rank: int | None = None) -> Bank:

@@ -13,6 +13,8 @@ import numpy as np
 from jlora._paths import quoted
 from jlora.cli._safetensors import DTYPES, WEIGHTS, Entry, as_bytes, blocks
 
+_ITEM = 32  # bytes an element counts for, so that a block's float64 product fits into a cache
+
 
 class Product(NamedTuple):
     """`p q` is added to the weight, seen as `(stack, rows, columns)`."""
@@ -87,7 +89,7 @@ def changed(
             return
         gains = _column_gains(entry, change, stack, rows, columns)
         for e in range(stack):
-            for first, last in blocks(rows, columns):
+            for first, last in blocks(rows, columns, _ITEM):
                 w = _summed(entry, change, (stack, rows, columns), e, first, last)
                 w = _gained(w, change, gains, first, last)
                 yield as_bytes(rounded(w, dtype, name))
@@ -161,8 +163,9 @@ def rounded(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         y = x.astype(DTYPES[dtype])
     if dtype in WEIGHTS and x.dtype.kind == "f" and dtype in ("F16", "BF16", "F32"):
-        lost = ~np.isfinite(y.astype(np.float32)) & np.isfinite(x)
-        if lost.any():
+        finite = np.isfinite(y.astype(np.float32))
+        lost = None if finite.all() else ~finite & np.isfinite(x)
+        if lost is not None and lost.any():
             raise ValueError(
                 f"{quoted(name)} has values beyond the range of {dtype}, such as "
                 f"{float(x[lost][0]):.3g}. Pass `--dtype bfloat16`, which has float32's."

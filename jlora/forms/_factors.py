@@ -1,7 +1,7 @@
 """Reduce a node of any form to one A and one B; derive the shapes of its parts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jlora._arrays import AXES, Geometry, LoraArray, accumulator
+from jlora._paths import brief
 from jlora.forms._form import Part, check_node, named
 
 Slices = tuple[tuple[int, int], ...] | None
@@ -97,6 +98,10 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
     Returns:
         A, `(*stack, *in_dims, rank)`, and B, `(*stack, rank, *out_dims)`.
 
+    Raises:
+        TypeError: `node` is not a `LoraArray`, or `shape` not a shape.
+        ValueError: A does not fit a weight of this shape.
+
     Example:
         >>> values = {"singular_values": jnp.array([3.0])}
         >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
@@ -104,8 +109,9 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
         >>> factors(node)[1].tolist()
         [[3.0, 3.0]]
     """
-    check_node(node, "jlora.forms.factors(node)")
-    geometry, form = Geometry.of(shape or node.shape, node.layout), named(node.form)
+    call = "jlora.forms.factors(node, shape)"
+    check_node(node, call)
+    geometry, form = _geometry(node, shape, call), named(node.form)
     if form.factors is not None:
         return form.factors(node, geometry)
     if node.slices is None:
@@ -130,6 +136,10 @@ def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
     Returns:
         A node of the form "lora" with the same weight.
 
+    Raises:
+        TypeError: `node` is not a `LoraArray`, or `shape` not a shape.
+        ValueError: A does not fit a weight of this shape.
+
     Example:
         >>> values = {"singular_values": jnp.array([3.0])}
         >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
@@ -137,7 +147,9 @@ def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
         >>> as_lora(node).form, as_lora(node).lora_b.tolist()
         ('lora', [[3.0, 3.0]])
     """
-    check_node(node, "jlora.forms.as_lora(node)")
+    call = "jlora.forms.as_lora(node, shape)"
+    check_node(node, call)
+    _geometry(node, shape, call)
     a, b = factors(node, shape)
     extra = {name: x for name, x in node.extra.items() if name not in named(node.form).parts}
     return dataclasses.replace(node, lora_a=a, lora_b=b, slices=None, extra=extra, form="lora")
@@ -154,19 +166,18 @@ def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Ar
     Returns:
         An array of `shape`.
 
+    Raises:
+        TypeError: `node` is not a `LoraArray`, or `shape` not a shape.
+        ValueError: A does not fit a weight of this shape.
+
     Example:
         >>> node = LoraArray(None, jnp.ones((3, 2)), jnp.ones((2, 4)), 0.5, "io")
         >>> delta(node, (3, 4), jnp.float32)[0, 0].item()
         1.0
     """
-    check_node(node, "jlora.forms.delta(node, ...)")
-    geometry = Geometry.of(shape, node.layout)
-    if node.lora_a.shape[:-1] != (*geometry.stack, *geometry.in_dims):
-        raise ValueError(
-            f"`jlora.forms.delta(node, shape, dtype)`: lora_a {node.lora_a.shape} with layout "
-            f"{node.layout!r} is not that of a weight of shape {tuple(shape)}. Give the shape of "
-            "the node's base."
-        )
+    call = "jlora.forms.delta(node, shape, dtype)"
+    check_node(node, call)
+    geometry = _geometry(node, shape, call)
     a, b = factors(node, shape)
     rank = a.shape[-1]
     a = a.reshape(*geometry.stack, geometry.fan_in, rank)
@@ -175,3 +186,17 @@ def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Ar
     ab = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
     s = jnp.asarray(node.scaling, wide)
     return geometry.from_matrix(ab * s.reshape(*s.shape, *(1,) * (ab.ndim - s.ndim)))
+
+
+def _geometry(node: LoraArray, shape: object, call: str) -> Geometry:
+    """Divide the weight's shape; refuse one that A does not fit."""
+    shape = node.shape if shape is None else shape
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"`{call}`: `shape` is {brief(shape)}. Give the shape of the node's base.")
+    geometry = Geometry.of(tuple(shape), node.layout)
+    if node.lora_a.shape[:-1] != (*geometry.stack, *geometry.in_dims):
+        raise ValueError(
+            f"`{call}`: lora_a {node.lora_a.shape} with layout {node.layout!r} is not that of a "
+            f"weight of shape {tuple(shape)}. Give the shape of the node's base."
+        )
+    return geometry

@@ -1,7 +1,9 @@
 """`Form`, the description of a variant of LoRA, and the registry of forms."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -38,10 +40,12 @@ def zeros(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jnp.zeros(shape, dtype)
 
 
-def _require(good: bool, given: str, wanted: str) -> None:
-    """Refuse an argument of the wrong kind."""
-    if not good:
-        raise TypeError(f"`jlora.forms.{given}`: give {wanted}.")
+def _require(kind: str, checks: Iterable[tuple[str, object, bool, str]]) -> None:
+    """Refuse an argument of the wrong kind. `checks` has its name, value, whether it is good, and
+    what is wanted."""
+    for name, value, good, wanted in checks:
+        if not good:
+            raise TypeError(f"`jlora.forms.{kind}({name}={brief(value)})`: give {wanted}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +81,13 @@ class Part:
                 f'`jlora.forms.Part({brief(self.axes)})`: the axes begin with the stack, "s"; the '
                 'rest are "i" (inputs), "o" (outputs) and, in a group, "r" (the rank): "si r".'
             )
-        for name, good, wanted in (
-            ("begin", callable(self.begin), "a function `(node, shape, dtype) -> array`"),
-            ("frozen", isinstance(self.frozen, bool), "True or False"),
-            ("shared", isinstance(self.shared, bool), "True or False"),
-        ):
-            _require(good, f"Part({name}={brief(getattr(self, name))})", wanted)
+        flag, function = "True or False", "a function `(node, shape, dtype) -> array`"
+        checks = (
+            ("begin", self.begin, callable(self.begin), function),
+            ("frozen", self.frozen, isinstance(self.frozen, bool), flag),
+            ("shared", self.shared, isinstance(self.shared, bool), flag),
+        )
+        _require("Part", checks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,14 +128,15 @@ class Form:
         parts = isinstance(extra, Mapping) and all(isinstance(x, Part) for x in extra.values())
         reasons = isinstance(refuses, Mapping) and set(refuses) <= set(_REFUSED)
         names = not isinstance(frozen, str) and isinstance(frozen, Sequence)
-        for name, good, wanted in (
-            ("name", isinstance(self.name, str), "the name in `LoraSpec(form=...)`, a string"),
-            ("frozen", names, 'a tuple of names, e.g. `("lora_a",)`'),
-            ("extra", parts, 'a mapping from name to part, e.g. `{"core": Part("s r r")}`'),
-            ("factors", self.is_product or callable(self.factors), "a function, or None"),
-            ("refuses", reasons, 'a mapping from "slices" or "residual" to a reason'),
-        ):
-            _require(good, f"Form({name}={brief(getattr(self, name))})", wanted)
+        name, factors = isinstance(self.name, str), self.is_product or callable(self.factors)
+        checks = (
+            ("name", self.name, name, "the name in `LoraSpec(form=...)`, a string"),
+            ("frozen", frozen, names, 'a tuple of names, e.g. `("lora_a",)`'),
+            ("extra", extra, parts, 'a mapping from name to part, e.g. `{"core": Part("s r r")}`'),
+            ("factors", self.factors, factors, "a function, or None"),
+            ("refuses", refuses, reasons, 'a mapping from "slices" or "residual" to a reason'),
+        )
+        _require("Form", checks)
         if not set(frozen) <= set(AXES):
             raise ValueError(
                 f'`jlora.forms.Form(frozen={brief(frozen)})`: it takes "lora_a" and "lora_b". For '
@@ -142,13 +148,13 @@ class Form:
         """Whether the update is `s · A B` of the node's own A and B."""
         return self.factors is None
 
-    @property
-    def parts(self) -> dict[str, Part]:
+    @functools.cached_property
+    def parts(self) -> Mapping[str, Part]:
         """All parts of the update, A and B first."""
         factors = {
             name: Part(axes, frozen=name in self.frozen, shared=True) for name, axes in AXES.items()
         }
-        return {**factors, **self.extra}
+        return types.MappingProxyType({**factors, **self.extra})
 
     def refusal(self, of: str) -> str | None:
         """Return why slices or a residual are not supported; None if they are."""
@@ -192,8 +198,11 @@ def register(form: Form) -> None:
         >>> LoraSpec(2, form="trains_a").form
         'trains_a'
     """
-    given = f"register({brief(form)})"
-    _require(isinstance(form, Form), given, "a form: `jlora.forms.Form(name, init, ...)`")
+    if not isinstance(form, Form):
+        raise TypeError(
+            f"`jlora.forms.register({brief(form)})`: give a form: `jlora.forms.Form(name, init, "
+            "...)`."
+        )
     call = f"jlora.forms.register(Form({form.name!r}, ...))"
     if form.name in _FORMS:
         raise ValueError(

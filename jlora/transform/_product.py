@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
 
+from jlora._paths import brief
 from jlora.transform._form import choose, low_rank
 from jlora.transform._gain import multiplied, placed
 from jlora.transform._labeled import AnyArray, Labels
@@ -44,12 +45,20 @@ def product(
     Returns:
         A list with the equation's output; NotImplemented if no factored form exists.
 
+    Raises:
+        TypeError: `walk` and `eqn` are not those of a rule.
+
     Example:
         >>> import jlora
         >>> @jlora.transform.rule("example_of_x_times_w_transposed", kind="product")
         ... def example(walk, eqn, x, w):
         ...     return jlora.transform.product(walk, eqn, (x, w), (((1,), (1,)), ((), ())))
     """
+    if not (isinstance(walk, Walk) and isinstance(eqn, JaxprEqn)):
+        raise TypeError(
+            f"`jlora.transform.product(walk, eqn, ...)`: got {brief(walk)} and {brief(eqn)}. Call "
+            "it in a rule, with the `walk` and `eqn` of the rule: see `jlora.transform.rule`."
+        )
     operands, (lhs, rhs) = list(operands), (operands[k] for k in at)
     left = not isinstance(rhs, Weight)
     view, x, where = (lhs, rhs, at[1]) if left else (rhs, lhs, at[0])

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,8 @@ def flags(finished: Any) -> list[str]:
     return [*finished.flags, "--eval-every", "2", "--save-every", "1"]
 
 
-def run_killed(folder: Path, flags: list[str], kills_: Sequence[Any], timeout: float) -> list[int]:
-    """Run the job once for each kill, in processes of their own; return their exit statuses."""
+def run_killed(folder: Path, flags: list[str], kills_: Sequence[Any], timeout: float) -> list[Any]:
+    """Run the job once for each kill; return [exit status, where it was killed] of each."""
     path = folder / "script.json"
     runs = {"flags": flags, "folder": str(folder / "runs"), "kills": kills_}
     path.write_text(json.dumps(runs))
@@ -264,15 +265,23 @@ def test_killed_within_a_save(finished: Any, flags: list[str], tmp_path: Path) -
     """The kernel kills the process in the write of a state; what it left is gone at the end."""
     size = (finished.out / "state" / "6.safetensors").stat().st_size
     killed = [{"bytes": size - 20_000}, None]
-    assert run_killed(tmp_path, flags, killed, 300) == [-signal.SIGXFSZ, 0]
+    assert run_killed(tmp_path, flags, killed, 300) == [[-signal.SIGXFSZ, "bytes"], [0, "none"]]
     same_run(finished.out, tmp_path / "runs" / "0" / "out")
     same_exports(finished.out.parent, tmp_path / "runs" / "0")
 
 
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Counter[str]]:
+    """How many processes were killed in which way and place, printed at the end (`pytest -s`)."""
+    found: Counter[str] = Counter()
+    yield found
+    print("\nkilled:", ", ".join(f"{n} {how}" for how, n in sorted(found.items())))
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", range(12))
-def test_killed_anywhere(sums: Path, tmp_path: Path, seed: int) -> None:
-    """Twenty kills: half before an operation on files, the others within a write or at any time."""
+@pytest.mark.parametrize("seed", range(15))
+def test_killed_anywhere(sums: Path, tmp_path: Path, tally: Counter[str], seed: int) -> None:
+    """Twenty kills: most before an operation on files, the others in a write or at any time."""
     model = write_model(tmp_path / "model", TINY | {"num_hidden_layers": 1})
     flags = ["--model", str(model), "--data", str(sums), "--rank", "2", "--steps", "6"]
     flags += ["--lr", "0.02", "--eval-every", "2", "--save-every", "1"]
@@ -280,15 +289,17 @@ def test_killed_anywhere(sums: Path, tmp_path: Path, seed: int) -> None:
     for k in range(20):
         kinds = [
             {"event": draw.randrange(60)},
-            {"bytes": draw.randrange(30_000)},
-            {"event": draw.randrange(200)},
             {"seconds": draw.uniform(0.0, 8.0)},
+            {"event": draw.randrange(200)},
+            {"bytes": draw.randrange(30_000)},
+            {"event": draw.randrange(120)},
         ]
-        made += [kinds[k % 4], *([None] if k % 5 == 4 else [])]
-    statuses = run_killed(tmp_path, flags, made, 3600)
-    print(statuses)
-    assert set(statuses) <= {0, -signal.SIGKILL, -signal.SIGXFSZ, -signal.SIGALRM}
+        made += [kinds[k % 5], *([None] if k % 5 == 4 else [])]
+    ends = run_killed(tmp_path, flags, made, 3600)
+    statuses = [status for status, _ in ends]
+    assert set(statuses) <= {0, -signal.SIGKILL, -signal.SIGXFSZ}
     assert sum(status < 0 for status in statuses) >= 15 and statuses[-1] == 0
+    tally.update(f"{signal.Signals(-status).name} {place}" for status, place in ends if status < 0)
     first, *others = (tmp_path / "runs" / str(n) for n in range(statuses.count(0)))
     for folder in others:
         same_run(first / "out", folder / "out")
