@@ -30,6 +30,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = ""
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened, so none is locked
 if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cuda_nvcc"):
     _found = importlib.util.find_spec("nvidia.cuda_nvcc").submodule_search_locations
     os.environ["PATH"] = os.pathsep.join([f"{_found[0]}/bin", os.environ["PATH"]])

@@ -158,17 +158,6 @@ def built(x: PyTree) -> PyTree:
     return x.dequantize() if is_stored(x) else x
 
 
-def layer_by_layer(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
-    """Map a function over the leading axes of its arguments, as `jax.vmap` but one at a time."""
-    for _ in range(depth):
-        fn = functools.partial(_mapped, fn)
-    return fn
-
-
-def _mapped(fn: Callable[..., Any], *operands: PyTree) -> PyTree:
-    return lax.map(lambda each: fn(*each), operands)
-
-
 def standin(x: PyTree) -> PyTree:
     """Return what a function is traced on: the shape and dtype of a stored weight, or `x`."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_stored(x) else x

@@ -14,11 +14,12 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jlora import _compat, forms
 from jlora._arrays import FullArray, Geometry, LoraArray
-from jlora._base import built, is_stored, layer_by_layer, stored_as
+from jlora._base import built, is_stored, stored_as
 from jlora._paths import describe
 from jlora._placed import Names, at_base, sharding_of
-from jlora._reading import initializer, reads
+from jlora._reading import changes, initializer, reads
 from jlora._spec import LoraSpec
+from jlora._stacks import at_once, in_place, is_split, layer_by_layer
 from jlora.forms._initial import ReturnError, check_returned
 
 
@@ -31,7 +32,8 @@ def adapted(
         key = jax.random.fold_in(_at(key, sharding), zlib.crc32(path.encode()))
     try:
         if abstract or sharding is not None:
-            node = _begun.eval_shape(*jax.tree.map(_without_sharding, (key, weight)), spec, layout)
+            shapes = jax.tree.map(_without_sharding, (key, weight))
+            node = _begun.eval_shape(*shapes, spec, layout, together=True)  # one tracing less
         else:
             node = _begun(key, weight, spec, layout)
     except ReturnError as error:
@@ -44,16 +46,10 @@ def adapted(
         if abstract:
             node = jax.tree.map(_struct, node, at)
         else:
-            together = _is_split(sharding, weight, layout)
+            together = is_split(sharding, len(weight.shape) - len(layout))
             shardings, structure = jax.tree.flatten(at)
             node = _begun_at(spec, layout, together, structure, *shardings)(key, weight)
     return node if node.residual else dataclasses.replace(node, base=weight)
-
-
-def _is_split(sharding: Sharding, weight: PyTree, layout: str) -> bool:
-    """Whether the stack is sharded: taking one element at a time would then gather all."""
-    spec = getattr(sharding, "spec", ())
-    return any(names is not None for names in spec[: len(weight.shape) - len(layout)])
 
 
 def in_full(weight: PyTree) -> FullArray:
@@ -171,12 +167,11 @@ def _factors(
     if depth:
         key = jax.random.split(key, geometry.stack)
     if depth and not together and reads(spec, one, weight.dtype):
+        if changes(spec, one, weight.dtype) and not is_stored(weight):
+            return in_place(lambda weight, key: make(key, weight), depth)(weight, key)
         whole = is_stored(weight) and getattr(weight, "stack", 0) < depth
         return layer_by_layer(make, depth)(key, built(weight) if whole else weight)
-    weight = built(weight)
-    for _ in range(depth):
-        make = jax.vmap(make)
-    return make(key, weight)
+    return at_once(make, depth)(key, built(weight))
 
 
 def _sliced(

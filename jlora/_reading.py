@@ -45,6 +45,12 @@ def reads(spec: LoraSpec, geometry: Geometry, dtype: Any) -> bool:
     return any(x is body.invars[-1] for x in used)
 
 
+def changes(spec: LoraSpec, geometry: Geometry, dtype: Any) -> bool:
+    """Whether the initializer also returns another weight, the residual."""
+    body = _program(spec, geometry.fan_in, geometry.fan_out, jnp.dtype(dtype))
+    return len(body.outvars) > 2
+
+
 def decomposes(spec: LoraSpec, geometry: Geometry, dtype: Any) -> bool:
     """Whether the initializer decomposes a matrix as large as the weight."""
     size = geometry.fan_in * geometry.fan_out

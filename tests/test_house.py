@@ -38,7 +38,7 @@ from jlora import (
 ROOT = Path(jlora.__file__).parent
 FLOORS = [
     {"_paths", "_compat", "_disk", "_foreign", "_check_values", "_mesh", "_processes"},
-    {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx"},
+    {"_base", "_node", "_arrays", "_moments", "_serialization", "_nnx", "_stacks"},
     {"forms"},
     {"_spec", "_check", "_partition", "_freeze", "_tie", "_boxes", "initializers", "quant"},
     {"_adapt", "_adapters", "_attach", "_begin", "_diffusion", "_merge", "_modules", "_placed"}

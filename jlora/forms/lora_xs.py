@@ -12,6 +12,7 @@ from jlora._arrays import Geometry, LoraArray, accumulator
 from jlora.forms._factors import changed_b
 from jlora.forms._form import Factors, Form, Part
 from jlora.forms._initial import initializer
+from jlora.forms._singular import singular
 
 
 @initializer
@@ -45,8 +46,8 @@ def lora_xs(
     Reference: Bałazy et al. 2024, arXiv:2405.17604, section 3.2, where W is (out, in), so its A
     is `Uᵣ Sᵣ` and on the output side. The paper initializes R to `N(0, 1e-5²)`.
     """
-    u, s, vt = jnp.linalg.svd(weight.astype(accumulator(weight.dtype)), full_matrices=False)
-    return u[:, :rank].astype(dtype), (s[:rank, None] * vt[:rank]).astype(dtype)
+    u, s, vt = singular(weight.astype(accumulator(weight.dtype)), slice(rank))
+    return u.astype(dtype), (s[:, None] * vt).astype(dtype)
 
 
 def factors(node: LoraArray, geometry: Geometry) -> tuple[Array, Array]:

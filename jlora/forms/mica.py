@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora._arrays import accumulator
 from jlora.forms._form import Factors, Form
 from jlora.forms._initial import initializer
+from jlora.forms._singular import singular
 
 
 @initializer
@@ -44,8 +45,8 @@ def mica(
 
     Reference: arXiv:2604.01694. PEFT's `init_lora_weights="mica"`.
     """
-    vt = jnp.linalg.svd(weight.astype(accumulator(weight.dtype)), full_matrices=False)[2]
-    return jnp.zeros((weight.shape[0], rank), dtype), vt[-rank:].astype(dtype)
+    vt = singular(weight.astype(accumulator(weight.dtype)), slice(-rank, None))[2]
+    return jnp.zeros((weight.shape[0], rank), dtype), vt.astype(dtype)
 
 
 FORM = Form("mica", mica, frozen=("lora_b",))

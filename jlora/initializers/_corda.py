@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jlora._arrays import accumulator
+from jlora._moments import Moments
 from jlora._paths import brief, describe
 from jlora.forms import Split
+from jlora.forms._singular import singular
 from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced, split
 from jlora.initializers._decomposed import share
 
@@ -71,25 +73,23 @@ def corda(params: PyTree, moments: PyTree, *, method: str = "ipm") -> PyTree:
                 f"`{call}`: all inputs of {describe(path, node)} were zero, so its directions "
                 "cannot be ordered. Use other data, or another rule for this weight."
             )
-        covariance = seen[path].second / seen[path].count[..., None, None]
         init = functools.partial(_oriented, rank=node.rank, largest=method == "ipm")
-        new[path] = split(node, covariance, init, by_output=False)
+        new[path] = split(node, seen[path], init, by_output=False)
     return replaced(params, new)
 
 
 def _oriented(
     weight: Float[Array, "in out"],
-    covariance: Float[Array, "in in"],
+    moments: Moments,
     scaling: Array,
     rank: int,
     largest: bool,
 ) -> Split:
-    c, inverse = _damped(covariance)
+    c, inverse = _damped(moments.second / moments.count)
     wide = weight.astype(accumulator(weight.dtype))
-    u, s, vt = jnp.linalg.svd(jnp.matmul(c, wide, precision=_EXACT), full_matrices=False)
-    some = slice(rank) if largest else slice(s.size - rank, None)
-    back = jnp.matmul(inverse, u[:, some], precision=_EXACT)
-    return share(weight, back, s[some], vt[some], scaling, wide.dtype)
+    some = slice(rank) if largest else slice(-rank, None)
+    u, s, vt = singular(jnp.matmul(c, wide, precision=_EXACT), some)
+    return share(weight, jnp.matmul(inverse, u, precision=_EXACT), s, vt, scaling, wide.dtype)
 
 
 def _damped(covariance: Float[Array, "n n"]) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from jlora._arrays import Geometry, LoraArray, is_adapted
 from jlora._boxes import leaves_with_paths, map_with_paths
 from jlora._moments import Moments
 from jlora._paths import describe, near_misses
+from jlora._stacks import at_once, in_place, is_split
 
 
 def concrete(x: ArrayLike) -> bool:
@@ -107,13 +108,18 @@ def replaced(params: PyTree, nodes: dict[str, Any]) -> PyTree:
     )
 
 
+def sharding_of(x: Any) -> Any:
+    """Return where an array is; None if it is traced."""
+    return None if _compat.is_traced(x) else getattr(x, "sharding", None)
+
+
 def _placed(new: Any, old: LoraArray) -> Any:
     """Put the parts of a node where those of another are, if these are on a mesh."""
     if not isinstance(new, LoraArray):
         return new
 
     def put(x: Any, like: Any) -> Any:
-        at = None if _compat.is_traced(like) else getattr(like, "sharding", None)
+        at = sharding_of(like)
         on_mesh = isinstance(at, NamedSharding) and not _compat.is_traced(x)
         return jax.device_put(x, at) if on_mesh else x
 
@@ -125,36 +131,39 @@ def _placed(new: Any, old: LoraArray) -> Any:
 
 
 def split(
-    node: LoraArray, data: Array, init: Callable[..., tuple[Array, Array, Array]], by_output: bool
+    node: LoraArray, data: PyTree, init: Callable[..., tuple[Array, Array, Array]], by_output: bool
 ) -> LoraArray:
     """Split the base into A, B and a residual, with `init(weight, data, scaling)`.
 
+    The elements of a stack are split one at a time, unless they are on different devices.
+
     Args:
         node: the node whose base is split.
-        data: `(*stack, in, ...)`.
+        data: arrays with the leading axes `*stack`.
         init: the initializer of one `(in, out)` weight.
-        by_output: whether the last axis of `data` are the weight's outputs.
+        by_output: whether `data` has the shape of the weight, of which `init` gets an `(in, out)`
+            matrix too.
     """
     geometry = Geometry.of(node.shape, node.layout)
+    one, depth = dataclasses.replace(geometry, stack=()), len(geometry.stack)
     per = geometry.fan_out // geometry.out_dims[0]
 
-    def run(matrix: Array, data: Array, scaling: Array) -> tuple[Array, Array, Array]:
-        pairs = []
+    def run(weight: Array, data: PyTree, scaling: Array) -> tuple[Array, Array, Array]:
+        matrix, data, pairs = one.to_matrix(weight), one.to_matrix(data) if by_output else data, []
         for start, stop in node.slices or ((0, geometry.out_dims[0]),):
             some = slice(start * per, stop * per)
             *pair, rest = init(matrix[:, some], data[:, some] if by_output else data, scaling)
             matrix = matrix.at[:, some].set(rest)
             pairs.append(pair)
         a, b = (jnp.concatenate(factors, axis=1) for factors in zip(*pairs, strict=True))
-        return a, b, matrix
+        return a, b, one.from_matrix(matrix)
 
-    for _ in geometry.stack:
-        run = jax.vmap(run)
+    over = at_once if is_split(sharding_of(node.base), depth) else in_place
     scaling = jnp.broadcast_to(jnp.asarray(node.scaling), geometry.stack)
-    a, b, rest = run(geometry.to_matrix(node.base), data, scaling)
+    a, b, rest = over(run, depth)(node.base, data, scaling)
     return dataclasses.replace(
         node,
-        base=geometry.from_matrix(rest),
+        base=rest,
         lora_a=a.reshape(node.lora_a.shape).astype(node.lora_a.dtype),
         lora_b=b.reshape(node.lora_b.shape).astype(node.lora_b.dtype),
         residual=True,

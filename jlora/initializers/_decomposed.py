@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora._arrays import accumulator
 from jlora.forms import Split
 from jlora.forms._initial import initializer
+from jlora.forms._singular import singular
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -84,10 +85,10 @@ def pissa(
     """
     wide = _wide(weight)
     if niter is None:
-        u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+        u, s, vt = singular(wide, slice(rank))
     else:
         u, s, vt = svd_of_a_range(key, wide, rank, niter)
-    return share(weight, u[:, :rank], s[:rank], vt[:rank], scaling, dtype)
+    return share(weight, u, s, vt, scaling, dtype)
 
 
 def svd_of_a_range(
@@ -143,8 +144,7 @@ def milora(
 
     Reference: Wang et al. 2024, arXiv:2406.09044, section 3.
     """
-    u, s, vt = jnp.linalg.svd(_wide(weight), full_matrices=False)
-    return share(weight, u[:, -rank:], s[-rank:], vt[-rank:], scaling, dtype)
+    return share(weight, *singular(_wide(weight), slice(-rank, None)), scaling, dtype)
 
 
 @initializer

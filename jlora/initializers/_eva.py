@@ -11,6 +11,7 @@ from jlora._arrays import Geometry, LoraArray
 from jlora._check_values import check_number
 from jlora._moments import Moments
 from jlora._paths import brief
+from jlora._stacks import layer_by_layer
 from jlora.initializers._data import concrete, lora_nodes, moments_of, replaced
 
 
@@ -76,7 +77,7 @@ def eva(
         )
     nodes = lora_nodes(params, call)
     seen = moments_of(nodes, moments, call, least=1)
-    spectra = {path: _spectrum(m) for path, m in seen.items()}
+    spectra = {path: layer_by_layer(_spectrum, m.count.ndim)(m) for path, m in seen.items()}
     if rho == 1.0:
         ranks = {path: np.full(m.count.shape, nodes[path].rank) for path, m in seen.items()}
     else:

@@ -9,6 +9,7 @@ from jlora._arrays import Geometry, accumulator
 from jlora._check_values import check_number
 from jlora._paths import brief, describe
 from jlora.forms import Split
+from jlora.forms._singular import singular
 from jlora.initializers._data import lora_nodes, replaced, split, values_of
 from jlora.initializers._decomposed import residual_of
 
@@ -92,7 +93,7 @@ def lora_ga(
         init = functools.partial(
             _along_gradient, rank=node.rank, direction=direction, scale=scale, gamma=gamma
         )
-        new[path] = split(node, geometry.to_matrix(gradient), init, by_output=True)
+        new[path] = split(node, jnp.asarray(gradient), init, by_output=True)
     return replaced(params, new)
 
 
@@ -106,7 +107,7 @@ def _along_gradient(
     gamma: float,
 ) -> Split:
     wide = accumulator(weight.dtype)
-    u, s, vt = jnp.linalg.svd(gradient.astype(wide), full_matrices=False)
+    u, s, vt = singular(gradient.astype(wide), slice(2 * rank))
     first, second = slice(rank), slice(rank, 2 * rank)
     of_a, of_b = {
         "ArB2r": (first, second),

@@ -12,7 +12,9 @@ from jlora._arrays import Geometry, LoraArray, is_adapted, is_leaf
 from jlora._base import built, is_stored, stored_as
 from jlora._boxes import leaves_with_paths
 from jlora._paths import brief, describe, near_misses
-from jlora.initializers._data import concrete, lora_nodes, replaced
+from jlora._stacks import at_once, is_split, layer_by_layer
+from jlora.forms._singular import singular
+from jlora.initializers._data import concrete, lora_nodes, replaced, sharding_of
 from jlora.initializers._decomposed import share
 from jlora.quant import QuantArray
 from jlora.quant._quantize import quantized
@@ -101,12 +103,14 @@ def _check(path: str, node: LoraArray, known: dict[str, PyTree], steps: int, cal
 def _of(path: str, node: LoraArray, weight: Array, steps: int, call: str) -> LoraArray:
     """Initialize one node."""
     base = node.base
-    a, b, update = _split(weight, base, node.scaling, node.layout, node.rank)
-    for _ in range(steps - 1):
+    depth = len(node.shape) - len(node.layout)
+    how = node.layout, node.rank, is_split(sharding_of(weight), depth)
+    a, b, update = _split(weight, base, node.scaling, *how, steps > 1)
+    for k in range(steps - 1):
         rest = weight.astype(jnp.float32) - update
         base = quantized(path, rest, base.format, base.layout, call)
         base = dataclasses.replace(base, kind=node.base.kind)
-        a, b, update = _split(weight, base, node.scaling, node.layout, node.rank)
+        a, b, update = _split(weight, base, node.scaling, *how, k < steps - 2)
     made = dataclasses.replace(
         node,
         base=base,
@@ -117,21 +121,27 @@ def _of(path: str, node: LoraArray, weight: Array, steps: int, call: str) -> Lor
     return forms.begun(made, True, node.lora_a.dtype) if forms.has_gain(node) else made
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "rank"))
+@functools.partial(jax.jit, static_argnames=("layout", "rank", "together", "more"))
 def _split(
-    weight: Array, base: PyTree, scaling: Array, layout: str, rank: int
-) -> tuple[Array, Array, Array]:
-    """Return A and B as matrices, with `s·A·B` the largest part of W - Q, and s·A·B itself."""
+    weight: Array,
+    base: PyTree,
+    scaling: Array,
+    layout: str,
+    rank: int,
+    together: bool,
+    more: bool,
+) -> tuple[Array, Array, Array | None]:
+    """Return A and B as matrices, with `s·A·B` the largest part of W - Q; if `more`, also s·A·B."""
     geometry = Geometry.of(weight.shape, layout)
-    error = weight.astype(jnp.float32) - built(base).astype(jnp.float32)
+    one, depth = dataclasses.replace(geometry, stack=()), len(geometry.stack)
     scaling = jnp.broadcast_to(jnp.asarray(scaling, jnp.float32), geometry.stack)
 
-    def run(matrix: Array, s: Array) -> tuple[Array, Array, Array]:
-        u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        a, b, rest = share(matrix, u[:, :rank], values[:rank], vt[:rank], s, jnp.float32)
-        return a, b, matrix - rest
+    def run(weight: Array, base: PyTree, s: Array) -> tuple[Array, Array, Array | None]:
+        error = weight.astype(jnp.float32) - built(base).astype(jnp.float32)
+        matrix = one.to_matrix(error)
+        a, b, rest = share(matrix, *singular(matrix, slice(rank)), s, jnp.float32)
+        return a, b, one.from_matrix(matrix - rest) if more else None
 
-    for _ in geometry.stack:
-        run = jax.vmap(run)
-    a, b, update = run(geometry.to_matrix(error), scaling)
-    return a, b, geometry.from_matrix(update)
+    apart = getattr(base, "stack", 0) >= depth
+    over = at_once if together else layer_by_layer
+    return over(run, depth)(weight, base if apart else built(base), scaling)

@@ -79,14 +79,12 @@ def peeled(xs: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list
 
 def _peel(weight: W) -> tuple[Any, Callable[[Any], W]]:
     """Split a weight into the arrays that have its first axis, and a function that rebuilds it."""
-    components = weight.components
-    has = [0 in weight.axes(k) for k in range(len(components))]
-    scanned = [f for f, h in zip(components, has, strict=True) if h]
+    arrays, has, rebuild = weight.peeled()
+    scanned = [f for f, h in zip(arrays, has, strict=True) if h]
     layers, layer_of = _base.peel(weight.base)
 
     def see(piece: tuple[Any, Any]) -> W:
         base, sliced = layer_of(piece[0]), iter(piece[1])
-        pieces = [next(sliced) if h else f for f, h in zip(components, has, strict=True)]
-        return weight.remade(base, pieces, weight.roles[1:])
+        return rebuild(base, [next(sliced) if h else f for f, h in zip(arrays, has, strict=True)])
 
     return (layers, scanned), see

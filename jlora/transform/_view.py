@@ -104,6 +104,19 @@ class View(Weight):
         by = components[GAIN:]
         return View(base, tuple(components[:GAIN]), tuple(roles), self.names, False, *by)
 
+    def peeled(self) -> tuple[Sequence[Any], Sequence[bool], Callable[[AnyBase, Any], "View"]]:
+        if not (self.own and self.roles[0] == "s"):
+            return super().peeled()
+        # The node's own parts: s·B of all layers would be a copy of B's stack for the whole step.
+        arrays = *self.parts, *(() if self.gain is None else (self.gain,))
+        n = len(self.parts)
+
+        def rebuild(base: AnyBase, x: Sequence[Any]) -> View:
+            parts, by = tuple(x[:n]), x[n:]
+            return View(base, parts, self.roles[1:], self.names, True, *by)
+
+        return arrays, [x.ndim > 0 for x in arrays], rebuild
+
     def moved(self, base: AnyBase, roles: Sequence[Role], move: Move) -> "View":
         return self.remade(
             base, [move(f, self.axes(k)) for k, f in enumerate(self.components)], roles

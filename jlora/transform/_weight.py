@@ -149,6 +149,14 @@ class Weight:
     def origins(self, axes: Sequence[int]) -> set[tuple[str, int]]:
         """Return the axes of parameters behind these; empty for a view."""
 
+    def peeled(self: W) -> tuple[Sequence[Any], Sequence[bool], Callable[[AnyBase, Any], W]]:
+        """Return the arrays that a scan may slice, whether each has the first axis, and the rest.
+
+        The rest is a function that rebuilds the weight from a slice of its base and of the arrays.
+        """
+        has = [0 in self.axes(k) for k in range(len(self.components))]
+        return self.components, has, lambda base, x: self.remade(base, x, self.roles[1:])
+
     @abc.abstractmethod
     def dense(self) -> Array:
         """Build the weight."""

@@ -127,9 +127,11 @@ def _alike(x: Value, y: object) -> bool:
     )
 
 
-@rule("scan", kind="call")
+@rule("scan", kind="call", own=True)
 def _scan(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
     loop = Scan.of(eqn, operands)
+    kept = [[x.settled() if isinstance(x, Weight) else x for x in xs] for xs in loop[1:3]]
+    loop = loop._replace(consts=kept[0], init=kept[1])  # not what is scanned: see `View.peeled`
     body, n_carry = _compat.body(loop.jaxpr), len(loop.init)
     for x in loop.xs:
         if isinstance(x, Weight):
