@@ -81,6 +81,9 @@ def check(path: str | os.PathLike[str]) -> None:
     Args:
         path: a file.
 
+    Returns:
+        None: the header fits the file.
+
     Raises:
         ValueError: the header does not fit the file.
         FileNotFoundError: there is no such file.
