@@ -87,6 +87,7 @@ def read_gguf_sizes(path: Path, layers: int | None = None) -> Config:
 def open_gguf(path: Path) -> tuple[dict, dict]:
     """The metadata and the tensors, by name; their data are mapped, not read."""
     try:
+        jlora.gguf.check(path)  # the reader believes the lengths of a damaged file
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(

@@ -261,7 +261,10 @@ def test_values_of_codes_on_a_tpu(pairs):
     fn = jax.jit(lambda codes: (_nibbles.look_up(codes, pairs), _nibbles._select(codes, table)))
     looked_up, selected = fn(codes)
     assert bits(selected) == bits(looked_up) == bits(pairs.reshape(2, 256))
-    traced = jax.jit(lambda codes: _nibbles.look_up(codes, pairs)).trace(codes)
+    scales = jax.jit(lambda x: _nibbles._select_scales(x, tuple(nf4.SCALES.tolist())))
+    assert bits(scales(codes)) == bits(nf4.SCALES.reshape(2, 128))
+    both = lambda x: (_nibbles.look_up(x, pairs), _nibbles.look_up_scales(x, nf4.SCALES))
+    traced = jax.jit(both).trace(codes)
     text = {x: traced.lower(lowering_platforms=(x,)).as_text() for x in ("tpu", "cpu")}
     assert "gather" not in text["tpu"] and "gather" in text["cpu"]
 

@@ -4,9 +4,9 @@ The library `gguf` is needed: `pip install 'jlora[gguf]'`.
 """
 
 from jlora.gguf._adapter import load, save
-from jlora.gguf._model import blocks, read
+from jlora.gguf._model import blocks, check, read
 
-__all__ = ["blocks", "load", "read", "save"]
+__all__ = ["blocks", "check", "load", "read", "save"]
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The entries of a small GGUF file, an adapter's: every count is checked against its size.
+"""The entries of a GGUF file: every count in its header is checked against its size.
 
 gguf-py's reader believes what a header says, which in a damaged file may be 2⁶⁰ elements.
 
@@ -11,6 +11,7 @@ gguf-py's reader believes what a header says, which in a damaged file may be 2�
 import math
 import mmap
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,6 +26,9 @@ _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
 _DTYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype(jnp.bfloat16)}
 _Q8_0 = 8
+_SIZES = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+
+Place = tuple[str, tuple[int, ...], int, int]  # of a tensor: its name, shape, type and offset
 
 
 class Contents(NamedTuple):
@@ -86,15 +90,9 @@ def entries_of(file: Path, call: str) -> Contents:
     """Read an adapter's entries and its tensors: F32, F16, BF16, and Q8_0 as float32."""
     reader = Reader(file.read_bytes(), call, file.name)
     found, places = _header(reader)
-    align = found.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1:
-        reader.refuse("its alignment is no positive number")
-    start = -(-reader.at // align) * align
     tensors: dict[str, np.ndarray] = {}
-    for name, shape, kind, offset in places:
-        if name in tensors:
-            reader.refuse(f"it has {quoted(name)} twice")
-        reader.at = start + offset
+    for (name, shape, kind, _), (at, _) in zip(places, spans(reader, found, places), strict=True):
+        reader.at = at
         tensors[name] = _tensor(reader, name, shape, kind)
     return Contents(found, tensors)
 
@@ -114,15 +112,18 @@ def model_config(file: Path, call: str) -> dict[str, Any]:
     }
 
 
-def check_header(file: Path, call: str) -> None:
-    """Refuse a file whose header has lengths that go past its end."""
+def check_header(file: Path, call: str) -> dict[str, Any]:
+    """Refuse a file whose header does not fit its size; return the entries."""
     if file.stat().st_size == 0:
         Reader(b"", call, file.name).refuse("it is empty")
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _header(Reader(data, call, file.name))
+        reader = Reader(data, call, file.name)
+        found, places = _header(reader)
+        spans(reader, found, places)
+    return found
 
 
-def _header(reader: Reader) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]]]:
+def _header(reader: Reader) -> tuple[dict[str, Any], list[Place]]:
     """Read the entries, and the name, shape, type and offset of every tensor."""
     if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
         reader.refuse("it does not begin as one")
@@ -130,17 +131,58 @@ def _header(reader: Reader) -> tuple[dict[str, Any], list[tuple[str, tuple[int, 
     found: dict[str, Any] = {}
     for _ in range(entries):
         key = reader.text()
+        if key in found:
+            reader.refuse(f"it has {quoted(key)} twice")
         found[key] = reader.value(reader.number("I"))
     return found, [place(reader) for _ in range(count)]
 
 
-def place(reader: Reader) -> tuple[str, tuple[int, ...], int, int]:
+def place(reader: Reader) -> Place:
     """Read the name, shape, type and offset of a tensor."""
     name, dims = reader.text(), reader.number("I")
     if not 1 <= dims <= 4:
         reader.refuse(f"{quoted(name)} has {dims} dimensions")
     shape = tuple(reader.number("Q") for _ in range(dims))[::-1]
     return name, shape, reader.number("I"), reader.number("Q")
+
+
+def spans(
+    reader: Reader, entries: Mapping[str, Any], places: Sequence[Place]
+) -> list[tuple[int, int]]:
+    """Return where each tensor begins and its bytes; the reader is at the end of the header.
+
+    As llama.cpp requires, each tensor begins where the one before ends, up to the alignment, and
+    the last ends with the file. A header with another count, size or type does not fit then.
+    """
+    align = entries.get("general.alignment", 32)
+    if type(align) is not int or align < 1 or align & (align - 1):
+        reader.refuse(f"its alignment is {brief(align)}, not a power of two")
+    start, at, found = -(-reader.at // align) * align, 0, []
+    seen: set[str] = set()
+    for name, shape, kind, offset in places:
+        if name in seen:
+            reader.refuse(f"it has {quoted(name)} twice")
+        if offset != at:
+            reader.refuse(f"{quoted(name)} does not begin where the tensor before it ends")
+        size = _size(reader, name, shape, kind)
+        seen.add(name)
+        found.append((start + at, size))
+        if start + at + size > len(reader.data):
+            reader.refuse(f"it ends early: {quoted(name)} goes past its end")
+        at += -(-size // align) * align
+    if len(reader.data) > max(start + at, reader.at):
+        reader.refuse("it goes on after its last tensor")
+    return found
+
+
+def _size(reader: Reader, name: str, shape: tuple[int, ...], kind: int) -> int:
+    """Return the bytes of a tensor."""
+    if kind not in _SIZES:
+        reader.refuse(f"{quoted(name)} is of type {kind}")
+    block, record = _SIZES[kind]
+    if min(shape) < 1 or shape[-1] % block:
+        reader.refuse(f"{quoted(name)} has rows of {shape[-1]}, not of blocks of {block}")
+    return math.prod(shape) // block * record
 
 
 def _tensor(reader: Reader, name: str, shape: tuple[int, ...], kind: int) -> np.ndarray:

@@ -60,19 +60,58 @@ def read(path: str | os.PathLike[str]) -> dict[str, Array | QuantArray]:
         (Q8_0, (2, 64))
     """
     call = f"jlora.gguf.read({str(path)!r})"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`{call}`: there is no such file.")
-    check_header(Path(path), call)
+    metadata = _checked(path, call)
     try:
         reader = gguf.GGUFReader(path)
-        wanted = [k for k in reader.fields if k == _ARCHITECTURE or ".attention.head_count" in k]
-        metadata = {name: reader.fields[name].contents() for name in wanted}
     except Exception as error:  # a damaged header may fail anywhere in the library
         raise ValueError(
             f"`{call}`: this is not a complete GGUF file "
             f"({type(error).__name__}: {brief(str(error))}); it may be truncated. Copy it again."
         ) from error
-    return {x.name: _tensor(x, _heads(x.name, metadata, call), call) for x in reader.tensors}
+    return {x.name: _tensor(x, _heads(x, metadata, call), call) for x in reader.tensors}
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Refuse a GGUF file that is truncated or damaged, by its header alone.
+
+    Lengths are compared with the size of the file, tensors have to follow one another up to its
+    end, and the metadata has to be that of one architecture. gguf-py's reader believes what a
+    header says, so check a file of unknown origin first. `read` does.
+
+    Args:
+        path: a file.
+
+    Returns:
+        None: the header fits the file.
+
+    Raises:
+        ValueError: the header does not fit the file.
+        FileNotFoundError: there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     _ = file.write(b"GGUF\\3\\0\\0\\0"), file.flush()
+        ...     check(file.name)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: `jlora.gguf.check(...)`: ... is not a complete GGUF file: it ends early. ...
+    """
+    _checked(path, f"jlora.gguf.check({str(path)!r})")
+
+
+def _checked(path: str | os.PathLike[str], call: str) -> dict[str, Any]:
+    """Return the metadata of a file whose header fits it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`{call}`: there is no such file.")
+    metadata = check_header(Path(path), call)
+    kind, count = metadata.get(_ARCHITECTURE), ".attention.head_count"
+    owners = {key.partition(count)[0] for key in metadata if count in key}
+    if not isinstance(kind, str) or owners - {kind}:
+        raise ValueError(
+            f"`{call}`: its metadata has {_ARCHITECTURE}={brief(kind)}, but the number of heads of "
+            f"{brief(sorted(owners))}. The file is damaged; copy it again."
+        )
+    return metadata
 
 
 def _tensor(tensor: Any, heads: int | None, call: str) -> Array | QuantArray:
@@ -103,19 +142,29 @@ def _tensor(tensor: Any, heads: int | None, call: str) -> Array | QuantArray:
     return QuantArray(parts, format, "oi", shape[-2:], "float32")
 
 
-def _heads(name: str, metadata: Mapping[str, Any], call: str) -> int | None:
+def _heads(tensor: Any, metadata: Mapping[str, Any], call: str) -> int | None:
     """Return the number of heads whose rows the converter reordered; None for other tensors."""
+    name, entry = tensor.name, lambda key: metadata.get(f"{architecture}.{key}")
     architecture = metadata.get(_ARCHITECTURE)
     part = name.split(".")[-2] if name.endswith(".weight") else ""
     if architecture not in _PERMUTED or part not in ("attn_q", "attn_k"):
         return None
-    count = metadata.get(f"{architecture}.attention.head_count")
+    heads = count = entry("attention.head_count")
     if part == "attn_k":
         count = metadata.get(f"{architecture}.attention.head_count_kv", count)
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or count < 1 or not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"`{call}`: the order of the rows of {quoted(name)} depends on the number of heads, "
             f"but the metadata has {brief(count)} for it. The file is damaged; copy it again."
+        )
+    rows, width = int([*tensor.shape, 1][1]), entry("embedding_length")
+    said = [entry("attention.key_length"), entry("rope.dimension_count")]
+    said += [width // heads] if said[0] is None and isinstance(width, int) else []
+    if any(x is not None and x != rows / count for x in said):
+        raise ValueError(
+            f"`{call}`: {quoted(name)} has {rows} rows for {count} heads, but the metadata has "
+            f"heads of {brief([x for x in said if x is not None])} rows. The file is damaged; copy "
+            "it again."
         )
     return count
 
@@ -124,7 +173,7 @@ def _order(shape: tuple[int, ...], heads: int | None, where: str, call: str) -> 
     """Return the rows in the order of the model; None to leave them."""
     if heads is None:
         return None
-    if shape[-2] % (2 * heads):
+    if len(shape) < 2 or shape[-2] % (2 * heads):
         raise ValueError(
             f"`{call}`: the rows of {where} do not divide into {heads} heads of even width. The "
             "file is damaged; copy it again."

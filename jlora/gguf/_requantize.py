@@ -11,7 +11,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.gguf._entries import Reader, place
+from jlora.gguf._entries import Reader, place, spans
 from jlora.quant import Q4_1
 from jlora.quant.ggml import records
 
@@ -56,34 +56,21 @@ def plan_q4_1(file: Path, call: str) -> Plan:
         if _VERSION not in said:
             kept += struct.pack("<Q", len(_VERSION)) + _VERSION.encode() + struct.pack("<II", 4, 2)
         places = [place(reader) for _ in range(count)]
-        align = said.get("general.alignment", 32)
-        start = -(-reader.at // align) * align
-        sizes = [_size(reader, name, shape, kind) for name, shape, kind, _ in places]
-        for (_, _, _, offset), size in zip(places, sizes, strict=True):
-            reader.at = start + offset
-            reader.take(0 if size <= len(data) - reader.at else len(data) + 1)
+        align, found = said.get("general.alignment", 32), spans(reader, said, places)
     chosen = [name for name, shape, kind, _ in places if _fits(name, shape, kind)]
     infos, tensors, at = b"", [], 0
-    for (name, shape, kind, offset), size in zip(places, sizes, strict=True):
+    for (name, shape, kind, _), (start, size) in zip(places, found, strict=True):
         new = name in chosen
         size = math.prod(shape) // 32 * Q4_1.record if new else size
         infos += struct.pack("<Q", len(name.encode())) + name.encode()
         infos += struct.pack(
             f"<I{len(shape)}QIQ", len(shape), *shape[::-1], _Q4_1 if new else kind, at
         )
-        tensors.append((name, shape, kind, start + offset, size))
+        tensors.append((name, shape, kind, start, size))
         at += -(-size // align) * align
     more = _VERSION not in said
     header = struct.pack("<4sIQQ", b"GGUF", version, count, entries + more) + bytes(kept) + infos
     return Plan(header + bytes(-len(header) % align), tensors, chosen, align)
-
-
-def _size(reader: Reader, name: str, shape: tuple[int, ...], kind: int) -> int:
-    try:
-        block, record = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-    except ValueError:
-        reader.refuse(f"{name} is of type {kind}")
-    return math.prod(shape) // block * record
 
 
 def _fits(name: str, shape: tuple[int, ...], kind: int) -> bool:

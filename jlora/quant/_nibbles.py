@@ -37,11 +37,29 @@ def look_up(codes: UInt8[Array, "*rows half"], pairs: np.ndarray) -> Float[Array
 
 @functools.partial(jax.jit, static_argnames="table")  # traced once for all weights of a shape
 def _select(codes: Array, table: tuple[float, ...]) -> Array:
-    """Return the two values of each byte, chosen by one bit of a code after the other."""
+    """Return the two values of each byte."""
     both = jnp.stack([codes >> jnp.uint8(4), codes & jnp.uint8(15)], axis=-1)
-    fours, found = both.reshape(*codes.shape[:-1], -1), list(map(jnp.float32, table))
-    for bit in range(4):
-        odd = (fours >> jnp.uint8(bit)) & jnp.uint8(1) != jnp.uint8(0)
+    return _chosen(both.reshape(*codes.shape[:-1], -1), table)
+
+
+def look_up_scales(codes: UInt8[Array, "*rows"], table: np.ndarray) -> Float[Array, "*rows"]:
+    """Replace codes of eight bits by their values: see `look_up`."""
+    looked_up = lambda codes: jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+    select = functools.partial(_select_scales, table=tuple(table.tolist()))
+    return lax.platform_dependent(codes, tpu=select, default=looked_up)
+
+
+@functools.partial(jax.jit, static_argnames="table")
+def _select_scales(codes: Array, table: tuple[float, ...]) -> Array:
+    """Return `table[codes]`, once: not again for each weight that has a scale."""
+    return lax.optimization_barrier(_chosen(codes, table))
+
+
+def _chosen(codes: Array, table: tuple[float, ...]) -> Array:
+    """Return `table[codes]`, chosen by one bit of the codes after the other."""
+    found = list(map(jnp.float32, table))
+    for bit in range(len(table).bit_length() - 1):
+        odd = (codes >> jnp.uint8(bit)) & jnp.uint8(1) != jnp.uint8(0)
         found = [jnp.where(odd, b, a) for a, b in zip(found[0::2], found[1::2], strict=True)]
     return found[0]
 

@@ -152,7 +152,8 @@ def quantized(path: str, weight: Any, format: Format, layout: str, call: str) ->
             "to the same bytes as gguf-py's. Call it outside of `jax.jit`."
         )
     made = pack(weight, format, layout)
-    for x in made.parts.values():
+    # The weight too: a maximum that is compiled may pass over NaN.
+    for x in (weight, *made.parts.values()):
         if jnp.issubdtype(x.dtype, jnp.floating) and not _compat.is_traced(x):
             if not jnp.isfinite(x).all():
                 raise ValueError(

@@ -106,7 +106,7 @@ class NF4:
         absmax = parts["absmax"]
         if not self.double:
             return absmax
-        values = jnp.asarray(SCALES).at[absmax].get(mode="promise_in_bounds")
+        values = _nibbles.look_up_scales(absmax, SCALES)
         flat = values.reshape(*values.shape[:-2], -1)
         nested = jnp.repeat(parts["nested_absmax"], NESTED, axis=-1)[..., : flat.shape[-1]]
         return (flat * nested + parts["offset"][..., None]).reshape(absmax.shape)

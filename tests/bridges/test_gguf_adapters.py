@@ -148,14 +148,17 @@ DAMAGED = {
     "dimensions": (header(1, 0, key(b"a", 99)), "has 99 dimensions"),
     "alignment": (
         header(0, 1, key(b"general.alignment", 4, b"\0\0\0\0")),
-        "its alignment is no positive number",
+        "its alignment is 0, not a power of two",
     ),
     "twice": (
         header(2, 0, 2 * key(b"a", 1, struct.pack("<QIQ", 1, 0, 0)) + bytes(64)),
         '"a" twice',
     ),
     "size": (header(1, 0, key(b"a", 2, struct.pack("<QQIQ", 2**40, 2**40, 0, 0))), "it ends early"),
-    "offset": (header(1, 0, key(b"a", 1, struct.pack("<QIQ", 1, 0, 2**63))), "it ends early"),
+    "offset": (
+        header(1, 0, key(b"a", 1, struct.pack("<QIQ", 1, 0, 2**63))),
+        "does not begin where",
+    ),
 }
 
 

@@ -153,7 +153,7 @@ SAID = {
     "targets": "does not use `--targets`",
     "cut": "it ends early",
     "version": "does not begin as one",
-    "type": "blk.0.b.weight is of type 99",
+    "type": '"blk.0.b.weight" is of type 99',
     "same": "exists. Give another file",
 }
 
