@@ -262,7 +262,8 @@ def _check(
                 "be added to codes. Merge into the original weights, and quantize the result."
             )
     for one in plan.base:
-        entry = checkpoint.entries[one.place.path]
+        path = one.place.path
+        entry = checkpoint.entries[places.added.get(path) or path]
         ours = entry.read().reshape(entry.shape)
         if not np.array_equal(ours, one.tensors["value"].astype(ours.dtype)):
             raise ValueError(

@@ -4,13 +4,16 @@ W' = g ∘ (W + Σ w s (B A)) + Σ w (V - W)        rounded once, to W's dtype
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import quoted
+from jlora.cli._ahead import Memory, in_order
 from jlora.cli._safetensors import DTYPES, WEIGHTS, Entry, as_bytes, blocks
 
 _ITEM = 32  # bytes an element counts for, so that a block's float64 product fits into a cache
@@ -81,38 +84,56 @@ def changed(
     name: str, entry: Entry, change: Change, layout: str | None, dtype: str
 ) -> Callable[[], Iterator[memoryview]]:
     """Return the pieces of a changed tensor."""
-    stack, rows, columns = seen(entry.shape, layout)
+    sides = stack, rows, columns = seen(entry.shape, layout)
 
     def pieces() -> Iterator[memoryview]:
         if change.is_replaced:
             yield as_bytes(rounded(change.values[0][1], dtype, name))
             return
-        gains = _column_gains(entry, change, stack, rows, columns)
-        for e in range(stack):
-            for first, last in blocks(rows, columns, _ITEM):
-                w = _summed(entry, change, (stack, rows, columns), e, first, last)
-                w = _gained(w, change, gains, first, last)
-                yield as_bytes(rounded(w, dtype, name))
+        wide = _in_float64(change)
+        gains = _column_gains(entry, wide, sides)
+
+        def job(e: int, first: int, last: int, memory: Memory) -> memoryview:
+            w = _gained(_summed(entry, wide, sides, e, first, last, memory), change, gains, first)
+            out = memory.array("out", w.shape, DTYPES[dtype])
+            return as_bytes(rounded(w, dtype, name, out))
+
+        parts = ((e, *block) for e in range(stack) for block in blocks(rows, columns, _ITEM))
+        yield from in_order(functools.partial(job, *part) for part in parts)
 
     return pieces
 
 
-def _read(entry: Entry, sides: tuple[int, int, int], e: int, first: int, last: int) -> np.ndarray:
-    _, rows, columns = sides
-    at = (e * rows + first) * columns
-    wide = np.float64 if entry.dtype == "F64" else np.float32
-    return entry.read(at, (last - first) * columns).astype(wide).reshape(last - first, columns)
+def _in_float64(change: Change) -> Change:
+    """Multiply in float64, so that the result does not depend on how many rows a block has."""
+    return dataclasses.replace(
+        change,
+        products=[Product(p.astype(np.float64), q.astype(np.float64)) for p, q in change.products],
+    )
 
 
 def _summed(
-    entry: Entry, change: Change, sides: tuple[int, int, int], e: int, first: int, last: int
+    entry: Entry,
+    change: Change,
+    sides: tuple[int, int, int],
+    e: int,
+    first: int,
+    last: int,
+    memory: Memory,
 ) -> np.ndarray:
     """Return some rows of the weight with all that is added."""
-    w = _read(entry, sides, e, first, last)
+    _, rows, columns = sides
+    shape = (last - first, columns)
+    found = memory.array("found", shape, DTYPES[entry.dtype])
+    entry.read_into(found, (e * rows + first) * columns)
+    w = memory.array("weight", shape, np.float64 if entry.dtype == "F64" else np.float32)
+    w[...] = found
     total = w.copy() if change.values or change.rows else w
     for p, q in change.products:
-        # In float64, so that the result does not depend on how many rows are multiplied at once.
-        total += (p[e, first:last].astype(np.float64) @ q[e].astype(np.float64)).astype(w.dtype)
+        product = memory.array("product", shape, np.float64)
+        added = memory.array("added", shape, w.dtype)
+        added[...] = np.matmul(p[e, first:last], q[e], out=product)
+        total += added
     for by, value in change.values:
         v = value.reshape(*sides)[e, first:last].astype(w.dtype)
         total += w.dtype.type(by) * (v - w)
@@ -127,28 +148,25 @@ def _summed(
     return total
 
 
-def _column_gains(
-    entry: Entry, change: Change, stack: int, rows: int, columns: int
-) -> np.ndarray | None:
+def _column_gains(entry: Entry, change: Change, sides: tuple[int, int, int]) -> np.ndarray | None:
     """Return DoRA's gain where outputs are columns: their norms take a pass over the weight."""
     if change.gain is None or change.gain.of_rows:
         return None
-    square = np.zeros(columns)
+    _, rows, columns = sides
+    square, memory = np.zeros(columns), Memory()
     for first, last in blocks(rows, columns):
-        w = _summed(entry, change, (stack, rows, columns), 0, first, last).astype(np.float64)
+        w = _summed(entry, change, sides, 0, first, last, memory).astype(np.float64)
         square += (w * w).sum(0)
     return _gain_of(change.gain.m, np.sqrt(square))
 
 
-def _gained(
-    w: np.ndarray, change: Change, gains: np.ndarray | None, first: int, last: int
-) -> np.ndarray:
+def _gained(w: np.ndarray, change: Change, gains: np.ndarray | None, first: int) -> np.ndarray:
     if change.gain is None:
         return w
     if gains is not None:
         return w * gains[None].astype(w.dtype)
     norm = np.sqrt((w.astype(np.float64) ** 2).sum(1))
-    return w * _gain_of(change.gain.m[first:last], norm)[:, None].astype(w.dtype)
+    return w * _gain_of(change.gain.m[first : first + len(w)], norm)[:, None].astype(w.dtype)
 
 
 def _gain_of(m: np.ndarray, norm: np.ndarray) -> np.ndarray:
@@ -156,16 +174,19 @@ def _gain_of(m: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return np.where(norm > 0, m.astype(np.float64) / np.where(norm > 0, norm, 1), 1)
 
 
-def rounded(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """Cast once; refuse values that the dtype cannot represent."""
+def rounded(x: np.ndarray, dtype: str, name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Cast once, into `out` if it is given; refuse values that the dtype cannot represent."""
     if x.dtype == DTYPES[dtype]:
         return x
+    y = np.empty(x.shape, DTYPES[dtype]) if out is None else out
     with np.errstate(over="ignore"):
-        y = x.astype(DTYPES[dtype])
+        y[...] = x
     if dtype in WEIGHTS and x.dtype.kind == "f" and dtype in ("F16", "BF16", "F32"):
-        finite = np.isfinite(y.astype(np.float32))
-        lost = None if finite.all() else ~finite & np.isfinite(x)
-        if lost is not None and lost.any():
+        most = float(jnp.finfo(y.dtype).max)
+        if x.size == 0 or (-most <= x.min() and x.max() <= most):  # false where there is a NaN
+            return y
+        lost = ~np.isfinite(y.astype(np.float32)) & np.isfinite(x)
+        if lost.any():
             raise ValueError(
                 f"{quoted(name)} has values beyond the range of {dtype}, such as "
                 f"{float(x[lost][0]):.3g}. Pass `--dtype bfloat16`, which has float32's."

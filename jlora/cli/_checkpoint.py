@@ -16,6 +16,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 # The names of input embeddings, for heads that are tied to them.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 HEADS = ("lm_head", "embed_out", "output")
+_LANGUAGE = ("ForCausalLM", "LMHeadModel")  # classes of transformers whose head is "lm_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,17 @@ class Checkpoint:
             return None
         names = [n for n in self.entries if n.split(".")[-2:-1] and n.split(".")[-2] in EMBEDDINGS]
         return names[0] if len(names) == 1 else None
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether this is a language model whose head is the embedding."""
+        said = self.config.get("architectures")
+        names = [str(x) for x in said] if isinstance(said, list) else []
+        return (
+            self.ties
+            and any(name.endswith(_LANGUAGE) for name in names)
+            and not any(is_head(name) for name in self.entries)
+        )
 
     @property
     def ties(self) -> bool:

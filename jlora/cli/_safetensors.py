@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -40,6 +41,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # what can be added to
 CHUNK = 2**23  # bytes in memory at a time
+_SYNC = 2**27  # bytes after which the disk is told to begin, while others are computed
 _LONGEST = 10**8  # of a header, as in safetensors
 
 
@@ -61,6 +63,17 @@ class Entry(NamedTuple):
         if len(found) < count:
             raise ValueError(f"{self.file} ends early: it changed while it was read.")
         return found
+
+    def read_into(self, out: np.ndarray, first: int) -> None:
+        """Read as many elements as `out` has."""
+        with self.file.open("rb", buffering=0) as f:
+            f.seek(self.start + first * out.itemsize)
+            rest = as_bytes(out)
+            while len(rest):
+                size = f.readinto(rest)
+                if not size:
+                    raise ValueError(f"{self.file} ends early: it changed while it was read.")
+                rest = rest[size:]
 
 
 def header(file: Path, call: str) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -155,23 +168,31 @@ def write(
     done: Callable[[int], None],
 ) -> None:
     """Write a file, the header first, then one piece of a tensor after another."""
-    with file.open("wb") as f:
+    with file.open("wb", buffering=0) as f, ThreadPoolExecutor(1) as background:
         f.write(encoded(targets, metadata))
+        synced, since = None, 0
         for name, target in targets.items():
             written = 0
             for piece in target.pieces():
-                f.write(piece)
+                _write_all(f, piece)
                 written += len(piece)
                 done(len(piece))
+                since += len(piece)
+                if since > _SYNC and (synced is None or synced.done()):
+                    if synced is not None:
+                        synced.result()
+                    synced, since = background.submit(os.fsync, f.fileno()), 0
             if written != target.size:
                 raise ValueError(f"{quoted(name)} has {written} bytes, not {target.size}.")
-        _flush(f)
+        if synced is not None:
+            synced.result()
+        os.fsync(f.fileno())  # so that a file that was renamed is complete
 
 
-def _flush(f: BinaryIO) -> None:
-    """Write what the system holds back, so that a file that was renamed is complete."""
-    f.flush()
-    os.fsync(f.fileno())
+def _write_all(f: BinaryIO, piece: bytes | memoryview) -> None:
+    rest = memoryview(piece)
+    while len(rest):
+        rest = rest[f.write(rest) :]
 
 
 def blocks(rows: int, columns: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:

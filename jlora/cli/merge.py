@@ -12,11 +12,20 @@ import numpy as np
 
 from jlora.cli._adapter import Adapter, Places, changes_of, open_adapter, weighted
 from jlora.cli._changes import Change, changed, describe, plain, rounded
-from jlora.cli._checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, is_head, open_checkpoint
+from jlora.cli._checkpoint import (
+    CONFIG,
+    EMBEDDINGS,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    is_head,
+    open_checkpoint,
+)
 from jlora.cli._output import bytes_of, check_target, report, shown, write_folder
 from jlora.cli._safetensors import NAMES, WEIGHTS, Target, as_bytes, shards_of
 
 HELP = "merge adapters into a checkpoint: W + s A B, streamed, rounded once"
+_HEAD = "lm_head.weight"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -41,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     adapters = [(open_adapter(path, call), weight) for path, weight in given]
     changes, places = combined(adapters, checkpoint, call)
     _drop_tied_copies(changes, places, adapters)
+    _keep_old_head(changes, places, checkpoint)
     dtype = _DTYPES.get(args.dtype)
     targets = targets_of(checkpoint, changes, places, dtype)
     files = _files(checkpoint, targets, args.max_shard_size)
@@ -110,6 +120,20 @@ def _drop_tied_copies(
         values = [x.values[0][1] for x in pair if x is not None and x.is_replaced]
         if source is not None and len(values) == 2 and np.array_equal(values[0], values[1]):
             del changes[head], added[head]
+
+
+def _keep_old_head(changes: dict[str, Change], places: Places, checkpoint: Checkpoint) -> None:
+    """Give a tied head weights of its own where only the embedding was trained, as a copy.
+
+    PEFT trains the copy, `modules_to_save=["embed_tokens"]`, while the head stays as it was.
+    """
+    if not checkpoint.has_tied_head or any(is_head(name) for name in changes):
+        return
+    for name, change in list(changes.items()):
+        if change.values and name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS:
+            more: Any = (places.added, places.found.layouts)
+            more[0][_HEAD], more[1][_HEAD] = name, "io"
+            changes[_HEAD] = Change(labels=["kept as it was, apart from the embedding"])
 
 
 def targets_of(

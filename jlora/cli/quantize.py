@@ -22,7 +22,7 @@ from jlora._paths import near_misses
 from jlora.cli._changes import plain
 from jlora.cli._checkpoint import CONFIG, EMBEDDINGS, HEADS, INDEX, Checkpoint, open_checkpoint
 from jlora.cli._output import Progress, check_space, check_target, report, shown, write_folder
-from jlora.cli._safetensors import WEIGHTS, Entry, Target, as_bytes
+from jlora.cli._safetensors import DTYPES, WEIGHTS, Entry, Target, as_bytes
 from jlora.cli._source import bridge
 from jlora.quant._quantize import quantize
 
@@ -97,7 +97,9 @@ def _folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
             else:
                 targets[name] = Target(entry.dtype, entry.shape, plain(entry, entry.dtype))
         files[file] = (targets, checkpoint.metadata[file])
-    texts = _texts(checkpoint, files, args.format, left)
+    dtypes = {DTYPES[checkpoint.entries[name].dtype].name for name in chosen}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    texts = _texts(checkpoint, files, args.format, left, dtype)
     copies = [f for f in checkpoint.carried if f.name not in texts]
     sizes = [sum(e.size for e in checkpoint.entries.values())]
     sizes.append(sum(t.size for targets, _ in files.values() for t in targets.values()))
@@ -204,16 +206,19 @@ def _targets(
 
 
 def _texts(
-    checkpoint: Checkpoint, files: dict[str, Any], format: str, left: list[str]
+    checkpoint: Checkpoint, files: dict[str, Any], format: str, left: list[str], dtype: str
 ) -> dict[str, str]:
-    """Return config.json with what transformers asks for, and the index."""
+    """Return config.json with what transformers asks for, and the index.
+
+    Products are computed in `dtype`, that of the weights before.
+    """
     said: dict[str, Any] = {
         "quant_method": "bitsandbytes",
         f"load_in_{4 if format == 'nf4' else 8}bit": True,
     }
     if format == "nf4":
         said |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        said |= {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"}
+        said |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8"}
     others = [name.removesuffix(".weight") for name in left]
     said["llm_int8_skip_modules"] = sorted({*others, "lm_head"})
     texts = {

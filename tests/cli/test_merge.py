@@ -67,6 +67,15 @@ def test_is_byte_equal_to_the_merge_in_memory(tmp_path, files, dtype):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=str)
+def test_blocks_are_computed_ahead(tmp_path, monkeypatch, dtype):
+    """Memory is used again only when what was in it is written."""
+    base, lora = tensors_of(dtype=dtype), q_and_up()
+    monkeypatch.setattr("jlora.cli._safetensors.CHUNK", D * 32)
+    run(checkpoint(tmp_path / "b", base), adapter(tmp_path / "a", lora, **TARGETS), tmp_path / "o")
+    equal(tmp_path / "o", merged_in_memory(base, lora))
+
+
 def test_blocks_of_rows(tmp_path, monkeypatch):
     """A tensor is read and written a few rows at a time, with the same bytes."""
     base, lora = tensors_of(), q_and_up()
@@ -234,6 +243,43 @@ def test_a_head_that_is_tied(tmp_path):
     run(folder, adapter(tmp_path / "full", saved, **said), tmp_path / "out2")
     equal(tmp_path / "out2", base | {"model.embed_tokens.weight": value})
     assert json.loads((tmp_path / "out2/config.json").read_text()) == TIED
+
+
+def test_an_embedding_that_was_trained_apart_from_its_head(tmp_path):
+    """PEFT trains a copy of the embedding; the head that was tied to it stays as it was."""
+    base = tensors_of(without=["lm_head.weight"])
+    config = TIED | {"architectures": ["LlamaForCausalLM"]}
+    folder = checkpoint(tmp_path / "base", base, 2, config)
+    value, name = drawn((VOCAB, D), BFLOAT16, 9), "model.embed_tokens.weight"
+    path = adapter(tmp_path / "full", {name: value}, modules_to_save=["embed_tokens"])
+    run(folder, path, tmp_path / "out")
+    equal(tmp_path / "out", base | {name: value, "lm_head.weight": base[name]})
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said == config | {"tie_word_embeddings": False}
+    # A low-rank update of a tied embedding changes the head too; other models have no such head.
+    lora = {
+        f"model.embed_tokens.lora_embedding_{x}": drawn(s)
+        for x, s in (("A", (2, VOCAB)), ("B", (D, 2)))
+    }
+    run(folder, adapter(tmp_path / "lora", lora, target_modules=["embed_tokens"]), tmp_path / "o2")
+    assert "lm_head.weight" not in read(tmp_path / "o2")
+    folder = checkpoint(tmp_path / "encoder", base, config={"architectures": ["BertModel"]})
+    run(folder, path, tmp_path / "o3")
+    equal(tmp_path / "o3", base | {name: value})
+
+
+def test_a_base_weight_of_a_tied_head_in_the_adapter(tmp_path, capsys):
+    """PEFT saves the base weight of an adapted head too; it is compared with the embedding."""
+    base = tensors_of(without=["lm_head.weight"])
+    folder = checkpoint(tmp_path / "base", base, config=TIED)
+    embedding = base["model.embed_tokens.weight"]
+    lora = pair("lm_head", VOCAB, D) | {"lm_head.base_layer.weight": embedding}
+    run(folder, adapter(tmp_path / "a", lora, target_modules=["lm_head"]), tmp_path / "out")
+    want = (np.float32(embedding) + update(lora, "lm_head")).astype(BFLOAT16)
+    equal(tmp_path / "out", base | {"lm_head.weight": want})
+    lora["lm_head.base_layer.weight"] = -embedding
+    run(folder, adapter(tmp_path / "b", lora, target_modules=["lm_head"]), tmp_path / "o", code=2)
+    assert "was trained on other weights" in capsys.readouterr().err
 
 
 def test_a_stored_head_that_would_be_tied_on_loading(tmp_path, capsys):
@@ -432,6 +478,78 @@ def test_a_killed_merge_leaves_nothing_that_opens(tmp_path):
         assert not (tmp_path / "out").exists()
     subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
     assert len(read(tmp_path / "out")) == 6 and not hidden()
+
+
+KILLED = """
+import os, signal, sys
+from jlora.cli import main
+from jlora.cli._output import Progress
+
+words = sys.argv[2:]
+most, seen = int(sys.argv[1]), 0
+
+
+def event(name, args):
+    global seen
+    if counting and name in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        seen += 1
+        if seen == most:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def written(self, size):
+    event("open", ())
+
+
+counting = False
+Progress.__call__ = written
+sys.addaudithook(event)
+counting = True
+assert main(["merge", *words]) == 0
+print("events", seen)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("old", [False, True], ids=["new", "over another"])
+def test_killed_anywhere(tmp_path, old):
+    """Killed at its n-th file operation or piece: a complete folder or none, and the same after."""
+    base, path = checkpoint(tmp_path / "base", tensors_of(), 3), lora_folder(tmp_path)
+    want, out = merged_in_memory(tensors_of(), q_and_up()), tmp_path / "out"
+    words = [base, path, out, "--overwrite"]
+    run(*words[:2], tmp_path / "other", "--dtype", "float32")
+    other = {f.name: f.read_bytes() for f in (tmp_path / "other").iterdir()}
+
+    def child(n):
+        done = [sys.executable, "-c", KILLED, n, *words]
+        return subprocess.run(list(map(str, done)), capture_output=True, text=True)
+
+    if old:
+        shutil.copytree(tmp_path / "other", out)
+    count = int(child(0).stdout.rpartition("events")[2])
+    complete = {f.name: f.read_bytes() for f in out.iterdir()}
+    equal(out, want)
+    shutil.rmtree(out)
+    states = set()
+    last = range(max(1, count - 14), count + 1)
+    for n in sorted({*range(count // 3, count, max(1, count // 12)), *last}):
+        if old:
+            shutil.copytree(tmp_path / "other", out)
+        assert child(n).returncode == -signal.SIGKILL, n
+        found = {f.name: f.read_bytes() for f in out.iterdir()} if out.exists() else None
+        assert found in (None, complete, *([other] if old else [])), n
+        states.add("none" if found is None else "old" if found == other else "new")
+        run(*words)  # again: the same bytes, and nothing is left of the killed one
+        assert {f.name: f.read_bytes() for f in out.iterdir()} == complete
+        assert not [f for f in tmp_path.iterdir() if f.name.startswith(".") and not _kept(f)]
+        shutil.rmtree(out)
+    print(count, sorted(states))
+    assert {"new", "old" if old else "none"} <= states
+
+
+def _kept(hidden):
+    """Whether a hidden folder has the only copy of what OUT was."""
+    return (hidden / "old").exists()
 
 
 def broken(tmp_path, case):

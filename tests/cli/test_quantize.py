@@ -42,6 +42,7 @@ def test_nf4(tmp_path, capsys, files):
     for name in set(base) - {Q, DOWN}:
         assert found[name].tobytes() == base[name].tobytes()
     config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     assert config["quantization_config"]["load_in_4bit"] and config["model_type"] == "llama"
     assert "model.layers.0.mlp.odd" in config["quantization_config"]["llm_int8_skip_modules"]
     assert (tmp_path / "out/tokenizer.json").is_file()
@@ -61,6 +62,40 @@ def test_int8(tmp_path):
     np.testing.assert_array_equal(scb, np.abs(base[Q]).max(1))
     error = np.abs(codes * (scb / 127)[:, None] - base[Q])
     assert (error <= scb[:, None] / 250).all() and found[DOWN].tobytes() == base[DOWN].tobytes()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("format", "bound"), [("nf4", 1e-5), ("int8", 0.02)])
+@pytest.mark.parametrize("kind", ["Llama", "GPTNeoX"])
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_loads_it(tmp_path, kind, format, bound):
+    """Its logits are those of the dequantized weights; bitsandbytes rounds the inputs of int8."""
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = getattr(theirs, f"{kind}ForCausalLM")(getattr(theirs, f"{kind}Config")(**sizes))
+    model.eval().save_pretrained(tmp_path / "base")
+    run("quantize", tmp_path / "base", tmp_path / "out", "--format", format)
+    loaded = theirs.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens, found = torch.tensor([[1, 5, 9, 33, 70]]), read(tmp_path / "out")
+    weights, changed = model.state_dict(), 0
+    for name in set(weights) & set(found):  # transformers names some heads differently in memory
+        stored = found[name]
+        if stored.dtype.itemsize == 1:
+            if format == "nf4":
+                wide = np.asarray(bitsandbytes.from_tensors(found, name).dequantize())
+            else:
+                wide = stored * (found[name.replace(".weight", ".SCB")] / 127)[:, None]
+            weights[name], changed = torch.tensor(np.float32(wide)), changed + 1
+    with torch.no_grad():
+        plain = model(tokens).logits
+        got = loaded.eval()(tokens).logits
+        model.load_state_dict(weights)
+        want = model(tokens).logits
+    assert changed == (14 if kind == "Llama" else 8)
+    assert (got - want).norm() < bound * want.norm()
+    assert format == "int8" or (plain - want).norm() > 1e-2 * want.norm()
 
 
 def model_file(file, **entries):
