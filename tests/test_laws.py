@@ -113,8 +113,12 @@ def test_no_array_of_deltas_shape(case):
     own = [e for e in equations(jax.make_jaxpr(fn)(base_of(case), *case.args).jaxpr)]
 
     def count(eqns):
-        made = {}
+        made, codes = {}, set()
         for e in eqns:
+            if e.primitive.name == "convert_element_type" and e.invars[0].aval.dtype == jnp.int8:
+                codes.update(map(id, e.outvars))
+            if not codes.isdisjoint(map(id, e.invars)):
+                continue  # codes times scale: a stored weight is built, more than once under DoRA
             for v in e.outvars:
                 if getattr(v.aval, "shape", None) in shapes and e.primitive.name in DENSE:
                     made[e.primitive.name] = made.get(e.primitive.name, 0) + 1
