@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 _MOST = 4  # threads; a disk is not faster than these
-_FREE: list["Memory"] = []  # that of the tensors before
 
 
 class Memory:
@@ -36,14 +35,15 @@ def in_order(jobs: Iterable[Callable[[Memory], memoryview]]) -> Iterator[memoryv
     """Yield what the jobs return, in their order, some computed ahead; valid until the next."""
     workers = min(_MOST, os.cpu_count() or 1)
     waiting: collections.deque[tuple[Future[memoryview], Memory]] = collections.deque()
+    free: list[Memory] = []
     with ThreadPoolExecutor(workers) as pool:
         for job in jobs:
             if len(waiting) > workers:
                 future, memory = waiting.popleft()
                 yield future.result()
-                _FREE.append(memory)
-            memory = _FREE.pop() if _FREE else Memory()
+                free.append(memory)
+            memory = free.pop() if free else Memory()
             waiting.append((pool.submit(job, memory), memory))
         for future, memory in waiting:
             yield future.result()
-            _FREE.append(memory)
+            free.append(memory)

@@ -49,7 +49,7 @@ class Checkpoint:
         """Return the embedding whose weight an output head shares, if it has none of its own."""
         if head in self.entries or not is_head(head) or not self.ties:
             return None
-        names = [n for n in self.entries if n.split(".")[-2:-1] and n.split(".")[-2] in EMBEDDINGS]
+        names = [name for name in self.entries if is_embedding(name)]
         return names[0] if len(names) == 1 else None
 
     @property
@@ -69,6 +69,11 @@ class Checkpoint:
         text = self.config.get("text_config", {})
         said = self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
         return bool(said)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor belongs to an embedding of tokens."""
+    return name.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
 
 
 def is_head(name: str) -> bool:

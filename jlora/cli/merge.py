@@ -4,6 +4,7 @@ A few rows of one tensor are in memory at a time.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from jlora.cli._adapter import Adapter, Places, changes_of, open_adapter, weight
 from jlora.cli._changes import Change, changed, describe, plain, rounded
 from jlora.cli._checkpoint import (
     CONFIG,
-    EMBEDDINGS,
     INDEX,
     SINGLE,
     Checkpoint,
+    is_embedding,
     is_head,
     open_checkpoint,
 )
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     adapters = [(open_adapter(path, call), weight) for path, weight in given]
     changes, places = combined(adapters, checkpoint, call)
     _drop_tied_copies(changes, places, adapters)
-    _keep_old_head(changes, places, checkpoint)
+    places = _with_old_head(changes, places, checkpoint)
     dtype = _DTYPES.get(args.dtype)
     targets = targets_of(checkpoint, changes, places, dtype)
     files = _files(checkpoint, targets, args.max_shard_size)
@@ -122,18 +123,20 @@ def _drop_tied_copies(
             del changes[head], added[head]
 
 
-def _keep_old_head(changes: dict[str, Change], places: Places, checkpoint: Checkpoint) -> None:
+def _with_old_head(changes: dict[str, Change], places: Places, checkpoint: Checkpoint) -> Places:
     """Give a tied head weights of its own where only the embedding was trained, as a copy.
 
     PEFT trains the copy, `modules_to_save=["embed_tokens"]`, while the head stays as it was.
     """
     if not checkpoint.has_tied_head or any(is_head(name) for name in changes):
-        return
-    for name, change in list(changes.items()):
-        if change.values and name.split(".")[-2:-1] and name.split(".")[-2] in EMBEDDINGS:
-            more: Any = (places.added, places.found.layouts)
-            more[0][_HEAD], more[1][_HEAD] = name, "io"
-            changes[_HEAD] = Change(labels=["kept as it was, apart from the embedding"])
+        return places
+    trained = [name for name, change in changes.items() if change.values and is_embedding(name)]
+    if not trained:
+        return places
+    changes[_HEAD] = Change(labels=["kept as it was, apart from the embedding"])
+    layouts = {**places.found.layouts, _HEAD: "io"}
+    found = dataclasses.replace(places.found, layouts=layouts)
+    return Places(found, {**places.added, _HEAD: trained[0]})
 
 
 def targets_of(

@@ -109,9 +109,11 @@ def factors(node: LoraArray, shape: tuple[int, ...] | None = None) -> tuple[Arra
         >>> factors(node)[1].tolist()
         [[3.0, 3.0]]
     """
-    call = "jlora.forms.factors(node, shape)"
-    check_node(node, call)
-    geometry, form = _geometry(node, shape, call), named(node.form)
+    return _factors(node, _geometry(node, shape, "jlora.forms.factors(node, shape)"))
+
+
+def _factors(node: LoraArray, geometry: Geometry) -> tuple[Array, Array]:
+    form = named(node.form)
     if form.factors is not None:
         return form.factors(node, geometry)
     if node.slices is None:
@@ -147,10 +149,7 @@ def as_lora(node: LoraArray, shape: tuple[int, ...] | None = None) -> LoraArray:
         >>> as_lora(node).form, as_lora(node).lora_b.tolist()
         ('lora', [[3.0, 3.0]])
     """
-    call = "jlora.forms.as_lora(node, shape)"
-    check_node(node, call)
-    _geometry(node, shape, call)
-    a, b = factors(node, shape)
+    a, b = _factors(node, _geometry(node, shape, "jlora.forms.as_lora(node, shape)"))
     extra = {name: x for name, x in node.extra.items() if name not in named(node.form).parts}
     return dataclasses.replace(node, lora_a=a, lora_b=b, slices=None, extra=extra, form="lora")
 
@@ -175,10 +174,8 @@ def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Ar
         >>> delta(node, (3, 4), jnp.float32)[0, 0].item()
         1.0
     """
-    call = "jlora.forms.delta(node, shape, dtype)"
-    check_node(node, call)
-    geometry = _geometry(node, shape, call)
-    a, b = factors(node, shape)
+    geometry = _geometry(node, shape, "jlora.forms.delta(node, shape, dtype)")
+    a, b = _factors(node, geometry)
     rank = a.shape[-1]
     a = a.reshape(*geometry.stack, geometry.fan_in, rank)
     b = b.reshape(*geometry.stack, rank, geometry.fan_out)
@@ -189,7 +186,8 @@ def delta(node: LoraArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Ar
 
 
 def _geometry(node: LoraArray, shape: object, call: str) -> Geometry:
-    """Divide the weight's shape; refuse one that A does not fit."""
+    """Divide the weight's shape; refuse anything but a node, and a shape that A does not fit."""
+    check_node(node, call)
     shape = node.shape if shape is None else shape
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"`{call}`: `shape` is {brief(shape)}. Give the shape of the node's base.")

@@ -1,5 +1,6 @@
 """`jlora merge`: every tensor byte for byte as in memory, for every kind of file and adapter."""
 
+import functools
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from checkpoints import (
 )
 from helpers import bits
 
-from jlora.cli import main
+from jlora.cli import _ahead, main
 
 
 def run(*words, code=0):
@@ -67,9 +68,20 @@ def test_is_byte_equal_to_the_merge_in_memory(tmp_path, files, dtype):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
+def test_memory_is_used_again_only_when_what_was_in_it_is_written():
+    def job(k, memory):
+        out = memory.array("out", (8,), np.int64)
+        out[:] = k
+        return out.data
+
+    pieces = _ahead.in_order(functools.partial(job, k) for k in range(40))
+    for k, piece in enumerate(pieces):
+        time.sleep(2e-3)  # a slow disk: all jobs that may run have run
+        assert np.asarray(piece).tolist() == [k] * 8
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=str)
 def test_blocks_are_computed_ahead(tmp_path, monkeypatch, dtype):
-    """Memory is used again only when what was in it is written."""
     base, lora = tensors_of(dtype=dtype), q_and_up()
     monkeypatch.setattr("jlora.cli._safetensors.CHUNK", D * 32)
     run(checkpoint(tmp_path / "b", base), adapter(tmp_path / "a", lora, **TARGETS), tmp_path / "o")
@@ -377,7 +389,7 @@ def test_the_disk_is_asked_first(tmp_path, monkeypatch, capsys):
 SCRIPT = """
 import re, sys, time
 from pathlib import Path
-from jlora.cli import main
+from jlora.cli import _ahead, main
 
 
 def peak():  # not `getrusage`, whose maximum a process inherits from the one that started it
@@ -482,7 +494,7 @@ def test_a_killed_merge_leaves_nothing_that_opens(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from jlora.cli import main
+from jlora.cli import _ahead, main
 from jlora.cli._output import Progress
 
 words = sys.argv[2:]

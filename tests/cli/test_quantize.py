@@ -6,6 +6,8 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from checkpoints import BFLOAT16, checkpoint, drawn, read, run, tensors_of
 
 import jlora
@@ -70,14 +72,17 @@ def test_int8(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_loads_it(tmp_path, kind, format, bound):
     """Its logits are those of the dequantized weights; bitsandbytes rounds the inputs of int8."""
-    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("transformers")
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    model = getattr(theirs, f"{kind}ForCausalLM")(getattr(theirs, f"{kind}Config")(**sizes))
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**sizes)
+    )
     model.eval().save_pretrained(tmp_path / "base")
     run("quantize", tmp_path / "base", tmp_path / "out", "--format", format)
-    loaded = theirs.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
     tokens, found = torch.tensor([[1, 5, 9, 33, 70]]), read(tmp_path / "out")
     weights, changed = model.state_dict(), 0
     for name in set(weights) & set(found):  # transformers names some heads differently in memory
