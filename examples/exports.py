@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import placing
 import weights
 from card import write_card
 from evaluation import Job
@@ -34,7 +35,8 @@ def export(args: argparse.Namespace, job: Job, params: Any, found: dict[str, Any
     source = weights.path_of(args.model)
     if args.export_peft is not None:
         save_peft(args, args.export_peft, params)
-        write_card(args.export_peft, source, found)
+        if placing.is_first():
+            write_card(args.export_peft, source, found)
         print(f"exported to {args.export_peft}")
     if args.export_gguf is not None:
         save_gguf(args, job, source, params)
