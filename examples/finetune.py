@@ -245,7 +245,7 @@ def main(
                 raise
             text = f"finetune.py: error: {error}"
             print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
-            return 1 if running else 2
+            return placing.end_alone(1 if running else 2)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,10 +42,18 @@ RULES = {
 
 def join_processes(args: argparse.Namespace) -> None:
     """Join the other processes of --distributed, before JAX looks for devices."""
-    if args.distributed == "auto":
-        jax.distributed.initialize()  # the cluster tells who is who
-    elif args.distributed is not None:
-        jax.distributed.initialize(*args.distributed)
+    if args.distributed is None:
+        return
+    own = () if args.distributed == "auto" else args.distributed
+    try:
+        jax.distributed.initialize(*own)  # without arguments, the cluster tells who is who
+    except (ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"`--distributed`: the processes did not find each other ({why}). Outside of a cluster "
+            "that JAX knows, give the address of process 0, the number of processes and the index "
+            "of each, as in --distributed 10.0.0.1:12355,2,0."
+        ) from error
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
@@ -106,25 +116,30 @@ def fitting(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> Na
     )
 
 
-def place(mesh: Mesh | None, path: str, weight: Any) -> Any:
-    """Put a weight, or the shapes of one, on the mesh.
+def arrays_of(path: str, weight: Any) -> dict[str, tuple[Any, tuple[str | None, ...]]]:
+    """The arrays of a weight by name, each with the axes of the mesh for its own axes.
 
-    The codes and scales of a stored weight are rows of outputs, each split along its inputs.
+    The codes and scales of a stored weight are rows of outputs, which are split along the inputs.
     """
-    if mesh is None:
-        return weight
     names = names_of(path, len(weight.shape))
     if not isinstance(weight, QuantArray):
-        return put(weight, fitting(mesh, names, weight.shape))
+        return {"": (weight, names)}
     *stack, first, second = names
-    of_rows = [*stack, *((second, first) if weight.layout == "io" else (first, second))]
-    outputs = weight.dims[weight.layout.index("o")]
+    rows = (*stack, *((second, first) if weight.layout == "io" else (first, second)))
+    outputs, at = weight.dims[weight.layout.index("o")], len(stack)
+    has_rows = lambda part: part.shape[at : at + 1] == (outputs,)
+    return {k: (x, rows if has_rows(x) else (*stack,)) for k, x in weight.parts.items()}
 
-    def of(part: Any) -> Any:
-        has_rows = part.shape[len(stack) : len(stack) + 1] == (outputs,)
-        return put(part, fitting(mesh, of_rows if has_rows else stack, part.shape))
 
-    return dataclasses.replace(weight, parts={k: of(x) for k, x in weight.parts.items()})
+def place(mesh: Mesh | None, path: str, weight: Any) -> Any:
+    """Put a weight, or the shapes of one, on the mesh."""
+    if mesh is None:
+        return weight
+    found = {
+        name: put(x, fitting(mesh, names, x.shape))
+        for name, (x, names) in arrays_of(path, weight).items()
+    }
+    return found[""] if "" in found else dataclasses.replace(weight, parts=found)
 
 
 def place_all(mesh: Mesh | None, params: Any) -> Any:
@@ -182,13 +197,16 @@ def say_undivided(params: Any) -> None:
     mesh, found = mesh_at(params), dict[str, list[str]]()
     if mesh is None:
         return
-    for path, x in weights_of(jlora.detach(params)[0]):
-        for name, size in zip(names_of(path, len(x.shape)), x.shape, strict=True):
+    for path, weight in weights_of(jlora.detach(params)[0]):
+        x, names = max(arrays_of(path, weight).values(), key=lambda pair: pair[0].size)
+        for name, size in zip(names, x.shape, strict=False):
             if name is not None and size % mesh.shape[name]:
-                found.setdefault(f"{size} by {name}={mesh.shape[name]}", []).append(path)
-    for sizes, paths in found.items():
+                found.setdefault(f"{name}={mesh.shape[name]} does not divide {size}", []).append(
+                    path
+                )
+    for why, paths in found.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        print(f"--mesh does not divide {sizes}: this axis of {paths[0]}{more} is not split")
+        print(f"--mesh {why}: each device has all of this axis of {paths[0]}{more}")
 
 
 def weights_of(params: Any) -> list[tuple[str, Any]]:
@@ -243,6 +261,18 @@ def agreed(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def end_alone(status: int) -> int:
+    """The exit status after an error; of several processes, this one ends here.
+
+    The others may be waiting for it, and it would wait for them: as it ends, JAX ends them.
+    """
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def host(x: jax.Array) -> np.ndarray:

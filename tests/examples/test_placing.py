@@ -1,0 +1,224 @@
+"""The main job on a mesh of eight devices does what it does on one."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import begin
+import finetune
+import jax
+import numpy as np
+import placing
+import plan
+import pytest
+import training
+from flags import parse
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+from tiny_llama import TINY, write_model
+
+import jlora
+from jlora import checkpoint
+
+MESH = ("--mesh", "fsdp=2,tp=4")
+
+
+class Trained(NamedTuple):
+    """What `finetune.train` was given, and what it returned."""
+
+    job: Any
+    programs: Any
+    frozen: Any
+    before: Any
+    after: Any
+
+
+@pytest.fixture(scope="module")
+def meshed(job: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    """A run on a mesh that was stopped after step 3, and what it trained."""
+    out, found, train, advance = (
+        tmp_path_factory.mktemp("meshed"),
+        [],
+        finetune.train,
+        training.advance,
+    )
+
+    def seen(args: Any, job: Any, programs: Any, frozen: Any, state: Any, *rest: Any) -> Any:
+        places = jax.tree.map(lambda x: x.sharding, state[:2])  # the steps donate the arrays
+        after = train(args, job, programs, frozen, state, *rest)
+        found.append(Trained(job, programs, frozen, places, after))
+        return after
+
+    def signaled(function: Any, state: Any, *rest: Any) -> Any:
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return advance(function, state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "train", seen)
+        patch.setattr(training, "advance", signaled)
+        assert job(out, *MESH, "--eval-every", "2") == 0
+    return out, found[0]
+
+
+def losses(out: Path) -> list[float]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] if "loss" in line else line["held_out_loss"] for line in lines]
+
+
+def same(a: Path, b: Path, count: int) -> None:
+    """Assert that two runs have the same losses and adapter, and nearly the same moments.
+
+    The first `count` arrays of a state are the adapter; the moments have half of the digits.
+    """
+    np.testing.assert_allclose(losses(b), losses(a), rtol=1e-5)
+    one, two = (load_file(out / "state" / "6.safetensors") for out in (a, b))
+    assert one.keys() == two.keys() and len(one) > 2 * count
+    for n in map(str, range(len(one))):
+        most = float(abs(one[n]).max(initial=0))
+        atol = 1e-5 if int(n) < count else 1e-4 * most
+        np.testing.assert_allclose(two[n], one[n], rtol=0, atol=atol, err_msg=n)
+
+
+def test_weights_adapter_and_moments_are_where_the_rules_say(meshed: Any) -> None:
+    _, (job, _, frozen, _, state) = meshed
+    node = job.params["layers_0"]["attn"]["o_proj"]["kernel"]
+    specs = [x.sharding.spec for x in (node.base, node.lora_a, node.lora_b)]
+    assert specs == [P("tp", "fsdp"), P("tp", None), P(None, None)]
+    node = job.params["layers_1"]["mlp"]["up_proj"]["kernel"]
+    specs = [x.sharding.spec for x in (node.base, node.lora_a, node.lora_b)]
+    assert specs == [P("fsdp", "tp"), P(None, None), P(None, "tp")]
+    assert job.params["embed"]["embedding"].sharding.spec == P("tp", "fsdp")
+    matrices = [x for x in jax.tree.leaves(frozen) if x.ndim > 1]
+    assert len(matrices) == 16
+    for x in matrices:
+        assert len(x.sharding.device_set) == 8
+        assert {shard.data.size for shard in x.addressable_shards} == {x.size // 8}
+    moments = state.opt_state[1][0].mu["layers_1"]["mlp"]["up_proj"]["kernel"]
+    assert moments.lora_b.sharding.spec == P(None, "tp")
+
+
+def test_one_program_takes_its_own_results(meshed: Any) -> None:
+    """The step was compiled once and refuses other shardings; it writes over what it was given."""
+    _, (_, programs, _, before, state) = meshed
+    assert isinstance(programs.step, jax.stages.Compiled) and state.step == 3
+    after = jax.tree.map(lambda x: x.sharding, state[:2])
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b, x: a.is_equivalent_to(b, x.ndim), before, after, state[:2])
+    )
+    memory = programs.step.memory_analysis()
+    assert memory.alias_size_in_bytes >= plan.nbytes(state[:2])
+    assert memory.output_size_in_bytes < 1.5 * plan.nbytes(state[:2])  # and no weight
+
+
+@pytest.mark.parametrize("more", [MESH, ()], ids=["mesh", "one device"])
+def test_it_continues_as_on_one_device(
+    job: Any, finished: Any, meshed: Any, tmp_path: Path, capsys: Any, more: Any
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(meshed[0], out)
+    assert job(out, *more, "--eval-every", "2", "--resume") == 0
+    same(finished.out, out, 28)
+    report = json.loads((out / "report.json").read_text())
+    assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
+    names = {path.name for path in finished.out.iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    _, base, *_ = begin.load_model(parse([*finished.flags]))
+    for a, b in zip(
+        *(jax.tree.leaves(checkpoint.restore(x / "adapter", base)) for x in (finished.out, out)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (["fsdp=2,pp=4"], "'pp' is no axis, or there twice; the axes are dp and fsdp"),
+        (["tp=2,tp=4"], "'tp' is no axis, or there twice"),
+        (["tp=0"], "tp=0 is not a number of devices, as in fsdp=4"),
+        (["fsdp"], "fsdp is not a number of devices"),
+        (["fsdp=8"], "over 8 devices, which does not divide the 2 of --batch 2: give --batch 8 or"),
+        (
+            ["dp=2,fsdp=2", "--batch", "8", "--accumulate", "4"],
+            "over 4 devices, which does not divide the 2 of --batch 8 over --accumulate 4: "
+            "give --batch 16",
+        ),
+        (["tp=8", "--sweep", "lr=1,2"], "leave --mesh out"),
+        (["tp=8", "--distributed", "host:1,2,2"], "host:1,2,2 is not HOST:PORT,COUNT,INDEX"),
+        (["tp=8", "--distributed", "--generate", "x"], "--generate is for one process"),
+    ],
+)
+def test_meshes_that_make_no_sense(wrong: list[str], match: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--mesh", *wrong])
+    assert match in capsys.readouterr().err
+
+
+def test_processes_need_a_mesh(capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--distributed"])
+    assert "--distributed: give --mesh too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mesh", ["tp=4", "fsdp=2,tp=8"])
+def test_a_mesh_has_all_devices(finished: Any, tmp_path: Path, capsys: Any, mesh: str) -> None:
+    out = tmp_path / "out"
+    assert finetune.main([*finished.flags, "--out", str(out), "--mesh", mesh]) == 2
+    error = " ".join(capsys.readouterr().err.split("finetune.py: error: ")[1].split())
+    count = {"tp=4": 4}.get(mesh, 16)
+    assert f"`--mesh {mesh}`: it has {count} devices, and JAX has 8 (cpu). Give 8 in all" in error
+    assert f"set JAX_NUM_CPU_DEVICES={count}" in error and not out.exists()
+
+
+def test_axes_that_do_not_divide_are_said(capsys: Any) -> None:
+    mesh = placing.mesh_of(parse(["--mesh", "fsdp=2,tp=4"]))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    kernels = {name: {"kernel": shape(6, 10)} for name in ("q_proj", "o_proj", "k_proj")}
+    kernels["k_proj"]["bias"] = shape(8)
+    params = placing.place_all(mesh, {"attn": kernels, "norm": {"scale": shape(3)}})
+    placing.say_undivided(params)
+    assert capsys.readouterr().out.splitlines() == [
+        f"--mesh tp=4 does not divide {of}"
+        for of in (
+            "10: each device has all of this axis of attn/k_proj/kernel and 1 more",
+            "6: each device has all of this axis of attn/o_proj/kernel",
+        )
+    ]
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    assert specs["attn"]["q_proj"]["kernel"] == P("fsdp", None)
+    assert specs["attn"]["k_proj"]["bias"] == P("tp") and specs["norm"]["scale"] == P(None)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--quantize", "int8", "--scan"], marks=pytest.mark.nightly)],
+    ids=["dense", "stored"],
+)
+def test_a_plan_has_the_bytes_of_a_device(
+    sums: Path, tmp_path: Path, capsys: Any, more: list[str]
+) -> None:
+    model = write_model(tmp_path / "model", TINY | {"num_hidden_layers": 1})
+    flags = ["--model", str(model), "--data", str(sums), "--rank", "4", "--length", "16"]
+    flags += [*MESH, *more]
+    assert finetune.main([*flags, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 layers on 8 devices, of which the bytes are those of one")
+    lines = dict(line.strip().split("  ", 1) for line in said.splitlines()[1:])
+    args = parse(flags)
+    params = begin.prepare(args).params
+    trainable, frozen = jlora.partition(params)
+    state = placing.initial(training.make_optimizer(args.lr, args.steps), params)
+
+    def held(tree: Any) -> str:
+        """By one device, of real arrays."""
+        return plan.size(sum(x.addressable_shards[5].data.nbytes for x in jax.tree.leaves(tree)))
+
+    found = [lines[name].strip() for name in ("base weights", "adapter", "optimizer")]
+    assert found == [held(tree) for tree in (frozen, trainable, state)]
+    assert found[0] != plan.size(sum(x.nbytes for x in jax.tree.leaves(frozen)))
+    assert isinstance(jax.tree.leaves(frozen)[0].sharding, NamedSharding)
