@@ -55,6 +55,8 @@ def save_gguf(args: argparse.Namespace, job: Job, source: Path, params: Any) -> 
     with tempfile.TemporaryDirectory() as scratch:
         folder, config = Path(scratch) / "adapter", Path(scratch) / "config.json"
         save_peft(args, folder, params)
+        if not placing.is_first():
+            return
         config.write_text(json.dumps(config_of(job, source)))
         command = ["convert", str(folder), str(args.export_gguf), "--to", "gguf", "--overwrite"]
         if jlora.cli.main([*command, "--base", str(config)]):

@@ -275,8 +275,8 @@ def end_alone(status: int) -> int:
     return status
 
 
-def host(x: jax.Array) -> np.ndarray:
+def host(x: Any) -> np.ndarray:
     """A copy on the host of an array, of which other processes may have parts."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
         return np.array(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,14 +1,21 @@
 """The main job on a mesh of eight devices does what it does on one."""
 
 import json
+import os
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import begin
+import dpo
 import finetune
 import jax
+import job_process
 import numpy as np
 import placing
 import plan
@@ -222,3 +229,168 @@ def test_a_plan_has_the_bytes_of_a_device(
     assert found == [held(tree) for tree in (frozen, trainable, state)]
     assert found[0] != plan.size(sum(x.nbytes for x in jax.tree.leaves(frozen)))
     assert isinstance(jax.tree.leaves(frozen)[0].sharding, NamedSharding)
+
+
+# --------------------------------------------------------------------------------------- nightly
+
+
+OPTIONS = {
+    "accumulate": "--accumulate 2",
+    "remat": "--remat",
+    "scan": "--scan --remat",
+    "chunk": "--chunk 100",
+    "int8": "--quantize int8",
+    "nf4": "--quantize nf4",
+    "scan of nf4": "--quantize nf4 --scan --accumulate 2 --chunk 64 --remat",
+    "loftq": "--quantize nf4 --init loftq",
+    "pissa": "--init pissa",
+    "dora": "--dora --rslora --lora-plus 4",
+    "mica": "--form mica",
+    "all": "--targets .*_proj/kernel lm_head/kernel embed/embedding",
+}
+EVERY = [*((mesh, "") for mesh in ("fsdp=8", "fsdp=4,tp=2", "tp=8", "dp=8", "dp=2,fsdp=2,tp=2"))]
+EVERY += [("fsdp=4,tp=2", name) for name in OPTIONS] + [("fsdp=2,tp=4", "scan of nf4")]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose inputs have blocks of 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
+    return write_model(tmp_path_factory.mktemp("wide") / "model", TINY | sizes)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("mesh", "name"), EVERY)
+def test_as_on_one_device(job: Any, wide: Path, tmp_path: Path, mesh: str, name: str) -> None:
+    flags = ["--model", str(wide), "--batch", "8", "--steps", "4", "--lr", "0.005"]
+    flags += OPTIONS.get(name, "").split()
+    outs = [tmp_path / "one", tmp_path / "mesh"]
+    assert job(outs[0], *flags) == 0 and job(outs[1], *flags, "--mesh", mesh) == 0
+    np.testing.assert_allclose(losses(outs[1]), losses(outs[0]), rtol=1e-5)
+    _, base, *_ = begin.load_model(parse(["--model", str(wide), *OPTIONS.get(name, "").split()]))
+    if "pissa" in name:
+        return  # whose adapter is over another base
+    one, two = (checkpoint.restore(out / "adapter", base) for out in outs)
+    for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def started(folder: Path, stop: str, devices: int, *flags: str) -> Any:
+    """Start a process of the job."""
+    path = [Path(job_process.__file__).parents[1] / name for name in ("", "examples", "tests")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    env |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, job_process.__file__, str(folder), *stop.split(), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, **pipes)
+
+
+@pytest.mark.nightly
+def test_killed_on_a_mesh(job: Any, finished: Any, tmp_path: Path) -> None:
+    """It continues on the mesh to the same bits, and on one device as if it had begun there."""
+    more = ("--eval-every", "2", "--save-every", "1")
+    out = tmp_path / "out"
+    process = started(out, "SIGKILL 5", 8, *finished.flags, "--out", str(out), *MESH, *more)
+    process.communicate(timeout=400)
+    assert process.returncode == -signal.SIGKILL and (out / "state" / "3.safetensors").exists()
+    shutil.copytree(out, tmp_path / "alone")
+    assert job(tmp_path / "alone", *more, "--resume") == 0
+    same(finished.out, tmp_path / "alone", 28)
+    assert job(out, *MESH, *more, "--resume") == 0 and job(tmp_path / "new", *MESH, *more) == 0
+    assert losses(out) == losses(tmp_path / "new")
+    states = [load_file(x / "state" / "6.safetensors") for x in (out, tmp_path / "new")]
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(states[1][name], array)
+
+
+@pytest.mark.nightly
+def test_begun_on_one_device(job: Any, finished: Any, tmp_path: Path) -> None:
+    more = ("--eval-every", "2", "--save-every", "1")
+    out = tmp_path / "out"
+    process = started(out, "SIGKILL 5", 1, *finished.flags, "--out", str(out), *more)
+    process.communicate(timeout=400)
+    assert process.returncode == -signal.SIGKILL and (out / "state" / "3.safetensors").exists()
+    assert job(out, *MESH, *more, "--resume") == 0
+    same(finished.out, out, 28)
+
+
+def two_processes(folder: Path, *flags: str, stop: str = "SIGTERM 0") -> list[Any]:
+    """Run the job in two processes with four devices each; the second one is stopped.
+
+    Returns the status of each, what it printed, and what it changed in the folder.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    found = [
+        started(folder, at, 4, *flags, "--distributed", f"localhost:{port},2,{n}")
+        for n, at in enumerate(("SIGTERM 0", stop))
+    ]
+    texts = [process.communicate(timeout=500) for process in found]
+    changed = [json.loads(out.splitlines()[-1]) if out else [] for out, _ in texts]
+    return [*zip([p.returncode for p in found], texts, changed, strict=True)]
+
+
+@pytest.mark.nightly
+def test_two_processes(job: Any, finished: Any, tmp_path: Path) -> None:
+    """One is told to stop, and both do; together they continue, and the first one writes."""
+    exports = [f"--export-{kind}={tmp_path}/{{}}/{kind}" for kind in ("peft", "gguf")]
+    exports.append(f"--merge={tmp_path}/{{}}/merged")
+    flags = ["--batch", "4", "--eval-every", "2"]
+    one = [text.format("one") for text in exports]
+    assert job(tmp_path / "one", *flags, *one) == 0
+    two = [*finished.flags, *flags, "--mesh", "fsdp=4,tp=2", "--out", str(tmp_path / "two")]
+    two += [text.format("two") for text in exports]
+    first, second = two_processes(tmp_path / "two", *two, stop="SIGTERM 4")
+    assert first[0] == second[0] == 0, (first[1], second[1])
+    assert all("stopped after step 4 of 6" in text[0] for _, text, _ in (first, second))
+    first, second = two_processes(tmp_path / "two", *two, "--resume")
+    assert first[0] == second[0] == 0, (first[1], second[1])
+    assert len(first[2]) > 20 and not second[2]
+    same(tmp_path / "one", tmp_path / "two", 28)
+    files = ["peft/adapter_model.safetensors", "merged/model.safetensors"]
+    for name in files:
+        a, b = (load_file(tmp_path / x / name) for x in ("one", "two"))
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(b[key], a[key], rtol=0, atol=1e-5)
+    sizes = [(tmp_path / x / "gguf").stat().st_size for x in ("one", "two")]
+    assert sizes[0] == sizes[1] and (tmp_path / "two" / "peft" / "README.md").exists()
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
+
+
+@pytest.mark.nightly
+def test_an_error_in_one_process_ends_both(finished: Any, tmp_path: Path) -> None:
+    """The run of another program is at work in the directory, which the first process finds."""
+    import states
+
+    two = [*finished.flags, "--mesh", "fsdp=2,tp=4", "--out", str(tmp_path / "out")]
+    with states.only_run(tmp_path / "out"):
+        first, second = two_processes(tmp_path / "out", *two)
+    assert first[0] == 2 and "is at work in this" in " ".join(first[1][1].split())
+    assert second[0] not in (0, None) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.nightly
+def test_a_plan_for_machines_that_are_not_here(finished: Any, tmp_path: Path) -> None:
+    """64 devices, of which each has a fourth of the bytes of 16."""
+    sizes = []
+    for mesh in ("fsdp=16,tp=4", "fsdp=8,tp=2"):
+        flags = [*finished.flags, "--plan", "--batch", "16", "--length", "16", "--mesh", mesh]
+        out, errors = started(tmp_path, "SIGTERM 0", 1, *flags).communicate(timeout=400)
+        count = 64 if "16" in mesh else 16
+        assert f"2 layers on {count} devices" in out, errors
+        sizes.append(float(re.findall(r"base weights +([\d.]+)kB", out)[0]))
+    scales = 5 * 32 * 4 / 1000  # which every device has
+    assert (sizes[0] - scales) * 4 == pytest.approx(sizes[1] - scales, abs=0.05)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("usual_promotion")  # Optax's Adam counts in integers
+def test_preferences_on_a_mesh(tiny_path: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny_path), "--rank", "4", "--steps", "3", "--length", "96"]
+    outs = [tmp_path / "one", tmp_path / "mesh"]
+    for out, more in zip(outs, ([], ["--mesh", "fsdp=4,tp=2"]), strict=True):
+        assert finetune.main([*flags, "--out", str(out), *more], "", dpo.prepare) == 0
+    np.testing.assert_allclose(losses(outs[1]), losses(outs[0]), rtol=1e-5)
