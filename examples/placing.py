@@ -45,6 +45,7 @@ def join_processes(args: argparse.Namespace) -> None:
     if args.distributed is None:
         return
     own = () if args.distributed == "auto" else args.distributed
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the job
     try:
         jax.distributed.initialize(*own)  # without arguments, the cluster tells who is who
     except (ValueError, RuntimeError) as error:
