@@ -75,6 +75,7 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
+            warnings.filterwarnings("default", ".*every device gathers")  # to decompose, once
             params = attach(args, base)
             return formats.loftq(args, layers_of(args), params) if args.init == "loftq" else params
     except (ValueError, UserWarning) as error:

@@ -76,18 +76,22 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] if "loss" in line else line["held_out_loss"] for line in lines]
 
 
-def same(a: Path, b: Path, count: int) -> None:
-    """Assert that two runs have the same losses and adapter, and nearly the same moments.
+def same(a: Path, b: Path, count: int, step: int = 6) -> None:
+    """Assert that two runs have the same losses and adapter to 1e-5, and nearly the same moments.
 
-    The first `count` arrays of a state are the adapter; the moments have half of the digits.
+    The arrays of a state are the `count` ones of the adapter, a number, and their moments. One
+    entry in a thousand may be further away: Adam divides by the root of the second moment, also
+    where a gradient is zero but for rounding.
     """
     np.testing.assert_allclose(losses(b), losses(a), rtol=1e-5)
-    one, two = (load_file(out / "state" / "6.safetensors") for out in (a, b))
-    assert one.keys() == two.keys() and len(one) > 2 * count
-    for n in map(str, range(len(one))):
-        most = float(abs(one[n]).max(initial=0))
-        atol = 1e-5 if int(n) < count else 1e-4 * most
-        np.testing.assert_allclose(two[n], one[n], rtol=0, atol=atol, err_msg=n)
+    one, two = (load_file(out / "state" / f"{step}.safetensors") for out in (a, b))
+    assert one.keys() == two.keys() and len(one) > 3 * count
+    apart = [abs(one[str(n)] - two[str(n)]).ravel() for n in range(count)]
+    most = np.concatenate(apart)
+    assert (most > 1e-5).mean() < 1e-3 and most.max() < 1e-4
+    for n in range(count + 1, 3 * count + 1):
+        most = float(abs(one[str(n)]).max())
+        np.testing.assert_allclose(two[str(n)], one[str(n)], rtol=0, atol=1e-4 * most)
 
 
 def test_weights_adapter_and_moments_are_where_the_rules_say(meshed: Any) -> None:
@@ -266,13 +270,9 @@ def test_as_on_one_device(job: Any, wide: Path, tmp_path: Path, mesh: str, name:
     flags += OPTIONS.get(name, "").split()
     outs = [tmp_path / "one", tmp_path / "mesh"]
     assert job(outs[0], *flags) == 0 and job(outs[1], *flags, "--mesh", mesh) == 0
-    np.testing.assert_allclose(losses(outs[1]), losses(outs[0]), rtol=1e-5)
-    _, base, *_ = begin.load_model(parse(["--model", str(wide), *OPTIONS.get(name, "").split()]))
-    if "pissa" in name:
-        return  # whose adapter is over another base
-    one, two = (checkpoint.restore(out / "adapter", base) for out in outs)
-    for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    arrays = len(load_file(outs[0] / "state" / "4.safetensors"))
+    assert arrays % 3 == 2  # the adapter, its moments, and the numbers of the steps
+    same(*outs, arrays // 3, 4)
 
 
 def started(folder: Path, stop: str, devices: int, *flags: str) -> Any:
