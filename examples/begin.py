@@ -22,13 +22,13 @@ import states
 import training
 import weights
 from evaluation import SHOWN, Job
-from flags import ADAPTER, SETTINGS
+from flags import ADAPTER, RESIDUAL, SETTINGS
 from merged import check_source
 from param_tree import stacked, stacked_layouts
 from training import State
 
 import jlora
-from jlora import peft
+from jlora import checkpoint, peft
 
 SCORED = 256  # held-out words that are generated and scored
 # All that a run writes into its directory.
@@ -82,6 +82,12 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
         targets = "" if args.targets == ADAPTER["targets"] else f" --targets {args.targets}"
         flags = f"--rank {args.rank} --alpha {args.alpha}{targets}"
         raise ValueError(f"`{flags}`: {error}") from error
+
+
+def restore(args: argparse.Namespace, base: Any) -> Any:
+    """The adapter that the run has saved, on the base; PiSSA and its relatives have changed it."""
+    base = adapt(args, base) if args.init in RESIDUAL else base
+    return checkpoint.restore(args.out / "adapter", base, placing.replicate(args))
 
 
 def attach(args: argparse.Namespace, base: Any) -> Any:
