@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import begin
 import formats
 import jax
 import llama
@@ -39,17 +40,7 @@ import report
 import states
 import training
 import watch
-from begin import (
-    Start,
-    adapt,
-    check_folders,
-    check_run,
-    load_model,
-    prepare,
-    remove_run,
-    restore,
-    start,
-)
+from begin import Start, adapt, check_folders, check_run, load_model, prepare, remove_run, start
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
 from exports import check_export, export
 from flags import parse
@@ -166,7 +157,7 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     batch = job.held_out[0]
     inputs = (batch["tokens"], batch["positions"], batch["segments"], None, batch["at"])
     logits = adapted(params, *inputs)
-    restored = restore(args, load_model(args)[1])
+    restored = begin.restore(args, load_model(args)[1])
     # NumPy's maximum propagates NaN.
     differ = lambda other: float(np.max(np.abs(placing.host(logits - other))))
     # A quantized run holds no dense model, unless one was asked for.
@@ -204,7 +195,7 @@ def continue_text(args: argparse.Namespace) -> int:
                 f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
                 "`--weights base`."
             )
-        params = restore(args, params)
+        params = begin.restore(args, params)
         apply = jlora.lora(apply)
     if args.weights == "merged":
         params, apply = jlora.merge(params), make_apply(config)

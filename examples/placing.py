@@ -169,13 +169,14 @@ def like(x: np.ndarray, other: jax.Array) -> jax.Array:
 def initial(tx: Any, params: Any) -> Any:
     """The state of the optimizer of what is trained in `params`, or the shapes of it."""
     trainable, _ = jlora.partition(params)
-    if mesh_at(trainable) is None:
-        return tx.init(trainable)
     shapes = jax.eval_shape(tx.init, trainable)
+    planned = isinstance(jax.tree.leaves(trainable)[0], jax.ShapeDtypeStruct)
+    if mesh_at(trainable) is None:
+        return shapes if planned else tx.init(trainable)
     at = jlora.shardings(shapes, SPLIT, of=params)
-    if isinstance(jax.tree.leaves(trainable)[0], jax.ShapeDtypeStruct):
-        return jax.tree.map(put, shapes, at)
-    return jax.jit(tx.init, out_shardings=at)(trainable)
+    return (
+        jax.tree.map(put, shapes, at) if planned else jax.jit(tx.init, out_shardings=at)(trainable)
+    )
 
 
 def mesh_at(tree: Any) -> Mesh | None:

@@ -21,6 +21,7 @@ import placing
 import plan
 import pytest
 import training
+import weights
 from flags import parse
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -123,6 +124,8 @@ def test_one_program_takes_its_own_results(meshed: Any) -> None:
     memory = programs.step.memory_analysis()
     assert memory.alias_size_in_bytes >= plan.nbytes(state[:2])
     assert memory.output_size_in_bytes < 1.5 * plan.nbytes(state[:2])  # and no weight
+    text = programs.step.as_text()  # each device has one of two rows, and 12 of 48 in the MLP
+    assert "f32[1,128,12]" in text and "f32[2,128,12]" not in text
 
 
 @pytest.mark.parametrize("more", [MESH, ()], ids=["mesh", "one device"])
@@ -235,7 +238,15 @@ def test_a_plan_has_the_bytes_of_a_device(
     assert isinstance(jax.tree.leaves(frozen)[0].sharding, NamedSharding)
 
 
-# --------------------------------------------------------------------------------------- nightly
+@pytest.mark.parametrize("more", [[], [*MESH]], ids=["one device", "mesh"])
+def test_a_plan_allocates_nothing(finished: Any, more: list[str]) -> None:
+    args = parse([*finished.flags, *more])
+    config = begin.configured(args, weights.load_config(args.model))
+    given = plan.abstract_step(args, config, 16)[1]
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(given))
+
+
+# ----------------------------------------------------------------------------------------- nightly
 
 
 OPTIONS = {
