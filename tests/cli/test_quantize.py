@@ -164,9 +164,13 @@ def broken(tmp_path, case):
         case "nothing":
             words = ["--targets", "x"]
     checkpoint(base, tensors_of(SHAPES), config=config)
-    if case in ("folder", "targets", "cut", "type", "same", "version"):
+    if case in ("folder", "absent", "targets", "cut", "type", "same", "version"):
         words = ["--targets", "x"] if case == "targets" else []
-        if case != "folder":
+        if case == "absent":
+            return [tmp_path / "nothing", tmp_path / "out", "--format", "q4_1"]
+        if case == "folder":
+            (base / "config.json").write_text('{"model_type": "gpt2"}')
+        else:
             base = tmp_path / "m.gguf"
             model_file(base)
         data = bytearray(base.read_bytes()) if base.is_file() else bytearray()
@@ -189,7 +193,8 @@ SAID = {
     "bare": "is without a config.json",
     "pattern": "is no regular expression",
     "nothing": "there is no matrix to quantize",
-    "folder": "is no GGUF file. Convert the checkpoint",
+    "folder": "is none of llama, qwen2, qwen3. Convert the folder",
+    "absent": "there is no",
     "targets": "does not use `--targets`",
     "cut": "it ends early",
     "version": "does not begin as one",
