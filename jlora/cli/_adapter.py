@@ -5,7 +5,8 @@ checks of `jlora.peft.load` hold here too: every key of the file is used, or an 
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from jlora.peft._spell import names_of
 from jlora.peft._tensors import MAGNITUDE, PARTS, from_torch
 
 _HEADS = ("classifier", "score")  # saved by PEFT for classification tasks without being listed
+_SINGLE = re.compile(r"\bexperts\.\d+\.")  # in the name of a tensor of one expert
 _ENDINGS = [e for parts in PARTS.values() for e in parts.values()] + [MAGNITUDE, BIAS, TOKENS]
 
 
@@ -98,6 +100,7 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     """Name every tensor as the adapter does."""
     names = names_of(adapter.tensors, checkpoint.entries, call)
     modules = {module_of(name): key for key, name in names.items()}
+    _check_experts(modules, checkpoint, call)
     rename = _renaming(adapter, list(modules), checkpoint)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     added: dict[str, str | None] = {}
@@ -123,6 +126,20 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
         layouts |= {key: layout} if layout else {}
         kinds |= {key: kind} if kind else {}
     return Places(Found(found, layouts, kinds), added)
+
+
+def _check_experts(modules: Iterable[str], checkpoint: Checkpoint, call: str) -> None:
+    """Refuse an update of all experts where each is stored on its own."""
+    asked = next((m for m in modules if m.rpartition(".")[2] == "experts"), None)
+    own = [name for name in checkpoint.entries if asked and name.startswith(f"{asked}.")]
+    single = next(filter(_SINGLE.search, checkpoint.entries), None)
+    if asked and single and all(map(_SINGLE.search, own)):
+        raise ValueError(
+            f'`{call}`: the adapter changes "{asked}" as transformers has it in memory, all '
+            f'experts in one tensor, and BASE stores them one by one, as "{single}". Write BASE '
+            "as it is in memory: `AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW, "
+            "save_original_format=False)`, and pass NEW."
+        )
 
 
 def is_lora(name: str) -> bool:

@@ -634,6 +634,11 @@ def broken(tmp_path, case):
         case "new_twice":
             lora = {"score.weight": drawn((3, D))}
             said, weight = {"modules_to_save": ["score"]}, "=0.5"
+        case "experts":
+            base = {f"model.layers.0.moe.experts.{n}.w1.weight": drawn((D, D)) for n in range(2)}
+            name = "model.layers.0.mlp.experts"
+            lora = {f"{name}.lora_A.weight": drawn((4, D)), f"{name}.lora_B.weight": drawn((D, 4))}
+            said = {"target_parameters": ["experts.down_proj"]}
         case "no_config" | "pickle" | "no_adapter":
             pass
     folder = folder or checkpoint(tmp_path / "base", base)
@@ -648,6 +653,7 @@ def broken(tmp_path, case):
 
 
 SAID = {
+    "experts": 'stores them one by one, as "model.layers.0.moe.experts.0.w1.weight"',
     "unexpected": '1 keys are unexpected: "base_model.model.model.layers.0.self_attn.qproj',
     "missing": "keys are missing",
     "misshaped": "keys have another shape",
