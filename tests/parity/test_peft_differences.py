@@ -30,7 +30,7 @@
 | an embedding saved whole that is the head too (test_peft_tied) | the head is the old one | both |
 | adapters of tied layers that stay tied, merged (test_peft_tied) | the update twice | once |
 | LoRA of an embedding that is the head too | the lookup alone, until merged | both, as merged |
-| LoRA of a head that is the embedding, `jlora merge` | in both then | in the head alone, as trained |
+| LoRA of a head that is the embedding, `jlora merge` | then in both | in the head, as trained |
 | bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
 
 The rows from MultiheadAttention's to padding_mode's are tested in test_peft_differences_of_layers.
