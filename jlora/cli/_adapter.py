@@ -6,7 +6,7 @@ checks of `jlora.peft.load` hold here too: every key of the file is used, or an 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from jlora import forms
 from jlora._arrays import LoraArray
+from jlora._paths import quoted
 from jlora._tensor_file import read
 from jlora.cli._changes import Change, Gain, Product, seen
 from jlora.cli._checkpoint import Checkpoint, read_json
@@ -46,6 +47,10 @@ class Adapter:
 
 def open_adapter(folder: Path, call: str) -> Adapter:
     """Read a folder's two files; refuse what would compute something else."""
+    if folder.is_file():
+        raise ValueError(
+            f"`{call}`: {folder} is a file. Pass its folder, {folder.parent}, which has {CONFIG}."
+        )
     if not (folder / TENSORS).is_file():
         hint = f" {PICKLE} is a pickle, which is never loaded." * (folder / PICKLE).is_file()
         raise FileNotFoundError(f"`{call}`: there is no {folder / TENSORS}.{hint}")
@@ -64,7 +69,32 @@ def open_adapter(folder: Path, call: str) -> Adapter:
             "path_initial_model_for_weight_conversion=...)` of PEFT, or "
             "`jlora.arithmetic.residual_to_lora`."
         )
-    return Adapter(folder, config, said, read(folder / TENSORS, call))
+    tensors = read(folder / TENSORS, call)
+    check_finite(tensors, folder, call)
+    return Adapter(folder, config, said, tensors)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], path: Path, call: str) -> None:
+    """Refuse NaNs and infinities: what is made of them is no model."""
+    for name, x in tensors.items():
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+            raise ValueError(
+                f"`{call}`: {quoted(name)} in {path.name} has values that are not finite (NaN or "
+                "infinity): its training diverged, or the file is damaged. Use an earlier adapter."
+            )
+
+
+def all_weighted(texts: Sequence[str], call: str) -> list[tuple[Path, float]]:
+    """Split every "folder=0.3"; refuse one folder twice."""
+    given = [weighted(text) for text in texts]
+    seen = set()
+    for path, _ in given:
+        if path.resolve() in seen:
+            raise ValueError(
+                f"`{call}`: {path} is given twice. Give it once, with the sum of its weights."
+            )
+        seen.add(path.resolve())
+    return given
 
 
 def weighted(text: str) -> tuple[Path, float]:

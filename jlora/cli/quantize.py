@@ -65,6 +65,11 @@ def _gguf(args: argparse.Namespace, call: str) -> dict[str, Any]:
         return _gguf_of_folder(args, call)
     if not args.base.is_file():
         raise FileNotFoundError(f"`{call}`: there is no {args.base}.")
+    if args.base.suffix == ".safetensors":
+        raise ValueError(
+            f"`{call}`: {args.base} has the weights alone. Pass its folder, {args.base.parent}, "
+            "with config.json and tokenizer.json."
+        )
     if args.out.resolve() == args.base.resolve():
         raise ValueError(f"`{call}`: OUT, {args.out}, is BASE. Give another file.")
     made = bridge("gguf._requantize", call)
@@ -78,6 +83,7 @@ def _gguf(args: argparse.Namespace, call: str) -> dict[str, Any]:
 
 def _gguf_of_folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(args.base, call)
+    _check_original(checkpoint, call)
     made = bridge("gguf._convert", call)
     parts, chosen = made.plan_folder(checkpoint.config, checkpoint.entries, call)
     header = made.header_of(args.base, checkpoint.config, parts, call)
@@ -136,13 +142,17 @@ def _folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
     }
 
 
+def _check_original(checkpoint: Checkpoint, call: str) -> None:
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"`{call}`: BASE is quantized already. Start from the original weights.")
+
+
 def _chosen(
     checkpoint: Checkpoint, args: argparse.Namespace, call: str
 ) -> tuple[set[str], list[str]]:
     """Return the matrices to store in fewer bits, and those that stay as they are."""
     kind = checkpoint.config.get("model_type")
-    if "quantization_config" in checkpoint.config:
-        raise ValueError(f"`{call}`: BASE is quantized already. Start from the original weights.")
+    _check_original(checkpoint, call)
     if not checkpoint.config or kind in _CONV1D:
         why = f"of model_type {kind!r}, whose layers are no `nn.Linear`"
         raise ValueError(f"`{call}`: BASE is {why if kind else 'without a config.json'}.")
@@ -167,7 +177,8 @@ def _chosen(
     chosen = {name for name in wanted if checkpoint.entries[name].shape[1] % step == 0}
     if not chosen:
         raise ValueError(
-            f"`{call}`: there is no matrix to quantize. {near_misses(args.targets or '', matrices)}"
+            f"`{call}`: there is no matrix of {', '.join(WEIGHTS)} to quantize. "
+            f"{near_misses(args.targets or '', matrices)}"
         )
     return chosen, [name for name in matrices if name not in chosen]
 
