@@ -5,7 +5,8 @@ checks of `jlora.peft.load` hold here too: every key of the file is used, or an 
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from jlora import forms
 from jlora._arrays import LoraArray
+from jlora._paths import quoted
 from jlora._tensor_file import read
 from jlora.cli._changes import Change, Gain, Product, seen
 from jlora.cli._checkpoint import Checkpoint, read_json
@@ -29,6 +31,7 @@ from jlora.peft._spell import names_of
 from jlora.peft._tensors import MAGNITUDE, PARTS, from_torch
 
 _HEADS = ("classifier", "score")  # saved by PEFT for classification tasks without being listed
+_SINGLE = re.compile(r"\bexperts\.\d+\.")  # in the name of a tensor of one expert
 _ENDINGS = [e for parts in PARTS.values() for e in parts.values()] + [MAGNITUDE, BIAS, TOKENS]
 
 
@@ -44,6 +47,10 @@ class Adapter:
 
 def open_adapter(folder: Path, call: str) -> Adapter:
     """Read a folder's two files; refuse what would compute something else."""
+    if folder.is_file():
+        raise ValueError(
+            f"`{call}`: {folder} is a file. Pass its folder, {folder.parent}, which has {CONFIG}."
+        )
     if not (folder / TENSORS).is_file():
         hint = f" {PICKLE} is a pickle, which is never loaded." * (folder / PICKLE).is_file()
         raise FileNotFoundError(f"`{call}`: there is no {folder / TENSORS}.{hint}")
@@ -62,7 +69,32 @@ def open_adapter(folder: Path, call: str) -> Adapter:
             "path_initial_model_for_weight_conversion=...)` of PEFT, or "
             "`jlora.arithmetic.residual_to_lora`."
         )
-    return Adapter(folder, config, said, read(folder / TENSORS, call))
+    tensors = read(folder / TENSORS, call)
+    check_finite(tensors, folder, call)
+    return Adapter(folder, config, said, tensors)
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], path: Path, call: str) -> None:
+    """Refuse NaNs and infinities: what is made of them is no model."""
+    for name, x in tensors.items():
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+            raise ValueError(
+                f"`{call}`: {quoted(name)} in {path.name} has values that are not finite (NaN or "
+                "infinity): its training diverged, or the file is damaged. Use an earlier adapter."
+            )
+
+
+def all_weighted(texts: Sequence[str], call: str) -> list[tuple[Path, float]]:
+    """Split every "folder=0.3"; refuse one folder twice."""
+    given = [weighted(text) for text in texts]
+    seen = set()
+    for path, _ in given:
+        if path.resolve() in seen:
+            raise ValueError(
+                f"`{call}`: {path} is given twice. Give it once, with the sum of its weights."
+            )
+        seen.add(path.resolve())
+    return given
 
 
 def weighted(text: str) -> tuple[Path, float]:
@@ -98,6 +130,7 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     """Name every tensor as the adapter does."""
     names = names_of(adapter.tensors, checkpoint.entries, call)
     modules = {module_of(name): key for key, name in names.items()}
+    _check_experts(modules, checkpoint, call)
     rename = _renaming(adapter, list(modules), checkpoint)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     added: dict[str, str | None] = {}
@@ -123,6 +156,20 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
         layouts |= {key: layout} if layout else {}
         kinds |= {key: kind} if kind else {}
     return Places(Found(found, layouts, kinds), added)
+
+
+def _check_experts(modules: Iterable[str], checkpoint: Checkpoint, call: str) -> None:
+    """Refuse an update of all experts where each is stored on its own."""
+    asked = next((m for m in modules if m.rpartition(".")[2] == "experts"), None)
+    own = [name for name in checkpoint.entries if asked and name.startswith(f"{asked}.")]
+    single = next(filter(_SINGLE.search, checkpoint.entries), None)
+    if asked and single and all(map(_SINGLE.search, own)):
+        raise ValueError(
+            f'`{call}`: the adapter changes "{asked}" as transformers has it in memory, all '
+            f'experts in one tensor, and BASE stores them one by one, as "{single}". Write BASE '
+            "as it is in memory: `AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW, "
+            "save_original_format=False)`, and pass NEW."
+        )
 
 
 def is_lora(name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora._disk import replacing
-from jlora.cli._safetensors import Target, encoded, write
+from jlora.cli._safetensors import Target, encoded, syncing, write
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -104,13 +104,15 @@ def write_folder(
     total = sum(sizes) + sum(f.stat().st_size for f in copies)
     check_space(out, total, call)
     progress = Progress(sum(t.size for targets, _ in files.values() for t in targets.values()))
-    with replacing(out) as new:
+    with replacing(out) as new, syncing() as sync:
         for name, (targets, metadata) in files.items():
-            write(new / name, targets, metadata, progress)
+            write(new / name, targets, metadata, progress, sync)
         for file in copies:
             shutil.copyfile(file, new / file.name)
+            sync(new / file.name)
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
+            sync(new / name)
 
 
 def report(said: Mapping[str, Any], as_json: bool, dry: bool = False) -> None:

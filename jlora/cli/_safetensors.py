@@ -7,11 +7,12 @@ safetensors' own library writes only tensors that are all in memory, and maps wh
     tensors  one after another, without gaps
 """
 
+import contextlib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -66,14 +67,39 @@ class Entry(NamedTuple):
 
     def read_into(self, out: np.ndarray, first: int) -> None:
         """Read as many elements as `out` has."""
+        Span(self.file, self.start + first * out.itemsize, out.nbytes).read_into(as_bytes(out))
+
+
+class Span(NamedTuple):
+    """Bytes of a file."""
+
+    file: Path
+    start: int
+    size: int
+
+    def read_into(self, rest: memoryview) -> None:
+        """Read them into memory."""
         with self.file.open("rb", buffering=0) as f:
-            f.seek(self.start + first * out.itemsize)
-            rest = as_bytes(out)
+            f.seek(self.start)
             while len(rest):
-                size = f.readinto(rest)
-                if not size:
-                    raise ValueError(f"{self.file} ends early: it changed while it was read.")
-                rest = rest[size:]
+                rest = rest[self._checked(f.readinto(rest)) :]
+
+    def copy_to(self, target: BinaryIO) -> None:
+        """Append them to another file: in the kernel, or through memory where it cannot."""
+        at, end = self.start, self.start + self.size
+        with contextlib.suppress(OSError, AttributeError), self.file.open("rb") as f:
+            while at < end:
+                size = os.copy_file_range(f.fileno(), target.fileno(), end - at, at)
+                at += self._checked(size)
+        if at < end:
+            rest = bytearray(end - at)
+            Span(self.file, at, end - at).read_into(memoryview(rest))
+            _write_all(target, rest)
+
+    def _checked(self, size: int | None) -> int:
+        if not size:
+            raise ValueError(f"{self.file} ends early: it changed while it was read.")
+        return size
 
 
 def header(file: Path, call: str) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -136,7 +162,7 @@ class Target(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[bytes | memoryview]]
+    pieces: Callable[[], Iterable[bytes | memoryview | Span]]
 
     @property
     def size(self) -> int:
@@ -161,35 +187,53 @@ def encoded(targets: Mapping[str, Target], metadata: Mapping[str, str]) -> bytes
     return struct.pack("<Q", len(text)) + text
 
 
+@contextlib.contextmanager
+def syncing() -> Generator[Callable[[Path], None]]:
+    """Yield what forces a file to the disk, in a thread; at the end, every one is there."""
+    with ThreadPoolExecutor(1) as pool:
+        begun = []
+        yield lambda file: begun.append(pool.submit(_sync, file))
+        for one in begun:
+            one.result()
+
+
+def _sync(file: Path) -> None:
+    with file.open("r+b") as f:
+        os.fsync(f.fileno())
+
+
 def write(
     file: Path,
     targets: Mapping[str, Target],
     metadata: Mapping[str, str],
     done: Callable[[int], None],
+    sync: Callable[[Path], None],
 ) -> None:
     """Write a file, the header first, then one piece of a tensor after another."""
-    with file.open("wb", buffering=0) as f, ThreadPoolExecutor(1) as background:
+    with file.open("wb", buffering=0) as f:
         f.write(encoded(targets, metadata))
-        synced, since = None, 0
+        since = 0
         for name, target in targets.items():
             written = 0
             for piece in target.pieces():
-                _write_all(f, piece)
-                written += len(piece)
-                done(len(piece))
-                since += len(piece)
-                if since > _SYNC and (synced is None or synced.done()):
-                    if synced is not None:
-                        synced.result()
-                    synced, since = background.submit(os.fsync, f.fileno()), 0
+                if isinstance(piece, Span):
+                    size = piece.size
+                    piece.copy_to(f)
+                else:
+                    size = len(piece)
+                    _write_all(f, piece)
+                written += size
+                done(size)
+                since += size
+                if since > _SYNC:
+                    sync(file)
+                    since = 0
             if written != target.size:
                 raise ValueError(f"{quoted(name)} has {written} bytes, not {target.size}.")
-        if synced is not None:
-            synced.result()
-        os.fsync(f.fileno())  # so that a file that was renamed is complete
+    sync(file)
 
 
-def _write_all(f: BinaryIO, piece: bytes | memoryview) -> None:
+def _write_all(f: BinaryIO, piece: bytes | bytearray | memoryview) -> None:
     rest = memoryview(piece)
     while len(rest):
         rest = rest[f.write(rest) :]

@@ -10,12 +10,13 @@ import numpy as np
 
 from jlora._arrays import FullArray, LoraArray
 from jlora._modules import Module
-from jlora.cli._adapter import Adapter, open_adapter
+from jlora.cli._adapter import Adapter, check_finite, open_adapter
 from jlora.cli._checkpoint import CONFIG, read_json
 from jlora.cli._folder import Tree, tree_of
 from jlora.cli._safetensors import header
 from jlora.peft._config import CONFIG as ENTRIES
 from jlora.peft._config import TENSORS
+from jlora.peft._spell import PREFIX
 
 _MLX, _DIFFUSERS = "adapters.safetensors", "pytorch_lora_weights.safetensors"
 _LAYOUTS = {"io": "embedding", "oi": "linear"}
@@ -44,6 +45,7 @@ def open_source(path: Path, base: Path | None, call: str) -> Source:
         return Source(found, modules, {})
     read = bridge(found, call).load
     modules = read(path, config_of(base, call)) if found == "gguf" else read(path)
+    check_finite({f"{m.name}, {x}": getattr(m, x) for m in modules for x in "ab"}, path, call)
     return Source(found, modules, {})
 
 
@@ -73,6 +75,11 @@ def format_of(path: Path, call: str) -> str:
             "MLX-LM or diffusers, a .gguf file, or a .safetensors file of kohya or diffusers."
         )
     names = header(path, call)[0]
+    if any(name.startswith(PREFIX) for name in names):
+        raise ValueError(
+            f"`{call}`: {path} is a file of PEFT, and its alpha is in {ENTRIES}. Pass the folder, "
+            f"{path.parent}."
+        )
     kohya = any(".lora_down." in name or name.startswith("lora_") for name in names)
     return "kohya" if kohya else "diffusers"
 

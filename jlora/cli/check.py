@@ -28,14 +28,18 @@ def run(args: argparse.Namespace) -> None:
     call = "jlora check ADAPTER"
     adapter = open_adapter(args.adapter, call)
     said: dict[str, Any] = {"adapter": str(args.adapter), "keys": len(adapter.tensors)}
+    tied: list[str] = []
     if args.base is not None:
-        changes, _ = changes_of(adapter, 1.0, open_checkpoint(args.base, call), call)
+        changes, places = changes_of(adapter, 1.0, open_checkpoint(args.base, call), call)
+        tied = [name for name, source in places.added.items() if source is not None]
         said |= {"base": str(args.base), "changes": describe(changes)}
     elif not adapter.config.target_parameters and not adapter.config.trainable_token_indices:
         tree, _ = tree_of(adapter, call)
         said |= {"weights": len(tree), "ranks": ranks_of(tree)}
     if args.program is not None:
         found = problems(adapter, args.program, args.max_lora_rank)
+        if tied and args.program == "llama.cpp":
+            found.append(f"{tied[0]} is the embedding in this model (merge it, `jlora merge`)")
         if found:
             raise ValueError(f"`{call}`: {args.program} does not take it: {'; '.join(found)}.")
         said["for"] = f"{args.program}: nothing found that it does not take"

@@ -8,7 +8,7 @@ import jax
 
 from jlora import arithmetic
 from jlora._arrays import FullArray
-from jlora.cli._adapter import open_adapter, weighted
+from jlora.cli._adapter import all_weighted, open_adapter
 from jlora.cli._folder import Tree, aligned, ranks_of, tree_of, write_adapter
 from jlora.cli._output import add_folder_options, check_target, report
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     """Combine."""
     call = "jlora combine ADAPTER=WEIGHT ... OUT"
     options = _options(args, call)
-    given = [weighted(text) for text in args.adapters]
+    given = all_weighted(args.adapters, call)
     check_target(args.out, [path for path, _ in given], args.overwrite, call)
     adapters = [open_adapter(path, call) for path, _ in given]
     read = [tree_of(adapter, call) for adapter in adapters]

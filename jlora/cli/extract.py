@@ -4,6 +4,7 @@ A tensor of each checkpoint is in memory at a time.
 """
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     call = "jlora extract BASE TUNED OUT"
     check_target(args.out, [args.base, args.tuned], args.overwrite, call)
     base, tuned = open_checkpoint(args.base, call), open_checkpoint(args.tuned, call)
+    base, tuned = _with_head(base, tuned), _with_head(tuned, base)
     _check_same(base, tuned, call)
     chosen = _targets(base, args.targets, call)
     turned = base.config.get("model_type") in _CONV1D
@@ -82,8 +84,21 @@ def run(args: argparse.Namespace) -> None:
     _report(args, tree, errors, left)
 
 
+def _with_head(one: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Give a tied head the embedding's weights where the other checkpoint has some of its own."""
+    found = {name: one.tied_to(name) for name in other.entries}
+    heads = {name: one.entries[source] for name, source in found.items() if source is not None}
+    return dataclasses.replace(one, entries={**one.entries, **heads})
+
+
 def _check_same(base: Checkpoint, tuned: Checkpoint, call: str) -> None:
-    """Refuse checkpoints of different tensors or shapes."""
+    """Refuse checkpoints of different tensors or shapes, and codes."""
+    for one, word in ((base, "BASE"), (tuned, "TUNED")):
+        if "quantization_config" in one.config:
+            raise ValueError(
+                f"`{call}`: {word} is quantized, and codes have no difference. Pass the original "
+                "checkpoints."
+            )
     for one, other, word in ((base, tuned, "TUNED"), (tuned, base, "BASE")):
         for name, entry in one.entries.items():
             if name not in other.entries:

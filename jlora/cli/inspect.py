@@ -68,7 +68,11 @@ def _reader(base: Path, adapter: Adapter, call: str) -> Callable[[str], Any]:
         path = paths.get(name, name)
         entry = checkpoint.entries.get(places.added.get(path) or path)
         if entry is None or entry.dtype not in WEIGHTS:
-            raise ValueError(f'`{call}`: BASE has no floating-point tensor "{name}".')
+            why = "there are none" if entry is None else f"they are {entry.dtype}, quantized"
+            raise ValueError(
+                f'`{call}`: the weights of "{name}" cannot be read from BASE: {why}. Pass the '
+                "original checkpoint that the adapter was trained on."
+            )
         x = jnp.asarray(entry.read().reshape(entry.shape))
         return x.T if places.found.kinds.get(path) == "Conv1D" else x
 

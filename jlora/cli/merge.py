@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.cli._adapter import Adapter, Places, changes_of, open_adapter, weighted
+from jlora.cli._adapter import Adapter, Places, all_weighted, changes_of, open_adapter
 from jlora.cli._changes import Change, changed, describe, plain, rounded
 from jlora.cli._checkpoint import (
     CONFIG,
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Merge."""
     call = "jlora merge BASE ADAPTER OUT"
-    given = [weighted(text) for text in args.adapters]
+    given = all_weighted(args.adapters, call)
     check_target(args.out, [args.base, *(path for path, _ in given)], args.overwrite, call)
     checkpoint = open_checkpoint(args.base, call)
     adapters = [(open_adapter(path, call), weight) for path, weight in given]

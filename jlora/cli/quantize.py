@@ -1,7 +1,8 @@
 """`jlora quantize BASE OUT --format nf4|int8|q4_1`: store linear layers in 4 or 8 bits.
 
 nf4 and int8: a Hugging Face folder as transformers and bitsandbytes read it. q4_1: a GGUF model as
-llama.cpp reads it, from one in F32, F16 or BF16. One tensor is in memory at a time.
+llama.cpp reads it, from such a folder or from a GGUF file in F32, F16 or BF16. One tensor is in
+memory at a time.
 """
 
 import argparse
@@ -34,7 +35,7 @@ _BLOCK = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("base", type=Path, help="nf4, int8: a checkpoint; q4_1: a .gguf file")
+    parser.add_argument("base", type=Path, help="a checkpoint; q4_1: or a .gguf file")
     parser.add_argument("out", type=Path, help="nf4, int8: the new folder; q4_1: the new file")
     parser.add_argument("--format", choices=["nf4", "int8", "q4_1"], required=True)
     parser.add_argument(
@@ -58,28 +59,56 @@ def run(args: argparse.Namespace) -> None:
 def _gguf(args: argparse.Namespace, call: str) -> dict[str, Any]:
     if args.targets is not None:
         raise ValueError(f"`{call}` does not use `--targets`.")
-    if not args.base.is_file():
-        raise ValueError(
-            f"`{call}`: {args.base} is no GGUF file. Convert the checkpoint with llama.cpp's "
-            "`convert_hf_to_gguf.py --outtype f16` first, which writes the tokenizer too."
-        )
     if args.out.exists() and (args.out.is_dir() or not args.overwrite):
         raise ValueError(f"`{call}`: {args.out} exists. Give another file, or `--overwrite`.")
+    if args.base.is_dir():
+        return _gguf_of_folder(args, call)
+    if not args.base.is_file():
+        raise FileNotFoundError(f"`{call}`: there is no {args.base}.")
+    if args.base.suffix == ".safetensors":
+        raise ValueError(
+            f"`{call}`: {args.base} has the weights alone. Pass its folder, {args.base.parent}, "
+            "with config.json and tokenizer.json."
+        )
     if args.out.resolve() == args.base.resolve():
         raise ValueError(f"`{call}`: OUT, {args.out}, is BASE. Give another file.")
     made = bridge("gguf._requantize", call)
     plan = made.plan_q4_1(args.base, call)
     check_space(args.out, plan.size, call)
-    if not args.dry_run:
-        parent = args.out.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".jlora-", dir=parent) as folder:
-            new = Path(folder) / args.out.name
-            made.write_q4_1(args.base, new, plan, Progress(sum(x[-1] for x in plan.tensors)))
-            new.replace(args.out)
-    sizes = f"{shown(args.base.stat().st_size)} -> {shown(plan.size)}"
+    progress = Progress(sum(x[-1] for x in plan.tensors))
+    _write_file(args, lambda new: made.write_q4_1(args.base, new, plan, progress))
     kept = len(plan.tensors) - len(plan.chosen)
-    return {"quantized": len(plan.chosen), "unchanged": kept, "size": sizes}
+    return _said(len(plan.chosen), kept, args.base.stat().st_size, plan.size)
+
+
+def _gguf_of_folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
+    checkpoint = open_checkpoint(args.base, call)
+    _check_original(checkpoint, call)
+    made = bridge("gguf._convert", call)
+    parts, chosen = made.plan_folder(checkpoint.config, checkpoint.entries, call)
+    header = made.header_of(args.base, checkpoint.config, parts, call)
+    size = len(header) + sum(part.size for part in parts)
+    check_space(args.out, size, call)
+    _write_file(args, lambda new: made.write_model(new, header, parts, Progress(size)))
+    old = sum(entry.size for entry in checkpoint.entries.values())
+    return _said(len(chosen), len(parts) - len(chosen), old, size)
+
+
+def _write_file(args: argparse.Namespace, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place and rename it."""
+    if args.dry_run:
+        return
+    parent = args.out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jlora-", dir=parent) as folder:
+        new = Path(folder) / args.out.name
+        write(new)
+        new.replace(args.out)
+
+
+def _said(chosen: int, kept: int, old: int, new: int) -> dict[str, Any]:
+    size = f"{shown(old)} -> {shown(new)}"
+    return {"quantized": chosen, "unchanged": kept, "size": size}
 
 
 def _folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
@@ -113,13 +142,17 @@ def _folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
     }
 
 
+def _check_original(checkpoint: Checkpoint, call: str) -> None:
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"`{call}`: BASE is quantized already. Start from the original weights.")
+
+
 def _chosen(
     checkpoint: Checkpoint, args: argparse.Namespace, call: str
 ) -> tuple[set[str], list[str]]:
     """Return the matrices to store in fewer bits, and those that stay as they are."""
     kind = checkpoint.config.get("model_type")
-    if "quantization_config" in checkpoint.config:
-        raise ValueError(f"`{call}`: BASE is quantized already. Start from the original weights.")
+    _check_original(checkpoint, call)
     if not checkpoint.config or kind in _CONV1D:
         why = f"of model_type {kind!r}, whose layers are no `nn.Linear`"
         raise ValueError(f"`{call}`: BASE is {why if kind else 'without a config.json'}.")
@@ -144,7 +177,8 @@ def _chosen(
     chosen = {name for name in wanted if checkpoint.entries[name].shape[1] % step == 0}
     if not chosen:
         raise ValueError(
-            f"`{call}`: there is no matrix to quantize. {near_misses(args.targets or '', matrices)}"
+            f"`{call}`: there is no matrix of {', '.join(WEIGHTS)} to quantize. "
+            f"{near_misses(args.targets or '', matrices)}"
         )
     return chosen, [name for name in matrices if name not in chosen]
 

@@ -243,6 +243,24 @@ def test_refused_arguments(tmp_path, capsys, words, said):
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_file_of_peft_without_its_alpha(tmp_path, capsys):
+    _, path = two_ranks(tmp_path)
+    run(path / "adapter_model.safetensors", tmp_path / "out", "--to", "peft", code=2)
+    assert "its alpha is in adapter_config.json. Pass the folder" in capsys.readouterr().err
+
+
+def test_a_file_with_a_nan(tmp_path, capsys):
+    a, b = np.ones((2, 8), np.float32), np.full((12, 2), np.nan, np.float32)
+    folder = base(tmp_path)
+    jlora.gguf.save(
+        tmp_path / "a.gguf",
+        [Module(UP, a, b, 1.0)],
+        json.loads((folder / "config.json").read_text()),
+    )
+    run(tmp_path / "a.gguf", tmp_path / "out", "--to", "peft", "--base", folder, code=2)
+    assert f'"{UP}, b" in a.gguf has values that are not finite' in capsys.readouterr().err
+
+
 def test_vllm_has_no_dora(tmp_path, capsys):
     _, path = two_ranks(tmp_path, use_dora=True)
     run(path, tmp_path / "out", "--to", "vllm", code=2)

@@ -71,7 +71,8 @@ def test_what_is_written_is_read_by_safetensors(tmp_path):
         for name, x in tensors.items()
     }
     file = tmp_path / "x.safetensors"
-    _safetensors.write(file, targets, {"format": "pt"}, lambda size: None)
+    with _safetensors.syncing() as sync:
+        _safetensors.write(file, targets, {"format": "pt"}, lambda size: None, sync)
     found = dict(safetensors.deserialize(file.read_bytes()))
     for name, x in tensors.items():
         assert found[name]["shape"] == list(x.shape) and bytes(found[name]["data"]) == x.tobytes()
@@ -86,7 +87,7 @@ def test_what_is_written_is_read_by_safetensors(tmp_path):
 def test_a_target_with_other_bytes(tmp_path):
     short = _safetensors.Target("F32", (2,), lambda: iter([b"1234"]))
     with pytest.raises(ValueError, match='"a" has 4 bytes, not 8'):
-        _safetensors.write(tmp_path / "x", {"a": short}, {}, lambda size: None)
+        _safetensors.write(tmp_path / "x", {"a": short}, {}, lambda size: None, print)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
@@ -96,6 +97,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ValueError, match="ends early"):
         entries["a"].read()
+    span = _safetensors.Span(file, entries["a"].start, entries["a"].size)
+    with (tmp_path / "x").open("wb") as f, pytest.raises(ValueError, match="ends early"):
+        span.copy_to(f)
 
 
 def index(weights):

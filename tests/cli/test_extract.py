@@ -55,6 +55,24 @@ def test_targets(tmp_path, both, capsys):
     assert said["r"] == 1 and not any("q_proj" in m for m in said["target_modules"])
 
 
+def test_a_head_that_one_checkpoint_ties(tmp_path, capsys):
+    """It is the embedding there; what LoRA of a tied head becomes merges back."""
+    tensors = tensors_of(dtype=np.float32, without=["lm_head.weight"])
+    tied = checkpoint(tmp_path / "tied", tensors, config={"model_type": "llama"})
+    path = adapter(tmp_path / "lora", pair("lm_head", VOCAB, D), target_modules=["lm_head"])
+    run("check", path, "--base", tied, "--for", "vllm")
+    run("check", path, "--base", tied, "--for", "llama.cpp", code=2)
+    assert "lm_head.weight is the embedding in this model (merge it" in capsys.readouterr().err
+    run("merge", tied, path, tmp_path / "merged")
+    words = ["--rank", 2, "--targets", ".*lm_head.weight"]
+    run("extract", tied, tmp_path / "merged", tmp_path / "out", *words)
+    run("merge", tied, tmp_path / "out", tmp_path / "again")
+    got, want = (read(tmp_path / name) for name in ("again", "merged"))
+    assert sorted(got) == sorted(want)
+    np.testing.assert_allclose(got["lm_head.weight"], want["lm_head.weight"], atol=1e-4)
+    run("extract", tmp_path / "merged", tied, tmp_path / "back", *words)  # the other way
+
+
 def test_conv1d(tmp_path):
     shapes = {"h.0.c_attn.weight": (D, 3 * D), "h.0.c_proj.weight": (D, D)}
     base = tensors_of(shapes, np.float32)
@@ -120,6 +138,14 @@ REFUSED = {
         "Cut off added rows first",
     ),
     "same": (lambda t, b: [b, other(t), t / "o", "--rank", 1], "no chosen tensor differs"),
+    "codes": (
+        lambda t, b: [
+            b,
+            checkpoint(t / "x", tensors_of(), config={"quantization_config": {}}),
+            *(t / "o", "--rank", 1),
+        ],
+        "TUNED is quantized, and codes have no difference",
+    ),
     "pattern": (
         lambda t, b: [b, other(t), t / "o", "--rank", 1, "--targets", "("],
         "is no regular expression",

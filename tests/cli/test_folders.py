@@ -210,11 +210,14 @@ REFUSED = {
         "--method add does not use `--density`",
     ),
     "slerp": (
-        lambda t, one: ["combine", one, f"{one}=0.5", t / "o", "--method", "slerp"],
+        lambda t, one: ["combine", one, f"{another(t)}=0.5", t / "o", "--method", "slerp"],
         "two adapters whose weights add up to 1",
     ),
     "sce": (
-        lambda t, one: ["combine", one, f"{one}=0.5", t / "o", "--method", "sce", "--rank", 1],
+        lambda t, one: [
+            *("combine", one, f"{another(t)}=0.5", t / "o"),
+            *("--method", "sce", "--rank", 1),
+        ],
         "sce computes the weights itself",
     ),
     "whole": (
@@ -233,9 +236,37 @@ REFUSED = {
             "--base",
             checkpoint(t / "b", {f"{UP}.weight": drawn((12, D))}),
         ],
-        "BASE has no floating-point tensor",
+        'the weights of "model.layers.0.self_attn.q_proj.weight" cannot be read from BASE: there',
+    ),
+    "codes": (
+        lambda t, one: [
+            "inspect",
+            one,
+            "--base",
+            checkpoint(t / "b", {k: np.ones(x.shape, np.int8) for k, x in tensors_of().items()}),
+        ],
+        "cannot be read from BASE: they are I8, quantized",
+    ),
+    "twice": (
+        lambda t, one: ["combine", one, f"{one}=0.5", t / "o"],
+        "is given twice. Give it once, with the sum of its weights",
+    ),
+    "nan": (
+        lambda t, one: [
+            *("resize", adapter(t / "w", {"a.lora_A.weight": np.full(D, np.inf, np.float32)})),
+            *(t / "o", "--rank", 1),
+        ],
+        '"base_model.model.a.lora_A.weight" in w has values that are not finite',
+    ),
+    "file": (
+        lambda t, one: ["inspect", one / "adapter_model.safetensors"],
+        "is a file. Pass its folder",
     ),
 }
+
+
+def another(folder):
+    return adapter(folder / "another", q_and_up(), **TARGETS)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -29,7 +29,7 @@ from checkpoints import (
 )
 from helpers import bits
 
-from jlora.cli import _ahead, main
+from jlora.cli import _ahead, _changes, main
 
 
 def run(*words, code=0):
@@ -94,6 +94,36 @@ def test_blocks_of_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("jlora.cli._safetensors.CHUNK", 3 * D * 4)
     run(checkpoint(tmp_path / "b", base), adapter(tmp_path / "a", lora, **TARGETS), tmp_path / "o")
     equal(tmp_path / "o", merged_in_memory(base, lora))
+
+
+@pytest.mark.parametrize("fails", ["at once", "on the way", "is missing"])
+def test_bytes_that_the_kernel_does_not_copy(tmp_path, monkeypatch, fails):
+    """As between file systems that cannot, or on other systems than Linux."""
+    base, lora = tensors_of(), q_and_up()
+    real, calls = os.copy_file_range, []
+
+    def copy(source, target, count, at):
+        calls.append(count)
+        if fails == "at once" or len(calls) > 1:
+            raise OSError("not supported")
+        return real(source, target, min(count, 7), at)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    if fails == "is missing":
+        monkeypatch.delattr(os, "copy_file_range")
+    run(checkpoint(tmp_path / "b", base), adapter(tmp_path / "a", lora, **TARGETS), tmp_path / "o")
+    equal(tmp_path / "o", merged_in_memory(base, lora))
+    assert bool(calls) == (fails != "is missing")
+
+
+@pytest.mark.parametrize("columns", [1, 3, 64, 1000])
+def test_tiles_are_the_product(monkeypatch, columns):
+    """Whatever the number of columns, and when the second factor is a view."""
+    monkeypatch.setattr("jlora.cli._changes._ALONE", 2048)
+    p, q = drawn((40, 5), np.float64), drawn((columns, 5), np.float64, 1).T
+    out = np.full((40, columns), np.nan)
+    _changes._multiply(p, q, out)
+    np.testing.assert_allclose(out, p @ q, rtol=1e-12)
 
 
 def test_sharded_by_size_and_cast(tmp_path):
@@ -604,6 +634,11 @@ def broken(tmp_path, case):
         case "new_twice":
             lora = {"score.weight": drawn((3, D))}
             said, weight = {"modules_to_save": ["score"]}, "=0.5"
+        case "experts":
+            base = {f"model.layers.0.moe.experts.{n}.w1.weight": drawn((D, D)) for n in range(2)}
+            name = "model.layers.0.mlp.experts"
+            lora = {f"{name}.lora_A.weight": drawn((4, D)), f"{name}.lora_B.weight": drawn((D, 4))}
+            said = {"target_parameters": ["experts.down_proj"]}
         case "no_config" | "pickle" | "no_adapter":
             pass
     folder = folder or checkpoint(tmp_path / "base", base)
@@ -618,6 +653,7 @@ def broken(tmp_path, case):
 
 
 SAID = {
+    "experts": 'stores them one by one, as "model.layers.0.moe.experts.0.w1.weight"',
     "unexpected": '1 keys are unexpected: "base_model.model.model.layers.0.self_attn.qproj',
     "missing": "keys are missing",
     "misshaped": "keys have another shape",

@@ -164,9 +164,19 @@ def broken(tmp_path, case):
         case "nothing":
             words = ["--targets", "x"]
     checkpoint(base, tensors_of(SHAPES), config=config)
-    if case in ("folder", "targets", "cut", "type", "same", "version"):
+    files = ("gguf_of_codes", "weights", "absent", "folder")
+    if case in (*files, "targets", "cut", "type", "same", "version"):
         words = ["--targets", "x"] if case == "targets" else []
-        if case != "folder":
+        if case == "absent":
+            return [tmp_path / "nothing", tmp_path / "out", "--format", "q4_1"]
+        if case == "gguf_of_codes":
+            config = '{"quantization_config": {}, "model_type": "llama"}'
+            (base / "config.json").write_text(config)
+        elif case == "weights":
+            base = base / "model.safetensors"
+        elif case == "folder":
+            (base / "config.json").write_text('{"model_type": "gpt2"}')
+        else:
             base = tmp_path / "m.gguf"
             model_file(base)
         data = bytearray(base.read_bytes()) if base.is_file() else bytearray()
@@ -188,8 +198,11 @@ SAID = {
     "conv1d": "whose layers are no `nn.Linear`",
     "bare": "is without a config.json",
     "pattern": "is no regular expression",
-    "nothing": "there is no matrix to quantize",
-    "folder": "is no GGUF file. Convert the checkpoint",
+    "nothing": "there is no matrix of F64, F32, F16, BF16 to quantize",
+    "folder": "is none of llama, qwen2, qwen3. Convert the folder",
+    "absent": "there is no",
+    "gguf_of_codes": "BASE is quantized already",
+    "weights": "has the weights alone. Pass its folder",
     "targets": "does not use `--targets`",
     "cut": "it ends early",
     "version": "does not begin as one",

@@ -11,11 +11,14 @@ import subprocess
 import sys
 
 import gguf
+import gguf_file
 import jax
 import llama
 import numpy as np
+import param_tree
 import pytest
 import safetensors.numpy
+import tokenizers
 import weights
 
 import jlora
@@ -24,9 +27,20 @@ from jlora.cli import main
 
 pytestmark = pytest.mark.live
 
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+TEXT = "Hello  world, 12345 times:\n\tdef f(x): return x**2  # naïve café, 東京 don't <|im_end|>\n"
 TOKENS = [504, 3575, 282, 4649, 314, 7042, 30, 338, 1194]
 CHILD = """
-import sys
+import json, sys
 import llama_cpp
 import numpy as np
 
@@ -37,17 +51,23 @@ llm = llama_cpp.Llama(
 )
 llm.eval(list(map(int, tokens)))
 np.save(out, llm.scores[: len(tokens)])
+text = sys.stdin.buffer.read()
+print(json.dumps(llm.tokenize(text, add_bos=False, special=True) if text else []))
 """
 
 
-def logits_of(folder, model, adapter):
-    """All logits, of a process of its own."""
+def run_llama_cpp(folder, model, adapter="", text=""):
+    """All logits, and the tokens of a text, of a process of its own."""
     out = folder / "logits.npy"
     words = [sys.executable, "-c", CHILD, str(model), str(adapter), str(out), *map(str, TOKENS)]
-    subprocess.run(words, check=True, timeout=300)
+    done = subprocess.run(words, input=text.encode(), check=True, timeout=300, capture_output=True)
     found = np.load(out).astype(np.float64)
     out.unlink()
-    return found
+    return found, json.loads(done.stdout.splitlines()[-1])
+
+
+def logits_of(folder, model, adapter):
+    return run_llama_cpp(folder, model, adapter)[0]
 
 
 def in_float32(source, target):
@@ -69,6 +89,26 @@ def in_float32(source, target):
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def as_folder(source, folder):
+    """The model of a GGUF file as a Hugging Face folder, in float32."""
+    fields = gguf_file.open_gguf(source)[0]
+    entry = lambda name: fields[f"llama.{name}"]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    for key, name in SIZES.items():
+        config[key] = entry(name)
+    config |= {"tie_word_embeddings": True, "eos_token_id": fields["tokenizer.ggml.eos_token_id"]}
+    own = {cpp: hf for _, cpp, hf in param_tree.names(gguf_file.read_gguf_sizes(source))}
+    tensors = {}
+    for name, x in jlora.gguf.read(source).items():
+        w = x.dequantize() if isinstance(x, jlora.quant.QuantArray) else x
+        tensors[own[name]] = np.asarray(w, np.float32)
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    gguf_file.gguf_tokenizer(source, fields).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def random_lora(folder, config, alpha, rank=4):
@@ -126,3 +166,20 @@ def test_logits(tmp_path, monkeypatch, alpha):
     print(f"relative error {error:.2e}, unpermuted {far(wrong, ours):.2e}")
     print(f"the base without adapter: {far(plain, ours):.2e}")
     assert error < 1e-3 and far(plain, ours) > 0.1 and far(wrong, ours) > 50 * error
+
+
+def test_a_folder_in_four_bits(tmp_path):
+    """Tokens are those of the folder, logits those of the stored weights."""
+    folder = as_folder(weights.path_of(None), tmp_path / "model")
+    file = tmp_path / "q4_1.gguf"
+    assert main(["quantize", str(folder), str(file), "--format", "q4_1"]) == 0
+    logits, tokens = run_llama_cpp(tmp_path, file, text=TEXT)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokens == tokenizer.encode(TEXT).ids
+    config, base, _, _ = weights.load(str(file))
+    apply = lambda params, x: llama.Llama(config).apply({"params": params}, x)
+    ours = jax.jit(apply)(base, np.asarray([TOKENS], np.int32))
+    ours = np.asarray(jax.tree.leaves(ours)[0], np.float64)[0]
+    same = logits_of(tmp_path, in_float32(file, tmp_path / "f32.gguf"), "")
+    print(f"relative error {far(same, ours):.2e}, with inputs in 8 bits {far(logits, ours):.2e}")
+    assert far(same, ours) < 1e-3 and far(logits, ours) < 0.05

@@ -30,6 +30,7 @@
 | an embedding saved whole that is the head too (test_peft_tied) | the head is the old one | both |
 | adapters of tied layers that stay tied, merged (test_peft_tied) | the update twice | once |
 | LoRA of an embedding that is the head too | the lookup alone, until merged | both, as merged |
+| LoRA of a head that is the embedding, `jlora merge` | then in both | in the head, as trained |
 | bfloat16 activations | A, B in float32 | in bfloat16, unless `dtype=` says otherwise |
 
 The rows from MultiheadAttention's to padding_mode's are tested in test_peft_differences_of_layers.
@@ -44,12 +45,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from live import adapt, distance, plain, quiet, randomize, through_files
 from safetensors.torch import load_file, save_file
 from several import together
 from twins import Holder, Twin, conv1d_hf, experts, linear, mlp
 
 import jlora.peft
+from jlora.cli import main
 
 
 def test_an_entry_that_matches_nothing():
@@ -277,3 +280,22 @@ def test_an_embedding_that_is_the_head_too(tmp_path, compare):
     merged = quiet(model.merge_and_unload)(torch.tensor(ids)).detach().numpy()
     compare(ours, merged, "PEFT, merged")
     assert distance(theirs, merged) > 0.01
+
+
+def test_a_head_that_is_the_embedding_too(tmp_path, compare):
+    """Merged on the command line, the head has weights of its own."""
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(config).eval()
+    net.save_pretrained(tmp_path / "base")
+    model = quiet(peft.get_peft_model, net, peft.LoraConfig(target_modules=["lm_head"]))
+    randomize(model)
+    quiet(model.save_pretrained, tmp_path / "lora")
+    ids = torch.arange(12)[None]
+    logits = lambda module: module.eval()(ids).logits.detach().numpy()
+    trained = logits(model)
+    assert main(["merge", *(str(tmp_path / x) for x in ("base", "lora", "out"))]) == 0
+    ours = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    compare(logits(ours), trained, "PEFT, not merged")
+    assert distance(logits(quiet(model.merge_and_unload)), trained) > 0.01
