@@ -16,18 +16,19 @@ import formats
 import jax
 import llama
 import optax
+import placing
 import report
 import states
 import training
 import weights
 from evaluation import SHOWN, Job
-from flags import ADAPTER, SETTINGS
+from flags import ADAPTER, RESIDUAL, SETTINGS
 from merged import check_source
 from param_tree import stacked, stacked_layouts
 from training import State
 
 import jlora
-from jlora import peft
+from jlora import checkpoint, peft
 
 SCORED = 256  # held-out words that are generated and scored
 # All that a run writes into its directory.
@@ -67,12 +68,14 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
     """Attach a new adapter, or the PEFT adapter that --adapter names."""
     if args.adapter is not None:
         try:
-            return peft.load(args.adapter, base, names=peft.llama_names)
+            whole = placing.replicate(args)
+            return peft.load(args.adapter, base, names=peft.llama_names, replicate=whole)
         except (ValueError, OSError) as error:
             raise ValueError(f"`--adapter {args.adapter}`: {error}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
+            warnings.filterwarnings("default", ".*every device gathers")  # to decompose, once
             params = attach(args, base)
             return formats.loftq(args, layers_of(args), params) if args.init == "loftq" else params
     except (ValueError, UserWarning) as error:
@@ -81,10 +84,17 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
         raise ValueError(f"`{flags}`: {error}") from error
 
 
+def restore(args: argparse.Namespace, base: Any) -> Any:
+    """The adapter that the run has saved, on the base; PiSSA and its relatives have changed it."""
+    base = adapt(args, base) if args.init in RESIDUAL else base
+    return checkpoint.restore(args.out / "adapter", base, placing.replicate(args))
+
+
 def attach(args: argparse.Namespace, base: Any) -> Any:
     """Attach the new adapter that the flags describe."""
     layouts = stacked_layouts(base) if args.scan else None
-    return jlora.attach(base, rules(args), key=jax.random.key(args.seed), layouts=layouts)
+    key, whole = jax.random.key(args.seed), placing.replicate(args)
+    return jlora.attach(base, rules(args), key=key, layouts=layouts, replicate=whole)
 
 
 def rules(args: argparse.Namespace) -> dict[str, jlora.LoraSpec]:
@@ -103,7 +113,8 @@ def rules(args: argparse.Namespace) -> dict[str, jlora.LoraSpec]:
 def load_model(args: argparse.Namespace) -> weights.Model:
     """The plain model; for a smoke test, its first layers."""
     config, base, tokenizer, stop = formats.load(args, layers_of(args))
-    base = stacked(base, config.layers) if args.scan else base
+    if args.scan:
+        base = placing.place_all(placing.mesh_of(args), stacked(base, config.layers))
     return configured(args, config), base, tokenizer, stop
 
 
@@ -113,9 +124,8 @@ def layers_of(args: argparse.Namespace) -> int | None:
 
 def configured(args: argparse.Namespace, config: llama.Config) -> llama.Config:
     """The sizes, with what the flags say about memory."""
-    return dataclasses.replace(
-        config, dtype=args.dtype, remat=args.remat, chunk=args.chunk, scan=args.scan
-    )
+    flags = {"dtype": args.dtype, "remat": args.remat, "chunk": args.chunk, "scan": args.scan}
+    return dataclasses.replace(config, **flags, rows=placing.rows(args))
 
 
 def check_folders(args: argparse.Namespace) -> None:
@@ -172,7 +182,7 @@ def start(args: argparse.Namespace, job: Job) -> Start:
     """A new state or, with --resume, the last intact one."""
     trainable, _ = jlora.partition(job.params)
     tx = training.make_optimizer(args.lr, args.steps, args.lora_plus)
-    state = State(trainable, tx.init(trainable), [], [])
+    state = State(trainable, placing.initial(tx, job.params), [], [])
     notes = {
         "settings": settings(args),
         "data_sha256": report.tokens_fingerprint(job.dataset),
@@ -197,7 +207,7 @@ def start(args: argparse.Namespace, job: Job) -> Start:
 
 def remove_run(out: Path) -> None:
     """Remove what an earlier run has written, its states last."""
-    for name in WRITTEN:
+    for name in WRITTEN if placing.is_first() else ():
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)

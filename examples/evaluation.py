@@ -8,6 +8,7 @@ import data
 import jax
 import llama
 import numpy as np
+import placing
 import training
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -59,7 +60,7 @@ def compile_all(
     """
     apply = apply or jlora.lora(make_apply(job.config))
     loss = training.make_loss(apply, chunked=job.config.chunk > 0)
-    loss = loss if job.loss is None else job.loss(apply)
+    loss = placing.split(loss if job.loss is None else job.loss(apply), job.config)
     step = training.make_step(loss, tx, job.accumulate)
     longest = max(len(e.tokens) - e.start for e in job.dataset.held_out)
     answer = functools.partial(
@@ -67,13 +68,15 @@ def compile_all(
     )
     tokens, segments = data.pad_prompts(job.prompts)
     group = min(GROUP, len(tokens))
+    given = (state.trainable, state.opt_state, frozen, job.batches[0])
     work = [
-        lambda: step.lower(state.trainable, state.opt_state, frozen, job.batches[0]),
-        lambda: jax.jit(loss).lower(job.params, job.held_out[0]),
-        lambda: jax.jit(answer).lower(job.params, tokens[:group], segments[:group]),
+        lambda: placing.lower(step, *given, kept=2),
+        lambda: placing.lower(loss, job.params, job.held_out[0]),
+        lambda: placing.lower(answer, job.params, tokens[:group], segments[:group]),
     ]
     if job.measures is not None:
-        work.append(lambda: jax.jit(job.measures(apply)).lower(job.params, job.held_out[0]))
+        measure = placing.split(job.measures(apply), job.config)
+        work.append(lambda: placing.lower(measure, job.params, job.held_out[0]))
     return Programs(*(lower().compile() for lower in tqdm(work, desc="compile", unit="program")))
 
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import placing
 import weights
 from card import write_card
 from evaluation import Job
@@ -34,7 +35,8 @@ def export(args: argparse.Namespace, job: Job, params: Any, found: dict[str, Any
     source = weights.path_of(args.model)
     if args.export_peft is not None:
         save_peft(args, args.export_peft, params)
-        write_card(args.export_peft, source, found)
+        if placing.is_first():
+            write_card(args.export_peft, source, found)
         print(f"exported to {args.export_peft}")
     if args.export_gguf is not None:
         save_gguf(args, job, source, params)
@@ -53,6 +55,8 @@ def save_gguf(args: argparse.Namespace, job: Job, source: Path, params: Any) -> 
     with tempfile.TemporaryDirectory() as scratch:
         folder, config = Path(scratch) / "adapter", Path(scratch) / "config.json"
         save_peft(args, folder, params)
+        if not placing.is_first():
+            return
         config.write_text(json.dumps(config_of(job, source)))
         command = ["convert", str(folder), str(args.export_gguf), "--to", "gguf", "--overwrite"]
         if jlora.cli.main([*command, "--base", str(config)]):

@@ -11,6 +11,7 @@
     python examples/finetune.py --quantize keep         # train over the blocks of a GGUF file
     python examples/finetune.py --sweep lr=1e-3,2e-3    # which rate is best? all in one program
     python examples/finetune.py --plan --batch 64       # what a step needs, from shapes alone
+    python examples/finetune.py --mesh fsdp=4,tp=2      # on eight devices; with --plan, on none
 
 `--model` takes a Hugging Face directory or a .gguf file (models: README.md). `--data` takes .jsonl
 files, with lines of {"prompt": ..., "completion": ...}, where only the completion is learned, of
@@ -22,15 +23,19 @@ state/, from which --resume continues. Ctrl-C and SIGTERM save the state and end
 import argparse
 import functools
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import begin
 import formats
 import jax
 import llama
 import numpy as np
+import placing
 import report
 import states
 import training
@@ -62,16 +67,18 @@ def train(
     """Train until the run is finished or a signal asks to stop; evaluate and save when due."""
     flops = watch.flops_of_token(state.trainable, frozen, job.config.tied)
     record = functools.partial(report.record, make_schedule(args.lr, args.steps), flops)
-    logs = watch.loggers(args)
+    logs = watch.loggers(args) if placing.is_first() else []
     log = args.out / "metrics.jsonl"
     write_beside(log, report.lines(report.records(state, record)))
     bar = tqdm(total=args.steps, initial=state.step, desc="train", unit="step")
-    with asked.noting(), bar, log.open("a") as metrics:
-        while not (asked.asked or finished(args, state)):
+    stop = lambda: placing.agreed(asked.asked)
+    target = log if placing.is_first() else Path(os.devnull)
+    with asked.noting(), bar, target.open("a") as metrics:
+        while not (stop() or finished(args, state)):
             if evaluation_due(args, state):
                 saver.save(state)
                 params = jlora.combine(state.trainable, frozen)
-                score = evaluate(job, programs, params, lambda: asked.asked)
+                score = evaluate(job, programs, params, stop)
                 if score is None:
                     break
                 state = training.scored(state, score, keep_best=args.eval_every is not None)
@@ -116,6 +123,7 @@ def run(args: argparse.Namespace, job: Job, begun: Start, asked: Stopping) -> in
     if args.overwrite:
         remove_run(args.out)
     print(jlora.summary(job.params))
+    placing.say_undivided(job.params)
     _, frozen = jlora.partition(job.params)
     programs = compile_all(job, tx, state, frozen)
     with states.Saver(args.out / "state", notes, args.save_every) as saver:
@@ -149,9 +157,9 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     batch = job.held_out[0]
     inputs = (batch["tokens"], batch["positions"], batch["segments"], None, batch["at"])
     logits = adapted(params, *inputs)
-    restored = checkpoint.restore(folder, load_model(args)[1])
+    restored = begin.restore(args, load_model(args)[1])
     # NumPy's maximum propagates NaN.
-    differ = lambda other: float(np.max(np.abs(np.asarray(logits - other))))
+    differ = lambda other: float(np.max(np.abs(placing.host(logits - other))))
     # A quantized run holds no dense model, unless one was asked for.
     dense = args.quantize is None or args.merge is not None
     trainable = sum(leaf.size for leaf in jax.tree.leaves(jlora.partition(params)[0]))
@@ -187,7 +195,7 @@ def continue_text(args: argparse.Namespace) -> int:
                 f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
                 "`--weights base`."
             )
-        params = checkpoint.restore(args.out / "adapter", params)
+        params = begin.restore(args, params)
         apply = jlora.lora(apply)
     if args.weights == "merged":
         params, apply = jlora.merge(params), make_apply(config)
@@ -217,6 +225,7 @@ def main(
             if args.plan:
                 show_plan(args)
                 return 0
+            placing.join_processes(args)
             check_folders(args)
             watch.check(args.log)
             with states.only_run(args.out) as left:
@@ -237,7 +246,7 @@ def main(
                 raise
             text = f"finetune.py: error: {error}"
             print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
-            return 1 if running else 2
+            return placing.end_alone(1 if running else 2)
 
 
 if __name__ == "__main__":

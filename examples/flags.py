@@ -66,6 +66,11 @@ def parse(
     )
     add("--scan", action="store_true", help="one program for all layers, which compiles sooner")
     add("--plan", action="store_true", help="print what a step needs, from shapes; train nothing")
+    add = parser.add_argument_group("several devices").add_argument
+    add("--mesh", type=mesh, metavar="fsdp=A,tp=B", help="devices for the batch (dp, fsdp), heads")
+    hosts_help = "one of several processes; without a value, the cluster tells which"
+    known = {"nargs": "?", "const": "auto", "type": hosts, "metavar": "HOST:PORT,COUNT,INDEX"}
+    add("--distributed", **known, help=hosts_help)
     add = parser.add_argument_group("stopping and continuing").add_argument
     add("--save-every", type=period, default=60.0, metavar="N", help="steps, or minutes as in 5min")
     add("--resume", action="store_true", help="continue a run that was stopped or killed")
@@ -102,6 +107,7 @@ def parse(
         parser.error("--plan reads no weights, and --quantize keep depends on them: give nf4, int8")
     if args.batch % args.accumulate:
         parser.error(f"--batch {args.batch} is not a multiple of --accumulate {args.accumulate}")
+    check_mesh(parser, args)
     if args.patience is not None and args.eval_every is None:
         parser.error("--patience counts the evaluations of --eval-every: give both")
     if args.resume and args.overwrite:
@@ -115,6 +121,7 @@ def parse(
         "merge",
         "generate",
         "plan",
+        "mesh",
     )
     unfit = [name for name in unfit if getattr(args, name)]
     unfit += ["accumulate"] if args.accumulate > 1 else ["beta"] if preferences else []
@@ -130,6 +137,27 @@ def parse(
     names = ("dpo-smoke", "dpo") if preferences else ("smoke", "finetune")
     args.out = args.out or Path("runs") / names[0 if args.smoke else 1]
     return args
+
+
+def check_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if --mesh or --distributed do not fit the other flags."""
+    sizes, rows = args.mesh or {}, args.batch // args.accumulate
+    split = sizes.get("dp", 1) * sizes.get("fsdp", 1)
+    if rows % split:
+        of = f"--batch {args.batch}" + f" over --accumulate {args.accumulate}" * (
+            args.accumulate > 1
+        )
+        parser.error(
+            f"--mesh splits the rows of a batch over {split} devices, which does not divide the "
+            f"{rows} of {of}: give --batch {split * args.accumulate} or a multiple of it"
+        )
+    if args.distributed is None:
+        return
+    if args.mesh is None:
+        parser.error("--distributed: give --mesh too, with all devices of all processes")
+    for name in ("generate", "plan"):
+        if getattr(args, name):
+            parser.error(f"--{name} is for one process: leave --distributed out")
 
 
 def positive(text: str) -> int:
@@ -163,6 +191,32 @@ def rates(text: str) -> list[float]:
     if name != "lr" or len({*found}) < 2:
         raise argparse.ArgumentTypeError(f"{text} is not lr= and two learning rates or more")
     return found
+
+
+def mesh(text: str) -> dict[str, int]:
+    """An argparse type: `fsdp=4,tp=2`, numbers of devices for some of the axes."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("dp", "fsdp", "tp") or name in found:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no axis, or there twice; the axes are dp and fsdp, which split the "
+                "batch, and tp, as in fsdp=4,tp=2"
+            )
+        if not re.fullmatch(r"[1-9]\d*", size):
+            raise argparse.ArgumentTypeError(f"{part} is not a number of devices, as in fsdp=4")
+        found[name] = int(size)
+    return found
+
+
+def hosts(text: str) -> str | tuple[str, int, int]:
+    """An argparse type: `auto`, or HOST:PORT of process 0, how many there are, and which it is."""
+    found = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", text)
+    if text != "auto" and (found is None or int(found[3]) >= int(found[2])):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not HOST:PORT,COUNT,INDEX with INDEX below COUNT"
+        )
+    return (found[1], int(found[2]), int(found[3])) if found else "auto"
 
 
 def period(text: str) -> int | float:

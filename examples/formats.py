@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import placing
 import weights
 from merged import leaf
 from param_tree import Params, Store
@@ -26,8 +27,10 @@ RULES = {
 def load(args: argparse.Namespace, layers: int | None, store: Store | None = None) -> weights.Model:
     """The model, with its base weights stored as `--quantize` says."""
     how, keep, path = args.quantize, args.quantize == "keep", weights.path_of(args.model)
-    if store is None and how in RULES:
-        store = storing(RULES[how], f"--model {path} --quantize {how}")
+    if store is None:
+        rules, mesh = RULES.get(how, {}), placing.mesh_of(args)
+        stored = storing(rules, f"--model {path} --quantize {how}")
+        store = lambda path, weight: placing.place(mesh, path, stored(path, weight))
     model = weights.load(args.model, layers, args.dtype, keep, store)
     if keep and not any(map(is_stored, jax.tree.leaves(model[1], is_leaf=is_stored))):
         raise ValueError(
@@ -58,9 +61,10 @@ def loftq(args: argparse.Namespace, layers: int | None, params: Params) -> Param
         node = leaf(params, path)
         if not isinstance(node, jlora.LoraArray):
             return node
+        weight = placing.place(placing.mesh_of(args), path, weight)
         return jlora.initializers.loftq({path: node}, {path: weight})[path]
 
-    return load(args, layers, start)[1]
+    return placing.place_adapter(load(args, layers, start)[1])
 
 
 def is_stored(x: Any) -> bool:

@@ -12,6 +12,7 @@ side or to empty slots of the cache.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from rope import BY_LENGTH, Scaling, frequencies, rotate
 
 Cache = dict[str, Any]
@@ -73,6 +75,7 @@ class Config:
     remat: bool = False  # compute a layer again in the backward pass instead of keeping its values
     chunk: int = 0  # tokens of the vocabulary at once, in the loss; 0 for all
     scan: bool = False  # weights and cache have a leading axis of layers, and one program runs all
+    rows: NamedSharding | None = None  # of activations and batches, on a mesh of devices
 
     @property
     def kinds(self) -> list[Kind]:
@@ -122,6 +125,13 @@ def turn_of(c: Config, kind: Kind, length: jax.Array | None) -> Turn | None:
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """Bound x by the cap, smoothly."""
     return x if cap is None else jnp.tanh(x / cap) * cap
+
+
+def split_rows(c: Config, x: jax.Array) -> jax.Array:
+    """Split the leading axis of an array over the mesh, if there is one that divides it."""
+    if c.rows is None or x.shape[0] % math.prod(c.rows.mesh.shape[n] for n in c.rows.spec[0]):
+        return x
+    return lax.with_sharding_constraint(x, c.rows)
 
 
 class RMSNorm(nn.Module):
@@ -211,6 +221,7 @@ class Block(nn.Module):
         if which is not None:  # of the kinds of layers, which are stacked in a scan
             mask, turn = jax.tree.map(lambda a: a[which], (seen.mask, seen.turn))
             seen = seen._replace(mask=mask, turn=turn)
+        x = split_rows(c, x)
         h = norm(c, "attn_norm")(x)
         h, cache = Attention(c, self.kind, name="attn")(h, seen, cache)
         x = x + (norm(c, "attn_post_norm")(h) if c.post_norms else h)

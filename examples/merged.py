@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+import placing
 from hf_directory import list_tensors, stored_state
 from llama import Config
 from param_tree import names
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 import jlora
 
@@ -40,18 +40,23 @@ def write_merged(folder: Path, source: Path, config: Config, params: Any) -> Non
     """Merge, and write the weights in the dtypes of `source`, with its other files.
 
     4-bit weights are written in the dtype that they stand for.
-    They are written to a temporary sibling directory, which is renamed.
+    They are written to a temporary sibling directory, which is renamed. Several processes gather
+    the weights one by one, and the first one writes.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     found, tree, tensors = list_tensors(source), jlora.merge(params), {}
     for path, _, name in names(config):
         value = leaf(tree, path)
         value = value.T if path.endswith("/kernel") else value
         kinds = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         kind = kinds.get(found[name].dtype) or stored_state(source, found, name)["dtype"]
-        tensors[name] = jnp.asarray(np.ascontiguousarray(value.astype(kind)))
+        value = placing.host(value.astype(kind))
+        if placing.is_first():
+            tensors[name] = np.ascontiguousarray(value)
+    if not placing.is_first():
+        return
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
     for name in COPIED:
         if (source / name).is_file():

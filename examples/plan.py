@@ -1,17 +1,20 @@
 """What a step needs, from shapes alone: parameters, bytes, compiled peak memory and FLOPs.
 
 Nothing is loaded and nothing is computed, so the model may be larger than this machine. The step is
-compiled for the device that JAX finds here; another backend may use other temporary memory.
+compiled for the device that JAX finds here; another backend may use other temporary memory. With
+--mesh it is compiled for as many virtual CPU devices, and the bytes are those of one device.
 """
 
 import argparse
 import dataclasses
+import math
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import llama
+import placing
 import training
 import weights
 from begin import attach, configured, layers_of
@@ -26,12 +29,13 @@ import jlora
 
 def show_plan(args: argparse.Namespace) -> None:
     """Print the plan of the flags' step."""
+    placing.virtual_devices(args)
     config = configured(args, weights.load_config(args.model, layers_of(args), args.dtype))
     length = args.length or LENGTH
     step, given = abstract_step(args, config, length)
     trainable, opt_state, frozen, batch = given
     begun = time.perf_counter()
-    memory = step.lower(*given).compile().memory_analysis()
+    memory = placing.lower(step, *given, kept=2).compile().memory_analysis()
     seconds = time.perf_counter() - begun
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -47,7 +51,11 @@ def show_plan(args: argparse.Namespace) -> None:
         "peak of a step": size(peak),
         "FLOPs of a step": f"{operations:.3g}, {operations / tokens:.3g} a token",
     }
-    print(f"{config.layers} layers on {jax.devices()[0].device_kind}, from shapes alone")
+    where = jax.devices()[0].device_kind
+    if args.mesh is not None:
+        where = f"{math.prod(args.mesh.values())} devices, of which the bytes are those of one"
+    print(f"{config.layers} layers on {where}, from shapes alone")
+    placing.say_undivided(jlora.combine(trainable, frozen))
     for name, value in rows.items():
         print(f"  {name:20}{value}")
 
@@ -70,13 +78,15 @@ def abstract_step(
         if args.quantize is not None:
             layouts = stacked_layouts(base) if args.scan else None
             base = jlora.quantize(base, RULES[args.quantize], layouts=layouts)
-        return attach(args, base)
+        return base
 
-    trainable, frozen = jlora.partition(jax.eval_shape(make))
+    base = placing.place_all(placing.mesh_of(args), jax.eval_shape(make))
+    params = attach(args, base) if args.mesh else jax.eval_shape(lambda b: attach(args, b), base)
+    trainable, frozen = jlora.partition(params)
     tx = training.make_optimizer(args.lr, args.steps, args.lora_plus)
     loss = training.make_loss(jlora.lora(make_apply(config)), chunked=config.chunk > 0)
-    step = training.make_step(loss, tx, args.accumulate)
-    return step, (trainable, jax.eval_shape(tx.init, trainable), frozen, batch)
+    step = training.make_step(placing.split(loss, config), tx, args.accumulate)
+    return step, (trainable, placing.initial(tx, params), frozen, batch)
 
 
 def flops(args: argparse.Namespace, config: llama.Config, length: int) -> float:
@@ -84,8 +94,8 @@ def flops(args: argparse.Namespace, config: llama.Config, length: int) -> float:
 
     def of(layers: int) -> float:
         # Loops are counted once, so there are none.
-        smaller = dataclasses.replace(config, layers=layers, chunk=0, scan=False)
-        changes = {"accumulate": 1, "batch": rows, "scan": False}
+        smaller = dataclasses.replace(config, layers=layers, chunk=0, scan=False, rows=None)
+        changes = {"accumulate": 1, "batch": rows, "scan": False, "mesh": None}
         parts = argparse.Namespace(**{**vars(args), **changes})
         step, given = abstract_step(parts, smaller, length)
         return step.lower(*given).cost_analysis()["flops"]
@@ -96,7 +106,13 @@ def flops(args: argparse.Namespace, config: llama.Config, length: int) -> float:
 
 
 def nbytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """The bytes of a tree; of those on a mesh, the bytes of one device."""
+
+    def one(x: Any) -> int:
+        at = getattr(x, "sharding", None)
+        return math.prod(x.shape if at is None else at.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
 
 
 def size(value: float) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import placing
 from safetensors import safe_open
 from safetensors.numpy import save
 from training import State
@@ -57,7 +57,7 @@ def content(state: State, notes: dict[str, Any]) -> tuple[dict[str, np.ndarray],
     """The arrays of a state, copied to the host, and its notes."""
     leaves = jax.tree.leaves((state.trainable, state.opt_state, state.best))
     # A copy: the next step is free to reuse the buffers, which NumPy would otherwise share.
-    arrays = {str(i): np.array(leaf) for i, leaf in enumerate(leaves)}
+    arrays = {str(i): placing.host(leaf) for i, leaf in enumerate(leaves)}
     lists = {"losses": [*state.losses], "seconds": [*state.seconds], "evals": [*state.evals]}
     lists |= {"tokens": [*state.tokens], "position": state.position}
     return arrays, {**notes, **lists, "best": state.best is not None}
@@ -85,7 +85,12 @@ def write_state(folder: Path, arrays: dict[str, np.ndarray], notes: dict[str, An
 
 
 def write_beside(path: Path, data: bytes | str) -> None:
-    """Write to a temporary sibling, sync and rename, so that `path` is never half-written."""
+    """Write to a temporary sibling, sync and rename, so that `path` is never half-written.
+
+    Of several processes, the first one writes.
+    """
+    if not placing.is_first():
+        return
     part = path.with_name(path.name + PART)
     try:
         with part.open("wb") as file:
@@ -111,7 +116,7 @@ class Saver:
         self.pending: Future[None] | None = None
         self.last: State | None = None
         self.time = time.monotonic()
-        for part in folder.glob("*" + PART):
+        for part in folder.glob("*" + PART) if placing.is_first() else ():
             part.unlink()
 
     def __enter__(self) -> "Saver":
@@ -121,7 +126,13 @@ class Saver:
         self.thread.shutdown()
 
     def due(self, state: State) -> bool:
-        """Whether enough steps or seconds have passed, and nothing is being written."""
+        """Whether enough steps or seconds have passed, and nothing is being written.
+
+        Of several processes, the first one decides.
+        """
+        return placing.agreed(placing.is_first() and self.due_here(state))
+
+    def due_here(self, state: State) -> bool:
         if self.pending is not None and not self.pending.done():
             return False
         if isinstance(self.every, int):
@@ -134,7 +145,9 @@ class Saver:
             return
         self.wait()
         self.last, self.time = state, time.monotonic()
-        self.pending = self.thread.submit(write_state, self.folder, *content(state, self.notes))
+        found = content(state, self.notes)  # each process has some of it
+        if placing.is_first():
+            self.pending = self.thread.submit(write_state, self.folder, *found)
 
     def wait(self) -> None:
         """Wait until everything is written."""
@@ -217,7 +230,7 @@ def read_state(path: Path, like: State) -> State:
     found = [arrays.get(str(i)) for i in range(len(arrays))]
     if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in found]:
         raise ValueError("its arrays are not those of this model, adapter and optimizer")
-    parts = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in found])
+    parts = jax.tree.unflatten(treedef, list(map(placing.like, found, leaves)))
     trainable, opt_state, best = parts
     return State(
         trainable,
@@ -240,15 +253,18 @@ def only_run(folder: Path) -> Iterator[bool]:
 
     The system releases the lock when the process ends, however it ends. Raises OSError with the
     name of the process that holds it. Directories that were created and are empty at the end are
-    removed.
+    removed. Of several processes of one run, the first one has the lock.
     """
+    if not placing.is_first():
+        yield placing.agreed(False)
+        return
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
     left = path.exists()
     with hold(path):
         try:
-            yield left
+            yield placing.agreed(left)
         finally:
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # one is not empty

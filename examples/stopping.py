@@ -21,8 +21,11 @@ class Stopping:
 
     @property
     def status(self) -> int:
-        """The exit status: 0 after SIGTERM, as schedulers expect, and 130 after Ctrl-C."""
-        return 0 if self.signal == signal.SIGTERM else 130
+        """The exit status: 130 after Ctrl-C; 0 after SIGTERM, as schedulers expect.
+
+        It is 0 as well if another process of the run was asked.
+        """
+        return 130 if self.signal == signal.SIGINT else 0
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:

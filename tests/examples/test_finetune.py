@@ -70,6 +70,16 @@ def test_the_job(finished: Any, capsys: Any) -> None:
     assert said["adapted"] == said["merged"] != said["base"]
 
 
+def test_an_adapter_over_a_residual_is_restored(finished: Any, tmp_path: Path) -> None:
+    """The base of PiSSA is not that of the files."""
+    args = finetune.parse([*finished.flags, "--init", "pissa", "--out", str(tmp_path)])
+    params = begin.adapt(args, begin.load_model(args)[1])
+    checkpoint.save(tmp_path / "adapter", params)
+    restored = begin.restore(args, begin.load_model(args)[1])
+    for a, b in zip(*map(jax.tree.leaves, (params, restored)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_metrics_have_every_step_and_every_evaluation(finished: Any) -> None:
     lines = [json.loads(x) for x in (finished.out / "metrics.jsonl").read_text().splitlines()]
     evals = {x["step"]: x["held_out_loss"] for x in lines if "held_out_loss" in x}
