@@ -5,8 +5,7 @@ checks of `jlora.peft.load` hold here too: every key of the file is used, or an 
 """
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jlora._paths import quoted
 from jlora._tensor_file import read
 from jlora.cli._changes import Change, Gain, Product, seen
 from jlora.cli._checkpoint import Checkpoint, read_json
+from jlora.cli._experts import Experts, check_single
 from jlora.cli._safetensors import WEIGHTS
 from jlora.peft._assign import Assignment, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse
@@ -31,7 +31,6 @@ from jlora.peft._spell import names_of
 from jlora.peft._tensors import MAGNITUDE, PARTS, from_torch
 
 _HEADS = ("classifier", "score")  # saved by PEFT for classification tasks without being listed
-_SINGLE = re.compile(r"\bexperts\.\d+\.")  # in the name of a tensor of one expert
 _ENDINGS = [e for parts in PARTS.values() for e in parts.values()] + [MAGNITUDE, BIAS, TOKENS]
 
 
@@ -130,7 +129,7 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     """Name every tensor as the adapter does."""
     names = names_of(adapter.tensors, checkpoint.entries, call)
     modules = {module_of(name): key for key, name in names.items()}
-    _check_experts(modules, checkpoint, call)
+    check_single(modules, checkpoint, call)
     rename = _renaming(adapter, list(modules), checkpoint)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     added: dict[str, str | None] = {}
@@ -149,27 +148,15 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for key, name in names.items():
         by_module.setdefault(module_of(name), {})[name] = adapter.tensors[key]
+    named = {key: key if key in added else rename(key) for key in shapes}
+    experts = Experts({named[key]: shape for key, shape in shapes.items()}, by_module, call)
     for key, shape in shapes.items():
-        name = key if key in added else rename(key)
+        name = named[key]
         found[name] = Place(key, (), name, tuple(shape))
-        layout, kind = _layout(adapter, name, shape, by_module)
+        layout, kind = _layout(adapter, name, shape, by_module, experts)
         layouts |= {key: layout} if layout else {}
         kinds |= {key: kind} if kind else {}
     return Places(Found(found, layouts, kinds), added)
-
-
-def _check_experts(modules: Iterable[str], checkpoint: Checkpoint, call: str) -> None:
-    """Refuse an update of all experts where each is stored on its own."""
-    asked = next((m for m in modules if m.rpartition(".")[2] == "experts"), None)
-    own = [name for name in checkpoint.entries if asked and name.startswith(f"{asked}.")]
-    single = next(filter(_SINGLE.search, checkpoint.entries), None)
-    if asked and single and all(map(_SINGLE.search, own)):
-        raise ValueError(
-            f'`{call}`: the adapter changes "{asked}" as transformers has it in memory, all '
-            f'experts in one tensor, and BASE stores them one by one, as "{single}". Write BASE '
-            "as it is in memory: `AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW, "
-            "save_original_format=False)`, and pass NEW."
-        )
 
 
 def is_lora(name: str) -> bool:
@@ -217,7 +204,11 @@ def _renaming(adapter: Adapter, modules: list[str], checkpoint: Checkpoint) -> A
 
 
 def _layout(
-    adapter: Adapter, name: str, shape: tuple[int, ...], by_module: Mapping[str, Any]
+    adapter: Adapter,
+    name: str,
+    shape: tuple[int, ...],
+    by_module: Mapping[str, Any],
+    experts: Experts,
 ) -> tuple[str | None, str | None]:
     """Return a tensor's layout and kind: outputs come first but in embeddings and Conv1D."""
     if len(shape) < 2:
@@ -225,7 +216,7 @@ def _layout(
     module, _, own = name.rpartition(".")
     tensors = by_module.get(module, {})
     if own not in ("weight", "in_proj_weight"):
-        return "io", None if len(shape) < 4 else "parameter"  # experts, for `target_parameters`
+        return experts.layout(name), None if len(shape) < 4 else "parameter"
     if f"{module}.lora_embedding_A" in tensors:
         return "io", "embedding"
     a, b = (tensors.get(f"{module}.lora_{x}.weight") for x in "AB")

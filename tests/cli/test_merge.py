@@ -263,6 +263,34 @@ def test_convolutions_and_experts(tmp_path):
     np.testing.assert_allclose(got["mlp.experts.down_proj"], want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["(E, out, in)", "(E, in, out)"])
+def test_experts_of_both_layouts(tmp_path, turned, capsys):
+    """The shapes tell the layout, and those of the other parameter that of a square one."""
+    e, d, f, r = 3, 8, 8, 2
+    sizes = {"gate_up_proj": (2 * f, d), "down_proj": (d, f)}  # out, in
+    swap = (lambda x: x.swapaxes(-1, -2)) if turned else lambda x: x
+    name = "model.layers.0.mlp.experts"
+    base = {f"{name}.{k}": drawn((e, *x), np.float32, n) for n, (k, x) in enumerate(sizes.items())}
+    lora, want = {}, {}
+    for n, (key, (out, ins)) in enumerate(sizes.items()):
+        own = f"{name}.base_layer" * (key == "gate_up_proj") or name
+        a, b = drawn((e * r, ins), seed=10 + n), drawn((out, r * e), seed=20 + n)
+        lora |= {f"{own}.lora_A.weight": a, f"{own}.lora_B.weight": b}
+        delta = np.einsum("ore,eri->eoi", b.reshape(out, r, e), a.reshape(e, r, ins))
+        want[f"{name}.{key}"] = swap(base[f"{name}.{key}"] + 3 * delta)
+    base = {key: np.ascontiguousarray(swap(x)) for key, x in base.items()}
+    said = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    path = adapter(tmp_path / "lora", lora, **said)
+    run(checkpoint(tmp_path / "base", base), path, tmp_path / "out")
+    for key, x in read(tmp_path / "out").items():
+        np.testing.assert_allclose(x, want[key], rtol=1e-5, atol=1e-5)
+    alone = {f"{name}.down_proj": base[f"{name}.down_proj"]}
+    own = {k: x for k, x in lora.items() if "base_layer" not in k}
+    path = adapter(tmp_path / "square", own, target_parameters=["mlp.experts.down_proj"])
+    run(checkpoint(tmp_path / "one", alone), path, tmp_path / "o", code=2)
+    assert "is square, so neither it nor the adapter tells" in capsys.readouterr().err
+
+
 TIED = {"model_type": "llama"}  # transformers' default
 
 
