@@ -6,16 +6,19 @@ over fsdp. `stream` says how the activations between layers are sharded.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
 
+PARTS = 8  # of the tokens, whose logits are computed one after the other, twice
 HEAD = 128  # the width of an attention head, in all of these models
 COLUMN, ROW = P("fsdp", "tp"), P("tp", "fsdp")
 
@@ -99,15 +102,30 @@ def make_loss(model: Model, mesh: Mesh, stream: P) -> Callable[[Any, Any, Any], 
     def loss(p: Any, tokens: jax.Array, shift: jax.Array) -> jax.Array:
         x = p["embed"].astype(jnp.bfloat16)[tokens] + shift
         x, _ = jax.lax.scan(jax.checkpoint(layer), at(x, stream), p["layers"])
-        logits = dot(norm(x, p["norm"]), p["head"], wide).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, jnp.roll(tokens, -1, 1)[..., None], -1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
+        parts = [split(a) for a in (at(norm(x, p["norm"]), P("fsdp")), jnp.roll(tokens, -1, 1))]
+
+        @jax.checkpoint
+        def part(total: jax.Array, given: list[jax.Array]) -> tuple[jax.Array, None]:
+            x, targets = given
+            logits = dot(x, p["head"], wide).astype(jnp.float32)
+            picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+            return total + jnp.sum(jax.nn.logsumexp(logits, -1) - picked), None
+
+        return jax.lax.scan(part, jnp.float32(0), parts)[0] / tokens.size
+
+    def split(x: jax.Array) -> jax.Array:
+        """The tokens of every row in parts, one after the other."""
+        rows, length, *rest = x.shape
+        return jnp.moveaxis(x.reshape(rows, PARTS, length // PARTS, *rest), 1, 0)
 
     return loss
 
 
 def stored(params: Any, form: str, mesh: Mesh) -> Any:
-    """Structs of the layers' weights in a format; rows are outputs."""
+    """Structs of the layers' weights in a format; rows are outputs.
+
+    Over fsdp the rows are split, and not what is in them: what is gathered is then contiguous.
+    """
     weights = params["layers"]
     made = jax.eval_shape(
         lambda tree: jlora.quantize(tree, {"norm.*": None, ".*": form}, layouts=LAYOUTS), weights
@@ -117,8 +135,9 @@ def stored(params: Any, form: str, mesh: Mesh) -> Any:
         if len(path) == 1:  # of a norm
             return weights[path[0].key]
         *_, inputs, outputs = weights[path[0].key].sharding.spec
-        names = (None, outputs, inputs)[: x.ndim]
-        sizes = [mesh.shape[name] if name else 1 for name in names]
+        rows = (None, (outputs, "fsdp"), None) if inputs == "fsdp" else (None, outputs, inputs)
+        names = rows[: x.ndim]
+        sizes = [math.prod(mesh.shape[k] for k in np.atleast_1d(n) if k) for n in names]
         fits = all(n % k == 0 for n, k in zip(x.shape, sizes, strict=True))
         sharding = NamedSharding(mesh, P(*names) if fits else P())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -127,10 +128,20 @@ def _together(parts: Parts, x: Array) -> tuple[dict[str, Array], Array]:
 
     Both results of the barrier are used, for XLA takes out of a barrier what nobody uses.
     """
-    parts, x = lax.optimization_barrier((dict(parts), x))
+    parts = lax.platform_dependent(dict(parts), tpu=_row_major, default=lambda parts: parts)
+    parts, x = lax.optimization_barrier((parts, x))
     never = _never(x)
     integers = {k for k, part in parts.items() if jnp.issubdtype(part.dtype, jnp.integer)}
     return {k: x ^ never.astype(x.dtype) if k in integers else x for k, x in parts.items()}, x
+
+
+def _row_major(parts: dict[str, Array]) -> dict[str, Array]:
+    """Lay arrays out in the order of their axes.
+
+    XLA would lay out all of a scanned stack as the products want one layer, and so copy it.
+    """
+    layouts = {k: Layout(tuple(range(x.ndim))) for k, x in parts.items()}
+    return with_layout_constraint(parts, layouts)
 
 
 @custom_vmap

@@ -37,6 +37,10 @@ def quantize(
     extend over two outputs or two stack elements. An embedding, by the name of its leaf, is stored
     by rows, whatever `layouts` says: each token has scales of its own.
 
+    Codes and scales are sharded as the weight is. They are rows of outputs, so a weight that is
+    gathered for its product (FSDP) is best split along its outputs: along its inputs, XLA
+    transposes the codes first.
+
     Args:
         params: any pytree of arrays, or an NNX module; it is not modified.
         rules: ordered mapping from a regular expression, which must match the full "/"-joined path
