@@ -269,6 +269,28 @@ def test_values_of_codes_on_a_tpu(pairs):
     assert "gather" not in text["tpu"] and "gather" in text["cpu"]
 
 
+def test_products_on_a_tpu(monkeypatch):
+    """They sum over places and blocks, to the same values, of a weight that waits for its turn."""
+    monkeypatch.setattr(_product, "LEAST", 1)
+    shapes = {"inputs": (2, 3, 256), "outputs": (2, 3, 12)}
+    x, g = (jax.random.normal(KEY, shape) for shape in shapes.values())
+    rows = one("q4_1").dequantize()
+    blocks = functools.partial(_product._times_blocks, block=32)
+    pairs = jax.jit(
+        lambda x, g: [
+            (fn(x, rows, transposed=False), fn(g, rows, transposed=True))
+            for fn in (blocks, _product._times_rows)
+        ]
+    )
+    for got, want in zip(*pairs(x, g), strict=True):
+        same(got, want, 1e-6)
+    traced = jax.jit(lambda w, x: jlora.lora(lambda p, x: x @ p.T)(w, x)).trace(one("q4_1"), x)
+    text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu")}
+    both = "contracting_dims = [3, 2] x [2, 1]"
+    assert both in text["tpu"] and both not in text["cpu"]
+    assert all("optimization_barrier" in found for found in text.values())
+
+
 def test_rules_are_those_of_attach():
     base = {"a": {"kernel": W, "bias": jnp.ones(12)}, "b": {"kernel": W}, "c": {"kernel": W}}
     params = jlora.quantize(

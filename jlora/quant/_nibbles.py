@@ -1,6 +1,7 @@
 """Codes of four bits: two in a byte, the first in the high half, as bitsandbytes packs them."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ def pairs_of(table: np.ndarray) -> np.ndarray:
     """Return the two values of each byte, (256, 2): one lookup a byte is faster than two."""
     byte = np.arange(256)
     return np.stack([table[byte >> 4], table[byte & 15]], axis=1)
+
+
+def shifted(x: Array, by: Sequence[int], axis: int) -> Array:
+    """Shift bytes right by each of several numbers of bits, along a new axis of size 1."""
+    shape = [1] * x.ndim
+    shape[axis] = len(by)
+    return x >> jnp.asarray(by, jnp.uint8).reshape(shape)
 
 
 def look_up(codes: UInt8[Array, "*rows half"], pairs: np.ndarray) -> Float[Array, "*rows inputs"]:
@@ -38,7 +46,7 @@ def look_up(codes: UInt8[Array, "*rows half"], pairs: np.ndarray) -> Float[Array
 @functools.partial(jax.jit, static_argnames="table")  # traced once for all weights of a shape
 def _select(codes: Array, table: tuple[float, ...]) -> Array:
     """Return the two values of each byte."""
-    both = jnp.stack([codes >> jnp.uint8(4), codes & jnp.uint8(15)], axis=-1)
+    both = shifted(codes[..., None], (4, 0), -1) & jnp.uint8(15)
     return _chosen(both.reshape(*codes.shape[:-1], -1), table)
 
 

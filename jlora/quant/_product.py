@@ -1,12 +1,14 @@
 """Products of stored weights with activations: by the format, or with the weight, built for this.
 
-XLA's CPU compiler orders operations by what they depend on and by nothing else. Building a weight
-depends on codes alone, so an unrolled model would hold all of its weights, built, at once. Here a
-weight is built of codes that depend on the activations that it is multiplied with, or in the
-backward pass on their gradient, so there is one at a time. The product is linear, with a transpose
-of its own, and nothing but the stored arrays is kept for it.
+Building a weight depends on codes alone, so a compiler may build all weights of an unrolled model
+before the first product. Here a weight is built of codes that depend on the activations that it is
+multiplied with, or in the backward pass on their gradient, so there is one at a time. For TPUs and
+GPUs `lax.optimization_barrier` says so; the CPU's compiler drops it early and orders operations by
+what they compute from, so there the codes are computed from the activations. The product is linear,
+with a transpose of its own, and nothing but the stored arrays is kept for it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,21 +48,43 @@ def product(
         if own is not None:
             return own(parts, x, dtype)
         rows = format.unpack(parts).astype(kind).astype(x.dtype)
-        contract = (((x.ndim - 1,), (0 if transposed else 1,)), ((), ()))
-        wide = accumulator(x.dtype)
-        return lax.dot_general(x, rows, contract, preferred_element_type=wide).astype(dtype)
+        multiply = functools.partial(_times_rows, transposed=transposed)
+        blocks = functools.partial(_times_blocks, block=format.block, transposed=transposed)
+        return lax.platform_dependent(x, rows, tpu=blocks, default=multiply).astype(dtype)
 
     small = sides[0] * sides[1] < LEAST or x.size == 0
     if small or any(map(_on_mesh, (*parts.values(), x))):
         return times(parts, x, dtype, transposed) if hasattr(format, "dot") else NotImplemented
 
     def forward(x: Array) -> Array:
-        return times(_after(x, parts), x, dtype, transposed)
+        return times(*_together(parts, x), dtype, transposed)
 
     def backward(g: Array) -> Array:
-        return times(_after(g, parts), g, x.dtype, not transposed)
+        return times(*_together(parts, g), x.dtype, not transposed)
 
     return _linear(forward, backward, x, dtype)
+
+
+def _times_rows(x: Array, rows: Array, transposed: bool) -> Array:
+    contract = (((x.ndim - 1,), (0 if transposed else 1,)), ((), ()))
+    return lax.dot_general(x, rows, contract, preferred_element_type=accumulator(x.dtype))
+
+
+def _times_blocks(x: Array, rows: Array, block: int, transposed: bool) -> Array:
+    """Multiply as `_times_rows`, summing over the place in a block before the block.
+
+    A TPU reads a weight into its matrix unit from tiles of the last two axes. With the axes (place,
+    block, out) a scale is repeated along the first, which costs nothing; with (out, in) XLA writes
+    each scale to memory as often as its block has weights.
+    """
+    w = rows.reshape(rows.shape[0], -1, block)
+    wide = accumulator(x.dtype)
+    if transposed:
+        out = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide)
+        return out.reshape(*out.shape[:-2], -1)
+    x = x.reshape(*x.shape[:-1], -1, block)
+    contract = (((x.ndim - 1, x.ndim - 2), (2, 1)), ((), ()))
+    return lax.dot_general(x, w, contract, preferred_element_type=wide)
 
 
 def _on_mesh(x: Array) -> bool:
@@ -98,11 +122,15 @@ def _linear(
     return lax.custom_linear_solve(lambda b: b, both, solve, transpose_solve)[..., n:].astype(dtype)
 
 
-def _after(x: Array, parts: Parts) -> dict[str, Array]:
-    """Return the same parts, computed from x on a CPU: see the top of this file."""
+def _together(parts: Parts, x: Array) -> tuple[dict[str, Array], Array]:
+    """Return the same arrays, none of which is there before x: see the top of this file.
+
+    Both results of the barrier are used, for XLA takes out of a barrier what nobody uses.
+    """
+    parts, x = lax.optimization_barrier((dict(parts), x))
     never = _never(x)
     integers = {k for k, part in parts.items() if jnp.issubdtype(part.dtype, jnp.integer)}
-    return {k: x ^ never.astype(x.dtype) if k in integers else x for k, x in parts.items()}
+    return {k: x ^ never.astype(x.dtype) if k in integers else x for k, x in parts.items()}, x
 
 
 @custom_vmap

@@ -5,12 +5,14 @@ own, `(*stack, out, blocks · count)`, and `records` joins them to the bytes of 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from jlora.quant._nibbles import shifted
 
 Fields = tuple[tuple[str, str, int], ...]  # the name, NumPy's type and count of each, in order
 
@@ -102,13 +104,6 @@ def halves(qs: Array) -> Array:
     """Return 4-bit codes of bytes `(..., n)`: the low halves, then the high ones, `(..., 2 n)`."""
     both = shifted(qs[..., None, :], (0, 4), -2) & jnp.uint8(15)
     return both.reshape(*qs.shape[:-1], -1)
-
-
-def shifted(x: Array, by: Sequence[int], axis: int) -> Array:
-    """Shift bytes right by each of several numbers of bits, along a new axis of size 1."""
-    shape = [1] * x.ndim
-    shape[axis] = len(by)
-    return x >> jnp.asarray(by, jnp.uint8).reshape(shape)
 
 
 def wide(x: Array) -> Array:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jlora.quant.ggml import Ggml, halves, shifted, wide
+from jlora.quant._nibbles import shifted
+from jlora.quant.ggml import Ggml, halves, wide
 
 
 def _scales(f: Mapping[str, Array]) -> tuple[Array, Array]:

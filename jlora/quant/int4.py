@@ -53,6 +53,7 @@ class Int4:
 
     def unpack(self, parts: Mapping[str, Array]) -> Float[Array, "*stack out inputs"]:
         """Multiply codes and scales."""
-        values = _nibbles.look_up(parts["codes"], _PAIRS)
-        groups = values.reshape(*values.shape[:-1], -1, self.group)
-        return (groups * parts["scale"][..., None]).reshape(values.shape)
+        codes = parts["codes"]
+        groups = _nibbles.look_up(codes.reshape(*codes.shape[:-1], -1, self.group // 2), _PAIRS)
+        rows = groups * parts["scale"][..., None]
+        return rows.reshape(*codes.shape[:-1], -1)

@@ -98,9 +98,10 @@ class NF4:
 
     def unpack(self, parts: Mapping[str, Array]) -> Float[Array, "*stack out inputs"]:
         """Multiply levels and scales."""
-        values = _nibbles.look_up(parts["codes"], _PAIRS)
-        blocks = values.reshape(*values.shape[:-1], -1, self.block)
-        return (blocks * self._scales(parts)[..., None]).reshape(values.shape)
+        codes = parts["codes"]
+        blocks = _nibbles.look_up(codes.reshape(*codes.shape[:-1], -1, self.block // 2), _PAIRS)
+        rows = blocks * self._scales(parts)[..., None]
+        return rows.reshape(*codes.shape[:-1], -1)
 
     def _scales(self, parts: Mapping[str, Array]) -> Float[Array, "*stack out blocks"]:
         absmax = parts["absmax"]
