@@ -20,6 +20,7 @@ import numpy as np
 import placing
 import plan
 import pytest
+import states
 import training
 import weights
 from flags import parse
@@ -37,6 +38,7 @@ MESH = ("--mesh", "fsdp=2,tp=4")
 class Trained(NamedTuple):
     """What `finetune.train` was given, and what it returned."""
 
+    model: str
     job: Any
     programs: Any
     frozen: Any
@@ -57,7 +59,7 @@ def meshed(job: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tr
     def seen(args: Any, job: Any, programs: Any, frozen: Any, state: Any, *rest: Any) -> Any:
         places = jax.tree.map(lambda x: x.sharding, state[:2])  # the steps donate the arrays
         after = train(args, job, programs, frozen, state, *rest)
-        found.append(Trained(job, programs, frozen, places, after))
+        found.append(Trained(args.model, job, programs, frozen, places, after))
         return after
 
     def signaled(function: Any, state: Any, *rest: Any) -> Any:
@@ -96,7 +98,7 @@ def same(a: Path, b: Path, count: int, step: int = 6) -> None:
 
 
 def test_weights_adapter_and_moments_are_where_the_rules_say(meshed: Any) -> None:
-    _, (job, _, frozen, _, state) = meshed
+    _, (_, job, _, frozen, _, state) = meshed
     node = job.params["layers_0"]["attn"]["o_proj"]["kernel"]
     specs = [x.sharding.spec for x in (node.base, node.lora_a, node.lora_b)]
     assert specs == [P("tp", "fsdp"), P("tp", None), P(None, None)]
@@ -110,12 +112,25 @@ def test_weights_adapter_and_moments_are_where_the_rules_say(meshed: Any) -> Non
         assert len(x.sharding.device_set) == 8
         assert {shard.data.size for shard in x.addressable_shards} == {x.size // 8}
     moments = state.opt_state[1][0].mu["layers_1"]["mlp"]["up_proj"]["kernel"]
-    assert moments.lora_b.sharding.spec == P(None, "tp")
+    specs = [x.sharding.spec for x in (moments.lora_a, moments.lora_b)]
+    assert specs == [P(None, None), P(None, "tp")]
+
+
+def test_what_is_read_is_where_it_was(meshed: Any, tmp_path: Path) -> None:
+    """A state, and an adapter that is restored."""
+    out, (model, job, _, frozen, _, state) = meshed
+    read = states.read_state(out / "state" / "3.safetensors", state)
+    checkpoint.save(tmp_path / "adapter", jlora.combine(state.trainable, frozen))
+    args = parse(["--model", model, "--rank", "4", *MESH, "--out", str(tmp_path)])
+    restored = begin.restore(args, begin.load_model(args)[1])
+    for found, like in ((read[:2], state[:2]), (read.best, state.best), (restored, job.params)):
+        for a, b in zip(*map(jax.tree.leaves, (found, like)), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_one_program_takes_its_own_results(meshed: Any) -> None:
     """The step was compiled once and refuses other shardings; it writes over what it was given."""
-    _, (_, programs, _, before, state) = meshed
+    _, (_, job, programs, _, before, state) = meshed
     assert isinstance(programs.step, jax.stages.Compiled) and state.step == 3
     after = jax.tree.map(lambda x: x.sharding, state[:2])
     assert jax.tree.all(
@@ -124,8 +139,10 @@ def test_one_program_takes_its_own_results(meshed: Any) -> None:
     memory = programs.step.memory_analysis()
     assert memory.alias_size_in_bytes >= plan.nbytes(state[:2])
     assert memory.output_size_in_bytes < 1.5 * plan.nbytes(state[:2])  # and no weight
-    text = programs.step.as_text()  # each device has one of two rows, and 12 of 48 in the MLP
+    # Each device has one of two rows and 12 of 48 in the MLP, half of the targets and 66 tokens.
+    text, targets = programs.step.as_text(), len(job.batches[0]["at"])
     assert "f32[1,128,12]" in text and "f32[2,128,12]" not in text
+    assert f"f32[{targets // 2},66]" in text and f"f32[{targets},66]" not in text
 
 
 @pytest.mark.parametrize("more", [MESH, ()], ids=["mesh", "one device"])
@@ -309,9 +326,9 @@ def test_killed_on_a_mesh(job: Any, finished: Any, tmp_path: Path) -> None:
     same(finished.out, tmp_path / "alone", 28)
     assert job(out, *MESH, *more, "--resume") == 0 and job(tmp_path / "new", *MESH, *more) == 0
     assert losses(out) == losses(tmp_path / "new")
-    states = [load_file(x / "state" / "6.safetensors") for x in (out, tmp_path / "new")]
-    for name, array in states[0].items():
-        np.testing.assert_array_equal(states[1][name], array)
+    ends = [load_file(x / "state" / "6.safetensors") for x in (out, tmp_path / "new")]
+    for name, array in ends[0].items():
+        np.testing.assert_array_equal(ends[1][name], array)
 
 
 @pytest.mark.nightly
@@ -375,8 +392,6 @@ def test_two_processes(job: Any, finished: Any, tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_an_error_in_one_process_ends_both(finished: Any, tmp_path: Path) -> None:
     """The run of another program is at work in the directory, which the first process finds."""
-    import states
-
     two = [*finished.flags, "--mesh", "fsdp=2,tp=4", "--out", str(tmp_path / "out")]
     with states.only_run(tmp_path / "out"):
         first, second = two_processes(tmp_path / "out", *two)
