@@ -128,8 +128,8 @@ def _together(parts: Parts, x: Array) -> tuple[dict[str, Array], Array]:
 
     Both results of the barrier are used, for XLA takes out of a barrier what nobody uses.
     """
-    parts = lax.platform_dependent(dict(parts), tpu=_row_major, default=lambda parts: parts)
-    parts, x = lax.optimization_barrier((parts, x))
+    parts, x = lax.optimization_barrier((dict(parts), x))
+    parts = lax.platform_dependent(parts, tpu=_row_major, default=lambda parts: parts)
     never = _never(x)
     integers = {k for k, part in parts.items() if jnp.issubdtype(part.dtype, jnp.integer)}
     return {k: x ^ never.astype(x.dtype) if k in integers else x for k, x in parts.items()}, x
