@@ -1,26 +1,24 @@
-"""How many weights does a quantized model build at once on a TPU?
+"""How many weights does a quantized model build at once on a TPU, or on a GPU?
 
-    pip install --no-deps --target build/libtpu 'libtpu==0.0.42.*'
-    PYTHONPATH=build/libtpu TPU_SKIP_MDS_QUERY=1 python benchmarks/quant_tpu.py [--json FILE]
+    PYTHONPATH=compilers python benchmarks/quant_tpu.py [--topology v5e:2x2 | h100] [--json FILE]
 
-A training step of layers of two weights is compiled ahead of time for a TPU, which need not be
-there: the compiler is in the package libtpu. The weights are as large as those of Llama-3 8B, for
-smaller ones are built in the memory of the TPU's core, which is not counted. A is memory that XLA
-allocates besides arguments and results, in the step over the stored weights and in the same step
-over bfloat16 ones; B is their difference over the bytes of one layer's weights in bfloat16.
-Expected: at most 1, scanned and unrolled. The exit status is 1 if it is more.
+A training step of layers of two weights is compiled ahead of time for a machine that need not be
+there: the compilers are in the packages that `aot.py` needs. The weights are as large as those of
+Llama-3 8B, for smaller ones are built in the memory of the TPU's core, which is not counted. A is
+memory that XLA allocates besides arguments and results, in the step over the stored weights and in
+the same step over bfloat16 ones; B is their difference over the bytes of one layer's weights in
+bfloat16. Expected: at most 1, scanned and unrolled. The exit status is 1 if it is more.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aot  # first: it tells JAX about compilers without devices
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import surroundings, write_json
 
@@ -98,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would wait for a machine of Google's
-    devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
+    on_gpu = args.topology == "h100"
+    devices = aot.devices("cuda", "1x1x1") if on_gpu else aot.devices("tpu", args.topology)
     at = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     found: dict[str, Any] = {}
     for fn in (scanned, unrolled):
