@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -137,7 +136,7 @@ def stored(params: Any, form: str, mesh: Mesh) -> Any:
         *_, inputs, outputs = weights[path[0].key].sharding.spec
         rows = (None, (outputs, "fsdp"), None) if inputs == "fsdp" else (None, outputs, inputs)
         names = rows[: x.ndim]
-        sizes = [math.prod(mesh.shape[k] for k in np.atleast_1d(n) if k) for n in names]
+        sizes = [math.prod(mesh.shape[k] for k in jax.tree.leaves(n)) for n in names]
         fits = all(n % k == 0 for n, k in zip(x.shape, sizes, strict=True))
         sharding = NamedSharding(mesh, P(*names) if fits else P())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import begin
 import formats
 import jax
 import llama
@@ -40,7 +39,17 @@ import report
 import states
 import training
 import watch
-from begin import Start, adapt, check_folders, check_run, load_model, prepare, remove_run, start
+from begin import (
+    Start,
+    adapt,
+    check_folders,
+    check_run,
+    load_model,
+    prepare,
+    remove_run,
+    restore,
+    start,
+)
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
 from exports import check_export, export
 from flags import parse
@@ -157,7 +166,7 @@ def save_and_check(args: argparse.Namespace, job: Job, params: Any) -> dict[str,
     batch = job.held_out[0]
     inputs = (batch["tokens"], batch["positions"], batch["segments"], None, batch["at"])
     logits = adapted(params, *inputs)
-    restored = begin.restore(args, load_model(args)[1])
+    restored = restore(args, load_model(args)[1])
     # NumPy's maximum propagates NaN.
     differ = lambda other: float(np.max(np.abs(placing.host(logits - other))))
     # A quantized run holds no dense model, unless one was asked for.
@@ -195,7 +204,7 @@ def continue_text(args: argparse.Namespace) -> int:
                 f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
                 "`--weights base`."
             )
-        params = begin.restore(args, params)
+        params = restore(args, params)
         apply = jlora.lora(apply)
     if args.weights == "merged":
         params, apply = jlora.merge(params), make_apply(config)

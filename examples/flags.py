@@ -144,12 +144,11 @@ def check_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     sizes, rows = args.mesh or {}, args.batch // args.accumulate
     split = sizes.get("dp", 1) * sizes.get("fsdp", 1)
     if rows % split:
-        of = f"--batch {args.batch}" + f" over --accumulate {args.accumulate}" * (
-            args.accumulate > 1
-        )
+        over = f" over --accumulate {args.accumulate}" if args.accumulate > 1 else ""
         parser.error(
             f"--mesh splits the rows of a batch over {split} devices, which does not divide the "
-            f"{rows} of {of}: give --batch {split * args.accumulate} or a multiple of it"
+            f"{rows} of --batch {args.batch}{over}: give --batch {split * args.accumulate} or a "
+            "multiple of it"
         )
     if args.distributed is None:
         return

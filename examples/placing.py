@@ -174,9 +174,9 @@ def initial(tx: Any, params: Any) -> Any:
     if mesh_at(trainable) is None:
         return shapes if planned else tx.init(trainable)
     at = jlora.shardings(shapes, SPLIT, of=params)
-    return (
-        jax.tree.map(put, shapes, at) if planned else jax.jit(tx.init, out_shardings=at)(trainable)
-    )
+    if planned:
+        return jax.tree.map(put, shapes, at)
+    return jax.jit(tx.init, out_shardings=at)(trainable)
 
 
 def mesh_at(tree: Any) -> Mesh | None:
@@ -187,11 +187,9 @@ def mesh_at(tree: Any) -> Mesh | None:
 
 def place_adapter(params: Any) -> Any:
     """Put A and B of adapted weights that are on a mesh where `jlora.attach` does."""
-    return (
-        params
-        if mesh_at(params) is None
-        else jax.tree.map(put, params, jlora.shardings(params, SPLIT))
-    )
+    if mesh_at(params) is None:
+        return params
+    return jax.tree.map(put, params, jlora.shardings(params, SPLIT))
 
 
 def say_undivided(params: Any) -> None:
@@ -203,9 +201,8 @@ def say_undivided(params: Any) -> None:
         x, names = max(arrays_of(path, weight).values(), key=lambda pair: pair[0].size)
         for name, size in zip(names, x.shape, strict=False):
             if name is not None and size % mesh.shape[name]:
-                found.setdefault(f"{name}={mesh.shape[name]} does not divide {size}", []).append(
-                    path
-                )
+                why = f"{name}={mesh.shape[name]} does not divide {size}"
+                found.setdefault(why, []).append(path)
     for why, paths in found.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         print(f"--mesh {why}: each device has all of this axis of {paths[0]}{more}")

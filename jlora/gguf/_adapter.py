@@ -75,7 +75,7 @@ def save(
     Reference: llama.cpp's `convert_lora_to_gguf.py` and `llama-adapter.cpp`.
     """
     call = f"jlora.gguf.save({os.fspath(file)!r}, modules, config)"
-    architecture = _architecture(config, call)
+    architecture = architecture_of(config, call)
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"`{call}`: dtype={dtype!r}; it must be one of {', '.join(_DTYPES)}.")
     alpha = scaled(modules, "alpha") or None
@@ -124,7 +124,7 @@ def load(file: str | os.PathLike[str], config: Mapping[str, Any]) -> list[Module
     call = f"jlora.gguf.load({os.fspath(file)!r}, config)"
     if not Path(file).is_file():
         raise FileNotFoundError(f"`{call}`: there is no such file.")
-    architecture = _architecture(config, call)
+    architecture = architecture_of(config, call)
     said, tensors = entries_of(Path(file), call)
     kinds = {
         "general.type": "adapter",
@@ -163,7 +163,7 @@ def _module(
     a = a.T if kind == "embedding" and a is not None else a
     rank = check_pair(a, b, name, call)
     assert a is not None and b is not None
-    heads = _heads(name, len(b), config, call)
+    heads = heads_of(name, len(b), config, call)
     if heads is not None:
         b = b.reshape(heads, len(b) // heads // 2, 2, -1).swapaxes(1, 2).reshape(b.shape)
     return Module(name, a, b, alpha / rank if alpha else 1.0, kind)
@@ -177,19 +177,19 @@ def _known(config: Mapping[str, Any], call: str) -> Iterator[tuple[str, str]]:
             f"`{call}`: config has num_hidden_layers {brief(layers)}. Is it the base's?"
         )
     inside = [f"model.layers.{n}.{name}" for n in range(layers) for name in _INSIDE]
-    names = _names(config)
+    names = tensor_names(config)
     for module in (*_OUTSIDE, *inside):
         found = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if found is not None:
             yield found, module
 
 
-def _names(config: Mapping[str, Any]) -> Any:
+def tensor_names(config: Mapping[str, Any]) -> Any:
     architecture, _ = _ARCHITECTURES[config["model_type"]]
     return gguf.get_tensor_name_map(architecture, int(config.get("num_hidden_layers", 0)))
 
 
-def _architecture(config: Mapping[str, Any], call: str) -> str:
+def architecture_of(config: Mapping[str, Any], call: str) -> str:
     """Return GGUF's name of the model's architecture."""
     kind = config.get("model_type")
     if kind not in _ARCHITECTURES:
@@ -214,7 +214,7 @@ def _name(module: Module, config: Mapping[str, Any], call: str) -> str:
             f'`{call}`: "{module.name}" is the embedding in this model, and GGUF has one tensor '
             "for both. Merge the adapter, `jlora merge`, which gives the head its own weights."
         )
-    names = _names(config)
+    names = tensor_names(config)
     found = names.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
     if found is None:
         known = [name for name in names.mapping if name.startswith("model.")]
@@ -239,13 +239,13 @@ def _factors(
             f'`{call}`: "{module.name}" is a convolution, which llama.cpp does not adapt. Merge '
             "the adapter, `jlora merge`, and convert the result."
         )
-    heads = _heads(module.name, len(b), config, call)
+    heads = heads_of(module.name, len(b), config, call)
     if heads is None:
         return a, b
     return a, b.reshape(heads, 2, len(b) // heads // 2, -1).swapaxes(1, 2).reshape(b.shape)
 
 
-def _heads(name: str, rows: int, config: Mapping[str, Any], call: str) -> int | None:
+def heads_of(name: str, rows: int, config: Mapping[str, Any], call: str) -> int | None:
     """Return the heads whose two halves GGUF interleaves, or None."""
     last = name.rpartition(".")[2]
     if not _ARCHITECTURES[config["model_type"]][1] or last not in ("q_proj", "k_proj"):

@@ -8,15 +8,15 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gguf
 import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import brief, quoted
-from jlora.gguf._adapter import _architecture, _heads, _names
-from jlora.gguf._tokenizer import add_tokenizer
+from jlora.gguf._adapter import architecture_of, heads_of, tensor_names
+from jlora.gguf._tokenizer import add_tokenizer, refuse
 from jlora.quant import Q4_1
 from jlora.quant.ggml import records
 
@@ -70,7 +70,7 @@ def plan_folder(
     """Return all tensors to write, and the names of those in 4 bits; refuse other models."""
     kind = config.get("model_type")
     if kind not in _BIASES:
-        _refuse(call, f"the model_type {kind!r} is none of {', '.join(_BIASES)}")
+        refuse(call, f"the model_type {kind!r} is none of {', '.join(_BIASES)}")
     _check(config, call)
     wanted = _wanted(config)
     own = {k: x for k, x in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
@@ -78,22 +78,15 @@ def plan_folder(
         own.pop(_HEAD, None)
     for name in own:
         if name not in wanted:
-            _refuse(call, f"{quoted(name)} is no tensor of {kind} that is known here")
+            refuse(call, f"{quoted(name)} is no tensor of {kind} that is known here")
     for name, must in wanted.items():
         if must and name not in own:
-            _refuse(call, f"BASE has no {quoted(name)}, which is part of {kind}")
+            refuse(call, f"BASE has no {quoted(name)}, which is part of {kind}")
     parts = [_part(name, x, config, call) for name, x in own.items()]
     divisors = _divisors(config, call)
     if divisors is not None:
         parts.append(Part("rope_freqs.weight", divisors.shape, _TYPE.F32, divisors, None))
     return parts, [part.name for part in parts if part.type == _TYPE.Q4_1]
-
-
-def _refuse(call: str, why: str) -> NoReturn:
-    raise ValueError(
-        f"`{call}`: {why}. Convert the folder with llama.cpp's `convert_hf_to_gguf.py --outtype "
-        "f16`, which writes more models, and pass the GGUF file as BASE."
-    )
 
 
 def _check(config: Mapping[str, Any], call: str) -> None:
@@ -107,7 +100,7 @@ def _check(config: Mapping[str, Any], call: str) -> None:
             raise ValueError(f"`{call}`: config.json has {key} {brief(config[key])}, not a number.")
     for key, value in (("hidden_act", "silu"), ("use_sliding_window", False)):
         if config.get(key, value) != value:
-            _refuse(call, f"config.json has {key} {brief(config[key])}")
+            refuse(call, f"config.json has {key} {brief(config[key])}")
 
 
 def _wanted(config: Mapping[str, Any]) -> dict[str, bool]:
@@ -131,11 +124,11 @@ def _part(name: str, x: Stored, config: Mapping[str, Any], call: str) -> Part:
             "a vector of F32, F16 or BF16. Start from the original weights."
         )
     module = name.rpartition(".")[0]
-    found = _names(config).get_name(name, try_suffixes=(".weight", ".bias"))
+    found = tensor_names(config).get_name(name, try_suffixes=(".weight", ".bias"))
     kind = _FLOATS[x.dtype] if len(x.shape) == 2 else _TYPE.F32
     if len(x.shape) == 2 and x.shape[1] % 32 == 0 and name not in (_EMBEDDING, _HEAD):
         kind = _TYPE.Q4_1
-    return Part(found, x.shape, kind, x, _heads(module, x.shape[0], config, call))
+    return Part(found, x.shape, kind, x, heads_of(module, x.shape[0], config, call))
 
 
 def _rope(config: Mapping[str, Any]) -> Any:
@@ -152,7 +145,7 @@ def _divisors(config: Mapping[str, Any], call: str) -> np.ndarray | None:
     except (AttributeError, KeyError, TypeError, ValueError):
         kind, known = None, False
     if not known:
-        _refuse(call, f"config.json has the rotary positions {brief(rope)}")
+        refuse(call, f"config.json has the rotary positions {brief(rope)}")
     if kind != "llama3":
         return None
     factor, low, high, context = numbers
@@ -173,7 +166,7 @@ def _head_dim(config: Mapping[str, Any]) -> int:
 
 def header_of(folder: Path, config: Mapping[str, Any], parts: list[Part], call: str) -> bytes:
     """Return all that comes before the first tensor."""
-    writer = gguf.GGUFWriter(None, _architecture(config, call))
+    writer = gguf.GGUFWriter(None, architecture_of(config, call))
     writer.add_type(gguf.GGUFType.MODEL)
     _add_sizes(writer, config)
     rows = next(part.shape[0] for part in parts if part.name == "token_embd.weight")

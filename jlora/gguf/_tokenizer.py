@@ -43,15 +43,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, rows: int, call: str) -
             f"({type(error).__name__}: {brief(str(error))}). Copy it again."
         ) from None
     if cut is None:
-        _refuse(
+        refuse(
             call,
             "this tokenizer is none of byte-level BPE that cuts text as llama.cpp's "
             f"{', '.join(_CUTS.values())} do",
         )
     if not special.merges:
-        _refuse(call, "tokenizer.json has no merges, which llama.cpp requires")
+        refuse(call, "tokenizer.json has no merges, which llama.cpp requires")
     if "eos" not in special.special_token_ids:
-        _refuse(call, "neither tokenizer_config.json nor config.json says the token that ends text")
+        refuse(call, "neither tokenizer_config.json nor config.json says the token that ends text")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(cut)
     writer.add_token_list(tokens)
@@ -59,10 +59,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, rows: int, call: str) -
     special.add_to_gguf(writer, quiet=True)
 
 
-def _refuse(call: str, why: str) -> NoReturn:
+def refuse(call: str, why: str) -> NoReturn:
+    """Refuse a folder that llama.cpp's own converter may know."""
     raise ValueError(
         f"`{call}`: {why}. Convert the folder with llama.cpp's `convert_hf_to_gguf.py --outtype "
-        "f16`, which knows more of them, and pass the GGUF file as BASE."
+        "f16`, which writes more models, and pass the GGUF file as BASE."
     )
 
 
