@@ -1,4 +1,7 @@
-"""float16: what the merged model computes finitely, the factored one computes finitely too."""
+"""float16: what the merged model computes finitely, the factored one computes finitely too.
+
+bfloat16: gradients of A and B are not rounded to it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +21,15 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def node(shape, layout, parts=HALF, inward=True, w=0.3, m=None):
+def node(shape, layout, parts=HALF, inward=True, w=0.3, m=None, rank=2, dtype=HALF):
     """W of about `w`; one factor of about 1, which meets large inputs, and one of about 1e-4."""
     ins = [n for n, k in zip(shape[-len(layout) :], layout, strict=True) if k == "i"]
     outs = [n for n, k in zip(shape[-len(layout) :], layout, strict=True) if k == "o"]
     stack = shape[: -len(layout)]
-    a, b = normal(1, *stack, *ins, 2), normal(2, *stack, 2, *outs)
+    a, b = normal(1, *stack, *ins, rank), normal(2, *stack, rank, *outs)
     a, b = (a, b * 1e-4) if inward else (a * 1e-4, b)
     extra = {} if m is None else {"magnitude": jnp.asarray(m * (1 + np.arange(outs[0])), parts)}
-    base = jnp.asarray(normal(0, *shape) * w, HALF)
+    base = jnp.asarray(normal(0, *shape) * w, dtype)
     factors = jnp.asarray(a, parts), jnp.asarray(b, parts)
     return jlora.LoraArray(base, *factors, jnp.full(stack, S), layout, extra=extra)
 
@@ -144,3 +147,15 @@ def test_the_products_are_those_of_float32(name):
         return sorted(str([v.aval.shape for v in (*e.invars, *e.outvars)]) for e in found)
 
     assert products(HALF) == products(jnp.float32)
+
+
+@pytest.mark.parametrize("rank", [2, 12])
+@pytest.mark.parametrize("name", ["dense", "experts", "scan"])
+def test_gradients_of_a_bfloat16_model_are_not_rounded(name, rank):
+    """They are summed over devices where they are computed: in float32 from the products on."""
+    fn, (shape, layout), _, x = MODELS[name]
+    params = node(shape, layout, jnp.float32, w=1, rank=rank, dtype=jnp.bfloat16)
+    run = jlora.lora(lambda p, x: jnp.square(fn(p, x).astype(jnp.float32)).sum())
+    found = jax.jit(jax.grad(run))(params, jnp.asarray(normal(3, *x.shape), jnp.bfloat16))
+    for g in (found.lora_a, found.lora_b):
+        assert (g != g.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jlora import _compat
 from jlora._arrays import accumulator
-from jlora.transform._labeled import AnyArray, Labels, Places, contract, expanded, flops
+from jlora.transform._labeled import AnyArray, Labels, Places, contract, einsum, expanded, flops
 from jlora.transform._view import RANK, narrowed, plus, scaled
 
 TOKENS = "tokens"
@@ -84,10 +84,8 @@ def _product(form: Form, base: AnyArray, x: AnyArray, parts: tuple[Any, ...]) ->
     pair, labels, s = list(parts[:2]), list(form.factors), parts[2:]
     if s and form.turned:
         pair[form.first], labels[form.first] = _turned(s[0], pair[form.first], form)
-    x, one, other = (
-        narrowed(k, form.dtype)
-        for k in (lax.reshape(x, form.x_shape), pair[form.first], pair[1 - form.first])
-    )
+    x, one, other = lax.reshape(x, form.x_shape), pair[form.first], pair[1 - form.first]
+    x = narrowed(x, form.dtype)
     narrow, wide = places(base, x, form)
     z = contract(x, form.x, one, labels[form.first], form.between, form.precision, narrow)
     if s and not form.turned:
@@ -136,7 +134,7 @@ def in_terms(
     """
     del precision  # the terms are exact
     wide = accumulator(z.dtype)
-    z, factor = narrowed(z, wide), narrowed(factor, wide)
+    z, factor = narrowed(z, wide), narrowed(narrowed(factor, z.dtype), wide)
 
     def row(n: int, x: Array, names: Labels) -> Any:
         x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
@@ -157,9 +155,12 @@ def _(
 ) -> tuple[Array, Array]:
     (z, factor), (dz, dfactor) = at, along
     out = in_terms(z, z_labels, factor, labels, out_labels, precision)
-    moved = [(dz, factor), (z, dfactor)]
-    moved = [pair for pair in moved if not any(isinstance(x, SymbolicZero) for x in pair)]
-    terms = [contract(x, z_labels, y, labels, out_labels, precision) for x, y in moved]
+    moved = [(contract, dz, factor), (einsum, z, dfactor)]
+    terms = [
+        product(x, z_labels, y, labels, out_labels, precision)
+        for product, x, y in moved
+        if not isinstance(x, SymbolicZero) and not isinstance(y, SymbolicZero)
+    ]
     return out, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)
 
 

@@ -1,12 +1,16 @@
 """Arrays with labeled axes: their products, and the cost of those."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jlora._arrays import accumulator
@@ -48,8 +52,53 @@ def contract(
 ) -> Array:
     """Multiply two labeled arrays and sum over the labels missing in `out_labels`: an einsum.
 
-    On a mesh with explicit axes, `places` says along which of them each label is sharded.
+    The product is that of y in the dtype of x: see `in_dtype_of_first`. On a mesh with explicit
+    axes, `places` says along which of them each label is sharded.
     """
+
+    def product(x: AnyArray, y: AnyArray) -> Array:
+        return einsum(x, x_labels, y, y_labels, out_labels, precision, places)
+
+    return in_dtype_of_first(product, x, y)
+
+
+def in_dtype_of_first(product: Callable[[Any, Any], Array], x: AnyArray, y: AnyArray) -> Array:
+    """Return `product(x, y)`, a bilinear map, of y cast to the dtype of x.
+
+    The derivative is that of the product alone. That of the cast would round the gradient for y,
+    which is a sum over tokens. Tokens are on several devices, and on TPUs XLA adds up what they
+    have in the dtype that the sum is then rounded to.
+    """
+    if x.dtype == y.dtype:
+        return product(x, y)
+
+    @jax.custom_jvp
+    def rounded(x: AnyArray, y: AnyArray) -> Array:
+        return product(x, lax.convert_element_type(y, x.dtype))
+
+    @functools.partial(rounded.defjvp, symbolic_zeros=True)
+    def _(at: tuple[Any, Any], along: tuple[Any, Any]) -> tuple[Array, Array]:
+        (x, y), (dx, dy) = at, along
+        out, terms = rounded(x, y), []
+        if not isinstance(dx, SymbolicZero):
+            terms.append(in_dtype_of_first(product, dx, y))
+        if not isinstance(dy, SymbolicZero):
+            terms.append(product(x, dy))
+        return out, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)
+
+    return rounded(x, y)
+
+
+def einsum(
+    x: AnyArray,
+    x_labels: Sequence[Label],
+    y: AnyArray,
+    y_labels: Sequence[Label],
+    out_labels: Sequence[Label],
+    precision: lax.PrecisionLike = None,
+    places: Places | None = None,
+) -> Array:
+    """Multiply as `contract`, but two dtypes as they are."""
     batch = [k for k in x_labels if k in y_labels and k in out_labels]
     summed = [k for k in x_labels if k in y_labels and k not in out_labels]
     made = batch + [k for k in (*x_labels, *y_labels) if (k in x_labels) != (k in y_labels)]

@@ -74,7 +74,7 @@ def _low_rank(
     base: AnyArray, x: AnyArray, parts: tuple[Any, ...], m: AnyArray, form: Form, labels: Labels
 ) -> Array:
     """Return x·W + (m ∘ s·(x·A))·B, where `base` is x·W."""
-    pair, s = [narrowed(k, form.dtype) for k in parts[:2]], parts[2:]
+    pair, s = parts[:2], parts[2:]
     x = narrowed(lax.reshape(x, form.x_shape), form.dtype)
     of, last = form.factors[form.first], form.factors[1 - form.first]
     narrow, wide = places(base, x, form)

@@ -103,7 +103,7 @@ def _narrow_conv(
     # first (as for a transposed kernel), its input channels.
     replaced = out_axis if window == inward else in_axis
     kernel = with_rank_at(view, window, replaced).astype(dtype)
-    other = view.factors[1 - window].astype(dtype)
+    other = view.factors[1 - window]
     other = other.reshape(-1, other.shape[-1])  # (channels, rank): drops spatial axes of size 1
     if replaced == in_axis:
         feature = dn.lhs_spec[1]

@@ -14,7 +14,7 @@ from jlora._partition import still
 from jlora._paths import describe
 from jlora.transform._gain import NONE, Gain, multiplied
 from jlora.transform._inputs import EXACT, Sums, pulled, wide
-from jlora.transform._labeled import AnyArray, expanded
+from jlora.transform._labeled import AnyArray, expanded, in_dtype_of_first
 from jlora.transform._registry import rule
 from jlora.transform._view import GAIN, View, plus
 from jlora.transform._walk import Walk
@@ -95,8 +95,11 @@ def _narrow(eqn: JaxprEqn, x: AnyArray, view: View, first: int, group_sizes: Any
     """Multiply by one factor and then by the other, in the dtype of x."""
     dn = eqn.params["ragged_dot_dimension_numbers"]
     (x_sum, _), (x_batch, _) = dn.dot_dimension_numbers
-    factor = view.factors[first].astype(x.dtype)
-    z = into_rank(eqn, x, factor, view.axes(first), group_sizes)
+
+    def narrow(x: AnyArray, factor: AnyArray) -> Array:
+        return into_rank(eqn, x, factor, view.axes(first), group_sizes)
+
+    z = in_dtype_of_first(narrow, x, view.factors[first])
     x_free = [k for k in range(x.ndim) if k not in (*x_sum, *x_batch)]
     row = len(x_batch) + x_free.index(dn.lhs_ragged_dimensions[0])
     return _out_of_rank(eqn, z.astype(x.dtype), view, 1 - first, group_sizes, row)
@@ -114,10 +117,14 @@ def _out_of_rank(
     """Multiply (batch, ..., rows, ..., rank) by a factor or the gain, which have the rank last."""
     dn, axes = eqn.params["ragged_dot_dimension_numbers"], view.axes(k)
     _, (x_batch, w_batch) = dn.dot_dimension_numbers
-    batch, factor = list(range(len(x_batch))), view.components[k].astype(z.dtype)
+    batch = list(range(len(x_batch)))
     numbers = (([z.ndim - 1], [len(axes)]), (batch, _at(axes, w_batch)))
     groups = _at(axes, dn.rhs_group_dimensions)
-    return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
+
+    def product(z: AnyArray, factor: AnyArray) -> Array:
+        return _ragged(eqn, z, factor, group_sizes, numbers, [row], groups, precision)
+
+    return in_dtype_of_first(product, z, view.components[k])
 
 
 def _gain(
