@@ -160,7 +160,10 @@ def built(x: PyTree) -> PyTree:
 
 def standin(x: PyTree) -> PyTree:
     """Return what a function is traced on: the shape and dtype of a stored weight, or `x`."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_stored(x) else x
+    if not is_stored(x):
+        return x
+    sharding = x.explicit_sharding() if hasattr(x, "explicit_sharding") else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def using(fn: Callable[..., Any], *operands: PyTree) -> PyTree:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -79,7 +80,14 @@ class QuantArray(Node):
 
     def dequantize(self) -> Array:
         """Build the weight: in float32, then cast to its dtype."""
-        rows = self.format.unpack(self.parts).astype(self.dtype)
+        return _axes.without_shardings(self._built, self.parts, self.explicit_sharding())
+
+    def explicit_sharding(self) -> Any:
+        """Return the sharding along explicit axes of a mesh, which the weight will have, or None."""
+        return _axes.explicit(self)
+
+    def _built(self, parts: Mapping[str, Array]) -> Array:
+        rows = self.format.unpack(parts).astype(self.dtype)
         return Geometry.of(self.shape, self.layout).from_matrix(jnp.swapaxes(rows, -1, -2))
 
     def as_layout(self, layout: str, dims: Sequence[int]) -> "QuantArray":
@@ -151,9 +159,10 @@ def pack(weight: Array, format: Format, layout: str) -> QuantArray:
     """Store a weight, `(*stack, *dims)`, in a format."""
     geometry = Geometry.of(weight.shape, layout)
     if getattr(format, "on_host", False):
-        parts = format.pack(_rows(weight, layout))
+        parts = format.pack(_rows(np.asarray(weight), layout))
     else:
-        parts = _packed(weight, format, layout)
+        run = functools.partial(_packed, format=format, layout=layout)
+        parts = _axes.without_shardings(run, weight, _axes.explicit_parts(run, weight, layout))
     parts = _axes.placed(parts, weight, layout)
     dims = tuple(weight.shape[len(geometry.stack) :])
     return QuantArray(parts, format, layout, dims, jnp.dtype(weight.dtype).name)

@@ -5,7 +5,7 @@ first is the outermost, so rows can be sharded as it is; along the others they a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,13 @@ def placed(parts: Mapping[str, Array], weight: Any, layout: str) -> Mapping[str,
     sharding = getattr(weight, "sharding", None)
     if _compat.is_traced(weight) or not isinstance(sharding, NamedSharding):
         return parts
+    return jax.device_put(parts, of_parts(parts, weight, layout, sharding))
+
+
+def of_parts(
+    parts: Mapping[str, Any], weight: Any, layout: str, sharding: NamedSharding
+) -> dict[str, NamedSharding]:
+    """Return how parts are sharded, given their shapes, the weight and its sharding."""
     full = (*sharding.spec, *(None,) * (weight.ndim - len(sharding.spec)))
     stack = weight.ndim - len(layout)
     rows = (*full[:stack], full[stack + layout.index("o")], full[stack + layout.index("i")])
@@ -30,7 +37,7 @@ def placed(parts: Mapping[str, Array], weight: Any, layout: str) -> Mapping[str,
         spec = PartitionSpec(*rows[: x.ndim] if of_rows else rows[:stack])
         return NamedSharding(sharding.mesh, divided(spec, x.shape, sharding.mesh))
 
-    return {name: jax.device_put(x, at(x)) for name, x in parts.items()}
+    return {name: at(x) for name, x in parts.items()}
 
 
 def of_weight(rows: Sequence[Any], layout: str, dims: Sequence[int], mesh: Any) -> tuple[Any, ...]:
@@ -40,6 +47,36 @@ def of_weight(rows: Sequence[Any], layout: str, dims: Sequence[int], mesh: Any) 
     for side, entry in (("o", out), ("i", inputs)):
         found[layout.index(side)] = entry
     return (*stack, *divided(PartitionSpec(*found), dims, mesh))
+
+
+def explicit(weight: Any) -> NamedSharding | None:
+    """Return the sharding of a stored weight along explicit axes of a mesh; None if it has none."""
+    codes = max(weight.parts.values(), key=lambda x: (x.ndim, x.size))
+    sharding = jax.typeof(codes).sharding
+    if not _compat.is_explicit(sharding):
+        return None
+    rows = (*sharding.spec, *(None,) * (codes.ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*weight.axes_of(rows, sharding.mesh)))
+
+
+def explicit_parts(pack: Callable[[Any], Any], weight: Any, layout: str) -> Any:
+    """Return the shardings of the parts of a weight along explicit axes of a mesh, or None."""
+    sharding = jax.typeof(weight).sharding
+    if not _compat.is_explicit(sharding):
+        return None
+    parts = jax.eval_shape(pack, jax.ShapeDtypeStruct(weight.shape, weight.dtype))
+    return of_parts(parts, weight, layout, sharding)
+
+
+def without_shardings(fn: Callable[[Any], Any], x: Any, out: Any) -> Any:
+    """Return `fn(x)`, where the shardings of arrays are not a part of their types inside `fn`.
+
+    Formats are written without them. `out` are those of the result; None if x has none either.
+    """
+    if out is None:
+        return fn(x)
+    with _compat.in_mesh_of(jax.tree.leaves(x)[0]):
+        return jax.sharding.auto_axes(fn, out_sharding=out)(x)
 
 
 def _outputs(dims: Sequence[int], layout: str) -> int:
