@@ -41,9 +41,10 @@ class StoredWeight(Protocol):
       weight, in `dtype`. If it returns `NotImplemented`, the weight is built.
       It is asked for products of one dtype at the default precision.
 
-    Two more: `builds = True` says that `dot` builds the weight. Where the leaves have other axes
+    Three more: `builds = True` says that `dot` builds the weight. Where the leaves have other axes
     than the weight, `axes_of(entries, mesh)` returns the mesh axes of each axis of the weight,
-    given those of its largest leaf.
+    given those of its largest leaf. On meshes with explicit axes, `explicit_sharding()` returns the
+    sharding that `dequantize` gives to the weight; without such axes, None.
 
     Example:
         >>> import dataclasses, functools, jax, jax.numpy as jnp, jlora
@@ -249,16 +250,26 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
         order = dict(weight.step.params).get("permutation", range(weight.ndim))
         axes, weight = [order[n] for n in axes], weight.operands[0]
     free = [axis for n, axis in enumerate(axes) if n not in summed[k]]
-    own = None if weight.step is not None else getattr(weight.operands[0], "dot", None)
-    if own is None or batch[k] or free != sorted(free) or not _usual(eqn):
+    own = weight.step is None and hasattr(weight.operands[0], "dot")
+    if not own or batch[k] or free != sorted(free) or not _usual(eqn):
         return NotImplemented
     aval: Any = eqn.outvars[0].aval
     dtype = eqn.params["preferred_element_type"] or aval.dtype
-    out = own(operands[1 - k], (tuple(summed[1 - k]), tuple(axes[n] for n in summed[k])), dtype)
-    if out is NotImplemented or k == 1:
-        return out
-    first = out.ndim - len(free)
-    return lax.transpose(out, (*range(first, out.ndim), *range(first)))
+    contracted = tuple(summed[1 - k]), tuple(axes[n] for n in summed[k])
+    found = True
+
+    def product(weight: Any, x: Any) -> Any:
+        nonlocal found
+        out = weight.dot(x, contracted, dtype)
+        found = out is not NotImplemented
+        if not found:  # which must not leave `jax.sharding.auto_axes`
+            return lax.full(aval.shape, 0, dtype)
+        first = out.ndim - len(free)
+        return out if k == 1 else lax.transpose(out, (*range(first, out.ndim), *range(first)))
+
+    at = aval.sharding if _compat.is_explicit(aval.sharding) else None
+    out = _compat.without_shardings(product, at, weight.operands[0], operands[1 - k])
+    return out if found else NotImplemented
 
 
 def _usual(eqn: JaxprEqn) -> bool:

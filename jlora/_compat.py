@@ -6,7 +6,7 @@ that jlora supports are read here; rules read the other parameters of their own 
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,17 @@ def in_mesh_of_any(arrays: Iterable[Any]) -> Any:
     if mesh is None or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def without_shardings(fn: Callable[..., Any], out: Any, *args: PyTree) -> Any:
+    """Return `fn(*args)`, where the shardings of arrays are not a part of their types inside `fn`.
+
+    `out` are the shardings of the result along explicit axes of a mesh; None without such axes.
+    """
+    if out is None:
+        return fn(*args)
+    with in_mesh_of(jax.tree.leaves(args)[0]):
+        return jax.sharding.auto_axes(fn, out_sharding=out)(*args)
 
 
 def is_explicit(sharding: Any) -> bool:

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mesh_model
 import numpy as np
 import pytest
 from helpers import bits
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
 
 import jlora
 from jlora import LoraSpec, quant
@@ -113,3 +115,63 @@ def test_as_on_one_device(name: str, shape: Any, least: int, monkeypatch: Any) -
         strict=True,
     ):
         near(got, want)
+
+
+EXPLICIT = {"int8": quant.Int8(), "int4": quant.Int4(8), "nf4": quant.NF4(8), "q8_0": quant.Q8_0}
+
+
+@pytest.mark.parametrize("name", ["nf4", *map(nightly, ("int8", "int4", "q8_0"))])
+def test_explicit_axes(name: str, usual_promotion: Any) -> None:
+    """Codes, the weight and rows that are looked up have their shardings in their types."""
+    where = mesh_model.mesh((4, 2), AxisType.Explicit)
+    path, layout = "embed", {"embed": "oi"}
+    alone = jlora.quantize(
+        {path: jnp.asarray(base()["up"])}, {path: EXPLICIT[name]}, layouts=layout
+    )
+    with jax.set_mesh(where):
+        weight = jax.device_put(base()["up"], NamedSharding(where, P("fsdp", "tp")))
+        stored = jlora.quantize({path: weight}, {path: EXPLICIT[name]}, layouts=layout)
+        made = jax.jit(jlora.dequantize)(stored)[path]
+        run = jlora.lora(lambda p, k: p[path].at[k].get(out_sharding=P("fsdp", "tp")))
+        rows = jax.jit(run)(stored, jnp.arange(8))
+    codes = max(stored[path].parts.values(), key=lambda x: x.nbytes)
+    for x, spec in ((codes, P("fsdp", "tp")), (made, P("fsdp", "tp")), (rows, P("fsdp", "tp"))):
+        assert x.sharding == NamedSharding(where, spec)
+    if name != "nf4":  # the mean of whose scales is rounded otherwise on a mesh
+        assert jax.tree.map(bits, stored[path].parts) == jax.tree.map(bits, alone[path].parts)
+    np.testing.assert_allclose(made, jlora.dequantize(alone)[path], atol=1e-6)
+    np.testing.assert_array_equal(rows, np.asarray(made)[:8])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+def test_a_model_with_explicit_axes(name: str, scanned: bool, usual_promotion: Any) -> None:
+    def attached(weights: Any) -> Any:
+        stored = jlora.quantize(weights, {".*": EXPLICIT[name]}, layouts=layouts_of(weights))
+        return jlora.attach(stored, mesh_model.rules(), key=jax.random.key(0))
+
+    def run(params: Any, tokens: Any, kind: Any = None) -> Any:
+        trained, frozen = jlora.partition(params)
+        trained = jax.tree.map(lambda x: x + 0.02, trained)
+        of = lambda t: mesh_model.loss(jlora.combine(t, frozen), tokens, kind)
+        return jax.jit(jax.grad(of, has_aux=True))(trained)[::-1]
+
+    where = mesh_model.mesh((4, 2), AxisType.Explicit)
+    weights = mesh_model.base(scanned)
+    want_params = attached(weights)
+    at = jax.tree.map(lambda spec: NamedSharding(where, spec), mesh_model.specs(scanned))
+    with jax.set_mesh(where):
+        params = attached(jax.device_put(weights, at))
+        params = jax.device_put(want_params, jax.tree.map(lambda x: x.sharding, params))
+        tokens = jax.device_put(mesh_model.TOKENS, NamedSharding(where, P("fsdp")))
+        got = run(params, tokens, AxisType.Explicit)
+    for x, y in zip(got, run(want_params, mesh_model.TOKENS), strict=True):
+        near(x, y)
+
+
+def layouts_of(weights: Any) -> dict[str, str]:
+    """The layouts of the weights of `mesh_model`, by path."""
+    names = {**{k: x[-1] for k, x in mesh_model.WEIGHTS.items()}, "embed": "oi", "head": "io"}
+    paths = [keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(weights)]
+    return {path: names[path.rpartition("/")[2]] for path in paths}

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jlora import _serialization
+from jlora import _compat, _serialization
 from jlora._arrays import Geometry
 from jlora._node import Node
 from jlora._spec import check_layout
@@ -80,10 +80,10 @@ class QuantArray(Node):
 
     def dequantize(self) -> Array:
         """Build the weight: in float32, then cast to its dtype."""
-        return _axes.without_shardings(self._built, self.parts, self.explicit_sharding())
+        return _compat.without_shardings(self._built, self.explicit_sharding(), self.parts)
 
     def explicit_sharding(self) -> Any:
-        """Return the sharding along explicit axes of a mesh, which the weight will have, or None."""
+        """Return the sharding of the weight along explicit axes of a mesh; None without any."""
         return _axes.explicit(self)
 
     def _built(self, parts: Mapping[str, Array]) -> Array:
@@ -162,7 +162,8 @@ def pack(weight: Array, format: Format, layout: str) -> QuantArray:
         parts = format.pack(_rows(np.asarray(weight), layout))
     else:
         run = functools.partial(_packed, format=format, layout=layout)
-        parts = _axes.without_shardings(run, weight, _axes.explicit_parts(run, weight, layout))
+        at = _axes.explicit_parts(run, weight, layout)
+        parts = _compat.without_shardings(run, at, weight)
     parts = _axes.placed(parts, weight, layout)
     dims = tuple(weight.shape[len(geometry.stack) :])
     return QuantArray(parts, format, layout, dims, jnp.dtype(weight.dtype).name)

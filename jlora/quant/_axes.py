@@ -68,16 +68,5 @@ def explicit_parts(pack: Callable[[Any], Any], weight: Any, layout: str) -> Any:
     return of_parts(parts, weight, layout, sharding)
 
 
-def without_shardings(fn: Callable[[Any], Any], x: Any, out: Any) -> Any:
-    """Return `fn(x)`, where the shardings of arrays are not a part of their types inside `fn`.
-
-    Formats are written without them. `out` are those of the result; None if x has none either.
-    """
-    if out is None:
-        return fn(x)
-    with _compat.in_mesh_of(jax.tree.leaves(x)[0]):
-        return jax.sharding.auto_axes(fn, out_sharding=out)(x)
-
-
 def _outputs(dims: Sequence[int], layout: str) -> int:
     return math.prod(n for n, side in zip(dims, layout, strict=True) if side == "o")

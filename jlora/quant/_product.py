@@ -57,11 +57,13 @@ def product(
     if small or any(map(_on_mesh, (*parts.values(), x))):
         return times(parts, x, dtype, transposed) if hasattr(format, "dot") else NotImplemented
 
+    blocks = sides[1] // format.block, format.block
+
     def forward(x: Array) -> Array:
-        return times(*_together(parts, x), dtype, transposed)
+        return times(*_together(parts, x, blocks, transposed), dtype, transposed)
 
     def backward(g: Array) -> Array:
-        return times(*_together(parts, g), x.dtype, not transposed)
+        return times(*_together(parts, g, blocks, not transposed), x.dtype, not transposed)
 
     return _linear(forward, backward, x, dtype)
 
@@ -123,25 +125,41 @@ def _linear(
     return lax.custom_linear_solve(lambda b: b, both, solve, transpose_solve)[..., n:].astype(dtype)
 
 
-def _together(parts: Parts, x: Array) -> tuple[dict[str, Array], Array]:
+def _together(
+    parts: Parts, x: Array, shape: tuple[int, int], transposed: bool
+) -> tuple[dict[str, Array], Array]:
     """Return the same arrays, none of which is there before x: see the top of this file.
 
     Both results of the barrier are used, for XLA takes out of a barrier what nobody uses.
     """
     parts, x = lax.optimization_barrier((dict(parts), x))
-    parts = lax.platform_dependent(parts, tpu=_row_major, default=lambda parts: parts)
+    laid_out = functools.partial(_laid_out, shape=shape, transposed=transposed)
+    parts = lax.platform_dependent(parts, tpu=laid_out, default=lambda parts: parts)
     never = _never(x)
     integers = {k for k, part in parts.items() if jnp.issubdtype(part.dtype, jnp.integer)}
     return {k: x ^ never.astype(x.dtype) if k in integers else x for k, x in parts.items()}, x
 
 
-def _row_major(parts: dict[str, Array]) -> dict[str, Array]:
-    """Lay arrays out in the order of their axes.
+def _laid_out(
+    parts: dict[str, Array], shape: tuple[int, int], transposed: bool
+) -> dict[str, Array]:
+    """Lay arrays out in the order of their axes, and then whole codes as the product reads them.
 
-    XLA would lay out all of a scanned stack as the products want one layer, and so copy it.
+    XLA would lay out all of a scanned stack as the products want one layer, and so copy it. Codes
+    that are not packed, `(out, blocks · block)`, it would multiply before it divides them into
+    blocks, and copy the weight that this makes. After the two layouts it has to move the codes.
+    `shape` is (blocks, block).
     """
-    layouts = {k: Layout(tuple(range(x.ndim))) for k, x in parts.items()}
-    return with_layout_constraint(parts, layouts)
+    as_stored = {k: Layout(tuple(range(x.ndim))) for k, x in parts.items()}
+    parts = with_layout_constraint(parts, as_stored)
+    blocks, block = shape
+    order = Layout((1, 2, 0) if transposed else (2, 1, 0))
+
+    def moved(x: Array) -> Array:
+        return with_layout_constraint(x.reshape(-1, *shape), order).reshape(x.shape)
+
+    whole = {k for k, x in parts.items() if block > 1 and x.shape[1:] == (blocks * block,)}
+    return {k: moved(x) if k in whole else x for k, x in parts.items()}
 
 
 @custom_vmap
