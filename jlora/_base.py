@@ -267,8 +267,8 @@ def _own_product(eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
         first = out.ndim - len(free)
         return out if k == 1 else lax.transpose(out, (*range(first, out.ndim), *range(first)))
 
-    at = aval.sharding if _compat.is_explicit(aval.sharding) else None
-    out = _compat.without_shardings(product, at, weight.operands[0], operands[1 - k])
+    sharding = aval.sharding if _compat.is_explicit(aval.sharding) else None
+    out = _compat.without_shardings(product, sharding, weight.operands[0], operands[1 - k])
     return out if found else NotImplemented
 
 
