@@ -42,7 +42,6 @@ import watch
 from begin import (
     Start,
     adapt,
-    check_folders,
     check_run,
     load_model,
     prepare,
@@ -53,6 +52,7 @@ from begin import (
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
 from exports import check_export, export
 from flags import parse
+from outputs import check_outputs
 from plan import show_plan
 from states import write_beside
 from stopping import Stopping, stoppable
@@ -235,7 +235,7 @@ def main(
                 show_plan(args)
                 return 0
             placing.join_processes(args)
-            check_folders(args)
+            check_outputs(args)
             watch.check(args.log)
             with states.only_run(args.out) as left:
                 check_run(args, left)
@@ -253,7 +253,8 @@ def main(
         except (ValueError, OSError, FloatingPointError) as error:
             if running and isinstance(error, ValueError):
                 raise
-            text = f"finetune.py: error: {error}"
+            program = "finetune.py" if make_job is None else "dpo.py"
+            text = f"{program}: error: {error}"
             print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
             return placing.end_alone(1 if running else 2)
 

@@ -171,7 +171,10 @@ def open_shard(file: Path) -> Any:
 def read_json(file: Path) -> dict[str, Any]:
     """Read one JSON object."""
     if not file.is_file():
-        raise FileNotFoundError(f"`--model {file.parent}`: there is no {file.name} in it.")
+        raise FileNotFoundError(
+            f"`--model {file.parent}`: there is no {file.name} in it. Give a directory with "
+            "config.json, *.safetensors and tokenizer.json."
+        )
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

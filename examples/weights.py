@@ -71,7 +71,8 @@ def path_of(model: str | None) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"`--model {path}`: there is no such file or directory. Give a directory with "
-            "config.json, *.safetensors and tokenizer.json, or a .gguf file."
+            "config.json, *.safetensors and tokenizer.json, or a .gguf file. `hf download NAME "
+            "--local-dir DIR` makes such a directory of a model of the Hugging Face Hub."
         )
     return path
 
