@@ -72,11 +72,11 @@ def train(
     state: State,
     saver: states.Saver,
     asked: Stopping,
+    logs: Sequence[watch.Log] = (),
 ) -> State:
     """Train until the run is finished or a signal asks to stop; evaluate and save when due."""
     flops = watch.flops_of_token(state.trainable, frozen, job.config.tied)
     record = functools.partial(report.record, make_schedule(args.lr, args.steps), flops)
-    logs = watch.loggers(args) if placing.is_first() else []
     log = args.out / "metrics.jsonl"
     write_beside(log, report.lines(report.records(state, record)))
     bar = tqdm(total=args.steps, initial=state.step, desc="train", unit="step")
@@ -103,8 +103,8 @@ def train(
                 bar.update()
             metrics.write(report.lines([line]))
             metrics.flush()
-            for log in logs:
-                log(state.step, line)
+            for send in logs:
+                send(state.step, line)
             if saver.due(state):
                 saver.save(state)
     saver.save(state)
@@ -135,8 +135,9 @@ def run(args: argparse.Namespace, job: Job, begun: Start, asked: Stopping) -> in
     placing.say_undivided(job.params)
     _, frozen = jlora.partition(job.params)
     programs = compile_all(job, tx, state, frozen)
-    with states.Saver(args.out / "state", notes, args.save_every) as saver:
-        state = train(args, job, programs, frozen, state, saver, asked)
+    saving = states.Saver(args.out / "state", notes, args.save_every)
+    with watch.loggers(args) as logs, saving as saver:
+        state = train(args, job, programs, frozen, state, saver, asked, logs)
     if not finished(args, state):
         print(f"stopped after step {state.step} of {args.steps}; continue with --resume")
         return asked.status

@@ -146,11 +146,12 @@ def shards(path: Path) -> list[Path]:
             raise FileNotFoundError(f"`--model {path}`: there are no *.safetensors files in it.")
         return files
     listed = read_json(index).get("weight_map")
-    files = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    if not files or any(Path(name).name != name for name in files):
+    named = [*listed.values()] if isinstance(listed, dict) else []
+    if not named or not all(isinstance(x, str) and Path(x).name == x for x in named):
         raise ValueError(f"`--model {path}`: {index.name} does not map weights to files in it.")
+    files = sorted({*named})
     for name in files:
-        if not (path / name).is_file():
+        if len(name) > 255 or not (path / name).is_file():
             raise FileNotFoundError(
                 f"`--model {path}`: there is no {reprlib.repr(name)}, which {index.name} lists."
             )

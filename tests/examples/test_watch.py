@@ -27,6 +27,12 @@ class Calls:
 
         return call
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seen.append(("close", (), {}))
+
 
 def test_loggers_get_every_step_and_evaluation(
     job: Any, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -44,10 +50,44 @@ def test_loggers_get_every_step_and_evaluation(
     assert board.seen[0] == ("SummaryWriter", (str(tmp_path / "tensorboard"),), {})
 
     args = types.SimpleNamespace(log=["wandb"], out=tmp_path, lr=0.1, data=None)
-    (log,) = watch.loggers(args)
-    log(3, {"step": 3, "loss": 0.5})
+    with watch.loggers(args) as (log,):
+        log(3, {"step": 3, "loss": 0.5})
     assert wandb.seen[0][2]["config"]["lr"] == "0.1" and "data" not in wandb.seen[0][2]["config"]
     assert wandb.seen[1] == ("log", ({"loss": 0.5},), {"step": 3})
+    assert board.seen[-1][0] == wandb.seen[-1][0] == "close"
+
+
+def scalars(data: bytes) -> dict[tuple[str, int], float]:
+    """The scalars of an event file: a length, its checksum, an event, its checksum; and so on."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, at = {}, 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        given = (x for x in event.summary.value if x.HasField("simple_value"))
+        found |= {(x.tag, event.step): x.simple_value for x in given}
+        at += size + 16
+    return found
+
+
+@pytest.mark.live
+def test_the_packages_get_the_numbers(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Scalars in the event file are rounded to float32; wandb's summary has the last of each."""
+    import wandb
+
+    runs, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(init(**given)) or runs[-1])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert job(tmp_path, "--log", "tensorboard", "wandb", "--eval-every", "3") == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    want = {
+        (name, x["step"]): value for x in lines for name, value in watch.named_numbers(x).items()
+    }
+    found = scalars(next((tmp_path / "tensorboard").iterdir()).read_bytes())
+    assert found == pytest.approx(want, rel=1e-6)
+    last = {name: value for (name, _), value in sorted(want.items(), key=lambda x: x[0][1])}
+    assert {name: runs[0].summary[name] for name in last} == last
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_written(
