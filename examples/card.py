@@ -42,6 +42,7 @@ files). {f"Its licence is {license}, as its files state." if license else UNKNOW
 ## Data
 
 {data}; SHA-256 `{found["data_sha256"]}` (of its tokens).
+
 {rows(found["data"])}
 
 This card makes no statement about the licence of the data.

@@ -1,5 +1,6 @@
 """What a run leaves for people: metrics.jsonl, the plot, report.json."""
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -110,6 +111,12 @@ def peak_memory() -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return None if found is None else 1024 * int(found[1])
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Every flag of the run, also those that results do not depend on."""
+    plain = str | int | float | list | dict | None
+    return {k: x if isinstance(x, plain) else str(x) for k, x in vars(args).items()}
 
 
 def versions() -> dict[str, str]:

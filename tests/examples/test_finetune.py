@@ -61,6 +61,7 @@ def test_the_job(finished: Any, capsys: Any) -> None:
     assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
     assert report["steps"] == 6 and report["adapter_bytes"] > 4 * report["trainable"]
     assert report["settings"]["lr"] == 0.02 and report["versions"]["jax"] == jax.__version__
+    assert report["settings"]["out"] == str(finished.out) and report["settings"]["log"] == []
     assert (finished.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     said = {}
     for kind in ("base", "adapted", "merged"):

@@ -71,23 +71,38 @@ def scalars(data: bytes) -> dict[tuple[str, int], float]:
     return found
 
 
+def history(data: bytes) -> dict[tuple[str, int], float]:
+    """The numbers of wandb's file: LevelDB's log of records, after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found, at, record = {}, 7, b""
+    while at < len(data):
+        if (left := -at % 32768) < 7:  # no record begins in the last bytes of a block
+            at += left
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record = (record if kind in (3, 4) else b"") + data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # complete, or the last part of one
+            items = Record.FromString(record).history.item
+            row = {"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in items}
+            found |= {(name, row["_step"]): x for name, x in row.items() if name[0] != "_"}
+    return found
+
+
 @pytest.mark.live
 def test_the_packages_get_the_numbers(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """Scalars in the event file are rounded to float32; wandb's summary has the last of each."""
-    import wandb
-
-    runs, init = [], wandb.init
-    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(init(**given)) or runs[-1])
+    """Every number of metrics.jsonl is in their files; TensorBoard rounds to float32."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert job(tmp_path, "--log", "tensorboard", "wandb", "--eval-every", "3") == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     want = {
         (name, x["step"]): value for x in lines for name, value in watch.named_numbers(x).items()
     }
-    found = scalars(next((tmp_path / "tensorboard").iterdir()).read_bytes())
-    assert found == pytest.approx(want, rel=1e-6)
-    last = {name: value for (name, _), value in sorted(want.items(), key=lambda x: x[0][1])}
-    assert {name: runs[0].summary[name] for name in last} == last
+    (events,), (run,) = (
+        [*tmp_path.glob(pattern)] for pattern in ("tensorboard/*", "wandb/offline-*/*.wandb")
+    )
+    assert scalars(events.read_bytes()) == pytest.approx(want, rel=1e-6)
+    assert history(run.read_bytes()) == want
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_written(
