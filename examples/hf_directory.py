@@ -191,7 +191,8 @@ def read_tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
-        why = str(error)[:100] + ("" if len(str(error)) < 300 else "...") + str(error)[100:][-200:]
+        why = str(error)
+        why = why if len(why) < 300 else f"{why[:100]}...{why[-200:]}"
         raise ValueError(f"`--model {file.parent}`: {file.name}: {why}.") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
