@@ -157,6 +157,31 @@ def check_run(args: argparse.Namespace, left: bool) -> None:
         )
 
 
+def check_generation(args: argparse.Namespace) -> None:
+    """Raise if the adapter in --out is not there, or is one over another base."""
+    if not (args.out / "adapter").is_dir():
+        raise FileNotFoundError(
+            f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
+            "`--weights base`."
+        )
+    notes = report.notes_of(args.out)
+    begun, now = notes.get("settings", {}), settings(args)
+    # PiSSA and its relatives change the base, each rank and seed in another way.
+    names = ("smoke", *ADAPTER, "seed") if begun.get("init") in RESIDUAL else ("smoke",)
+    other = [f"{x}={begun[x]} (now {now[x]})" for x in names if begun.get(x, now[x]) != now[x]]
+    if other:
+        raise ValueError(
+            f"`--generate`: the adapter in {args.out} was trained with {', '.join(other)}. Give "
+            "the same flags."
+        )
+    of_base = report.files_fingerprint(weights.path_of(args.model))
+    if notes.get("base_sha256", of_base) != of_base:
+        raise ValueError(
+            f"`--generate`: the adapter in {args.out} was trained over other files than those of "
+            f"`--model {args.model}`, from {begun.get('model')}. Give that model."
+        )
+
+
 class Start(NamedTuple):
     """The optimizer, the state to start from, and what is saved with the states."""
 

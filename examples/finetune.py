@@ -42,6 +42,7 @@ import watch
 from begin import (
     Start,
     adapt,
+    check_generation,
     check_run,
     load_model,
     prepare,
@@ -201,11 +202,7 @@ def continue_text(args: argparse.Namespace) -> int:
     if args.weights != "base" and args.adapter is not None:
         params, apply = adapt(args, params), jlora.lora(apply)
     elif args.weights != "base":
-        if not (args.out / "adapter").is_dir():
-            raise FileNotFoundError(
-                f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
-                "`--weights base`."
-            )
+        check_generation(args)
         params = restore(args, params)
         apply = jlora.lora(apply)
     if args.weights == "merged":
@@ -257,7 +254,8 @@ def main(
                 raise
             program = "finetune.py" if make_job is None else "dpo.py"
             text = f"{program}: error: {error}"
-            print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
+            wrap = {"break_long_words": False, "break_on_hyphens": False}  # those of paths
+            print(textwrap.fill(text, 100, **wrap), file=sys.stderr)
             return placing.end_alone(1 if running else 2)
 
 

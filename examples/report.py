@@ -1,6 +1,7 @@
 """What a run leaves for people: metrics.jsonl, the plot, report.json."""
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from data import Dataset
 from matplotlib.figure import Figure
-from states import write_beside
+from states import load_notes, write_beside
 from training import State, best
 from watch import utilization
 
@@ -117,6 +118,16 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Every flag of the run, also those that results do not depend on."""
     plain = str | int | float | list | dict | None
     return {k: x if isinstance(x, plain) else str(x) for k, x in vars(args).items()}
+
+
+def notes_of(out: Path) -> dict[str, Any]:
+    """The settings and fingerprints of the run in a directory, as far as they can be read."""
+    with contextlib.suppress(ValueError):
+        if (notes := load_notes(out / "state")) is not None:
+            return notes
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((out / "sweep.json").read_text())
+    return {}
 
 
 def versions() -> dict[str, str]:

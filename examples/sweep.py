@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 import training
+import weights
 from begin import remove_run
 from evaluation import Job, make_apply
 from flags import above_zero, positive
@@ -80,8 +82,10 @@ def sweep(args: argparse.Namespace, job: Job) -> int:
     best = int(np.nanargmin(held_out))  # a rate that diverged may give NaN
     print(f"best: --lr {args.sweep[best]:g}, held-out loss {held_out[best]:.3f}")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = {"rates": [*args.sweep], "losses": history.tolist(), "held_out": held_out.tolist()}
-    rows["best"] = args.sweep[best]
+    rows: dict[str, Any] = {"rates": [*args.sweep], "losses": history.tolist()}
+    rows["held_out"] = held_out.tolist()
+    rows |= {"best": args.sweep[best], "settings": report.settings(args)}
+    rows["base_sha256"] = report.files_fingerprint(weights.path_of(args.model))
     (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     plot(args.out / "sweep.png", args.sweep, held_out)
     base, _ = jlora.detach(job.params)

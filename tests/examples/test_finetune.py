@@ -1,6 +1,7 @@
 """The whole job on a tiny model, its errors, and (slow) on the real one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,29 @@ def test_an_adapter_over_a_residual_is_restored(finished: Any, tmp_path: Path) -
     restored = begin.restore(args, begin.load_model(args)[1])
     for a, b in zip(*map(jax.tree.leaves, (params, restored)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_text_is_generated_with_the_base_of_the_adapter(
+    finished: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Another one would give other text, without an error."""
+    model = shutil.copytree(finished.flags[1], tmp_path / "model")
+    raw = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    more = [*finished.flags, "--generate", "x", "--out", str(finished.out)]
+    for wrong, match in (
+        (["--smoke"], "was trained with smoke=False (now True). Give the same flags"),
+        (["--model", str(model)], f"was trained over other files than those of `--model {model}`"),
+    ):
+        assert finetune.main([*more, *wrong]) == 2
+        assert match in " ".join(capsys.readouterr().err.split())
+    args, begun = finetune.parse(more), {"init": "pissa", "rank": 8, "seed": 0}
+    (finished.out / "sweep.json").write_text(json.dumps({"settings": begun}))
+    monkeypatch.setattr(begin.report, "load_notes", lambda _: None)
+    with pytest.raises(ValueError, match=r"trained with rank=8 \(now 4\), init=pissa \(now None\)"):
+        begin.check_generation(args)
+    (finished.out / "sweep.json").unlink()
+    begin.check_generation(args)
 
 
 def test_metrics_have_every_step_and_every_evaluation(finished: Any) -> None:

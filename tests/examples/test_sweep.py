@@ -33,6 +33,7 @@ def test_every_rate_trains_as_in_a_run_of_its_own(
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     history = np.array(found["losses"])
     assert history.shape == (3, 2) and found["rates"] == [*RATES]
+    assert found["settings"]["steps"] == 3 and len(found["base_sha256"]) == 64
     assert history[-1, 0] != pytest.approx(history[-1, 1], rel=1e-3)
 
     job = finetune.prepare(finetune.parse([*flags, "--smoke"]))
