@@ -18,7 +18,7 @@ ADAPTER |= {"dora": False, "rslora": False}
 FORMS = ("lora", "lora_fa", "lora_xs", "mica")  # those that the optimizer of this job trains
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "milora", "loftq")
 RESIDUAL = ("pissa", "olora", "milora")  # A and B start as a part of the weight
-ONE_FACTOR = ("lora_fa", "lora_xs", "mica")  # those that do not train both A and B
+FROZEN_B = ("lora_xs", "mica")  # those that do not train B
 UNFIT = ("accumulate", "chunk", "plan", "sweep", "window")  # what dpo.py does not implement
 UNSWEPT = ("resume", "eval_every", "log", "export_peft", "export_gguf", "merge", "generate")
 UNSWEPT += ("plan", "mesh")
@@ -148,8 +148,8 @@ def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{flag} writes plain LoRA, and --init {args.init} changes the base")
     if args.export_gguf is not None and args.dora:
         parser.error("--export-gguf: llama.cpp has no DoRA. Use --merge or --export-peft")
-    if args.lora_plus is not None and args.form in ONE_FACTOR:
-        parser.error(f"--lora-plus: --form {args.form} does not train both A and B. Leave it out")
+    if args.lora_plus is not None and args.form in FROZEN_B:
+        parser.error(f"--lora-plus raises the rate of B, which --form {args.form} does not train")
     if args.init == "loftq" and args.quantize not in ("nf4", "int8"):
         parser.error("--init loftq starts at the error of --quantize nf4 or int8: give one of them")
     if args.init == "loftq" and args.scan:

@@ -264,7 +264,10 @@ def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, tmp_path: Path, cap
         (["--alpha", "-1"], "--alpha: -1 is not"),
         (["--seed", "-1"], "--seed: -1 is not in 0 to 4294967295"),
         (["--seed", str(2**32)], "--seed: 4294967296 is not in 0 to 4294967295"),
-        (["--lora-plus", "4", "--form", "mica"], "--form mica does not train both A and B"),
+        (
+            ["--lora-plus", "4", "--form", "mica"],
+            "raises the rate of B, which --form mica does not",
+        ),
         (["--adapter", "a", "--plan"], "instead of --adapter, give its --rank and --targets"),
         (["--adapter", "a", "--rank", "4"], "the one of --adapter has its own"),
         (["--generate", "x", "--export-peft", "a"], "--generate trains nothing"),
