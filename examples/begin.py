@@ -166,8 +166,10 @@ def check_generation(args: argparse.Namespace) -> None:
         )
     notes = report.notes_of(args.out)
     begun, now = notes.get("settings", {}), settings(args)
-    # PiSSA and its relatives change the base, each rank and seed in another way.
-    names = ("smoke", *ADAPTER, "seed") if begun.get("init") in RESIDUAL else ("smoke",)
+    # PiSSA and its relatives change the base, each rank and seed in another way; LoftQ's A and B
+    # make up for a quantization.
+    over_others = begun.get("init") in (*RESIDUAL, "loftq")
+    names = ("smoke", *ADAPTER, "seed", "quantize") if over_others else ("smoke",)
     other = [f"{x}={begun[x]} (now {now[x]})" for x in names if begun.get(x, now[x]) != now[x]]
     if other:
         raise ValueError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("steps", "batch", "length", "accumulate", "lr", "lora_plus", "dtype", "seed")
+SETTINGS += ("quantize",)
 ADAPTER = ("rank", "alpha", "targets", "form", "init", "dora", "rslora")
 CARD = "README.md"
 DEFAULT = "SmolLM2-135M-Instruct"  # the model without --model, whose licence is known

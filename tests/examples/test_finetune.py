@@ -96,11 +96,15 @@ def test_text_is_generated_with_the_base_of_the_adapter(
     ):
         assert finetune.main([*more, *wrong]) == 2
         assert match in " ".join(capsys.readouterr().err.split())
-    args, begun = finetune.parse(more), {"init": "pissa", "rank": 8, "seed": 0}
-    (finished.out / "sweep.json").write_text(json.dumps({"settings": begun}))
+    args = finetune.parse(more)
     monkeypatch.setattr(begin.report, "load_notes", lambda _: None)
-    with pytest.raises(ValueError, match=r"trained with rank=8 \(now 4\), init=pissa \(now None\)"):
-        begin.check_generation(args)
+    for begun, match in (
+        ({"init": "pissa", "rank": 8, "seed": 0}, r"rank=8 \(now 4\), init=pissa \(now None\)"),
+        ({"init": "loftq", "quantize": "nf4"}, r"init=loftq \(.*, quantize=nf4 \(now None\)"),
+    ):
+        (finished.out / "sweep.json").write_text(json.dumps({"settings": begun}))
+        with pytest.raises(ValueError, match=f"was trained with {match}"):
+            begin.check_generation(args)
     (finished.out / "sweep.json").unlink()
     begin.check_generation(args)
 
