@@ -36,6 +36,7 @@ def export(args: argparse.Namespace, job: Job, params: Any, found: dict[str, Any
         print(f"exported to {args.export_peft}")
     if args.export_gguf is not None:
         save_gguf(args, job, params, args.export_gguf)
+        print(f"exported to {args.export_gguf}")
     if args.merge is not None:
         write_merged(args.merge, source, job.config, params)
         print(f"merged into {args.merge}")
@@ -56,7 +57,8 @@ def save_gguf(args: argparse.Namespace, job: Job, params: Any, file: Path) -> No
         config.write_text(json.dumps(config_of(job, weights.path_of(args.model))))
         file.parent.mkdir(parents=True, exist_ok=True)
         command = ["convert", str(folder), str(file), "--to", "gguf", "--overwrite"]
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             status = jlora.cli.main([*command, "--base", str(config)])
         if status:
             why = said.getvalue().removeprefix("error: ").strip()
