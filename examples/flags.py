@@ -46,7 +46,7 @@ def parse(
     parser.set_defaults(beta=None)
     if preferences:
         add = parser.add_argument_group("preferences").add_argument
-        add("--beta", type=above_zero, default=0.1, help="how close to the base to stay; 0.1")
+        add("--beta", type=above_zero, default=0.1, help="how close to the base to stay; default: 0.1")
     args = parser.parse_args(argv)
     unfit = [name for name in UNFIT if getattr(args, name) != parser.get_default(name)]
     if preferences and unfit:
@@ -127,7 +127,7 @@ def add_machines(parser: argparse.ArgumentParser, usual: dict[str, Any]) -> None
     every_help = "steps, or minutes as in 5min; default: 1min"
     add("--save-every", type=period, default=60.0, metavar="N", help=every_help)
     add("--resume", action="store_true", help="continue a run that was stopped or killed")
-    add("--overwrite", action="store_true", help="replace the run in --out, and its exports")
+    add("--overwrite", action="store_true", help="remove the run that is in --out")
     add = parser.add_argument_group("generation").add_argument
     add("--generate", metavar="TEXT", help="continue TEXT instead of training")
     kinds = ("base", "adapted", "merged")
