@@ -46,7 +46,7 @@ def parse(
     parser.set_defaults(beta=None)
     if preferences:
         add = parser.add_argument_group("preferences").add_argument
-        add("--beta", type=above_zero, default=0.1, help="how close to the base to stay; default: 0.1")
+        add("--beta", type=above_zero, default=0.1, help="of the loss, as DPO has it; default: 0.1")
     args = parser.parse_args(argv)
     unfit = [name for name in UNFIT if getattr(args, name) != parser.get_default(name)]
     if preferences and unfit:
