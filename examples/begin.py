@@ -23,7 +23,6 @@ import training
 import weights
 from evaluation import SHOWN, Job
 from flags import ADAPTER, RESIDUAL, SETTINGS
-from merged import check_source
 from param_tree import stacked, stacked_layouts
 from training import State
 
@@ -40,10 +39,6 @@ def prepare(args: argparse.Namespace) -> Job:
     """Load, attach and pack. Invalid input raises here, before any file is written."""
     config, base, tokenizer, stop = load_model(args)
     params = adapt(args, base)
-    if args.length is not None and args.length > config.context:
-        raise ValueError(
-            f"`--length {args.length}`: the model's context has {config.context} tokens."
-        )
     template = chat.chat_of(weights.path_of(args.model), tokenizer) if args.data else None
     dataset = data.load(
         args.data, tokenizer, stop, config.context, args.length, template, args.window
@@ -72,16 +67,8 @@ def adapt(args: argparse.Namespace, base: Any) -> Any:
             return peft.load(args.adapter, base, names=peft.llama_names, replicate=whole)
         except (ValueError, OSError) as error:
             raise ValueError(f"`--adapter {args.adapter}`: {error}") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
-            warnings.filterwarnings("default", ".*every device gathers")  # to decompose, once
-            params = attach(args, base)
-            return formats.loftq(args, layers_of(args), params) if args.init == "loftq" else params
-    except (ValueError, UserWarning) as error:
-        targets = "" if args.targets == ADAPTER["targets"] else f" --targets {args.targets}"
-        flags = f"--rank {args.rank} --alpha {args.alpha}{targets}"
-        raise ValueError(f"`{flags}`: {error}") from error
+    params = attach(args, base)
+    return formats.loftq(args, layers_of(args), params) if args.init == "loftq" else params
 
 
 def restore(args: argparse.Namespace, base: Any) -> Any:
@@ -94,7 +81,15 @@ def attach(args: argparse.Namespace, base: Any) -> Any:
     """Attach the new adapter that the flags describe."""
     layouts = stacked_layouts(base) if args.scan else None
     key, whole = jax.random.key(args.seed), placing.replicate(args)
-    return jlora.attach(base, rules(args), key=key, layouts=layouts, replicate=whole)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a rank above min(in, out) costs more than the weight
+            warnings.filterwarnings("default", ".*every device gathers")  # to decompose, once
+            return jlora.attach(base, rules(args), key=key, layouts=layouts, replicate=whole)
+    except (ValueError, UserWarning) as error:
+        targets = "" if args.targets == ADAPTER["targets"] else f" --targets {args.targets}"
+        flags = f"--rank {args.rank} --alpha {args.alpha}{targets}"
+        raise ValueError(f"`{flags}`: {error}") from error
 
 
 def rules(args: argparse.Namespace) -> dict[str, jlora.LoraSpec]:
@@ -124,21 +119,13 @@ def layers_of(args: argparse.Namespace) -> int | None:
 
 def configured(args: argparse.Namespace, config: llama.Config) -> llama.Config:
     """The sizes, with what the flags say about memory."""
+    if args.length is not None and args.length > config.context:
+        raise ValueError(
+            f"`--length {args.length}`: the model's context has {config.context} tokens. Give at "
+            "most as many."
+        )
     flags = {"dtype": args.dtype, "remat": args.remat, "chunk": args.chunk, "scan": args.scan}
     return dataclasses.replace(config, **flags, rows=placing.rows(args))
-
-
-def check_folders(args: argparse.Namespace) -> None:
-    """Raise if a directory that is to be written is a file."""
-    folders = {"--out": args.out, "--export-peft": args.export_peft, "--merge": args.merge}
-    for flag, folder in folders.items():
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise ValueError(f"`{flag} {folder}`: this is a file. Name a directory.")
-    file = args.export_gguf
-    if file is not None and (file.is_dir() or (file.exists() and not args.resume)):
-        raise ValueError(f"`--export-gguf {file}`: it exists. Name a new file.")
-    if args.merge is not None:
-        check_source(weights.path_of(args.model), args.merge, args.resume)
 
 
 def check_run(args: argparse.Namespace, left: bool) -> None:
@@ -167,6 +154,33 @@ def check_run(args: argparse.Namespace, left: bool) -> None:
             "`--resume`: the run was started with "
             + ", ".join(f"{name}={begun.get(name)} (now {now[name]})" for name in other)
             + ". Give the same flags, or start again with --overwrite."
+        )
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Raise if the adapter in --out is not there, or is one over another base."""
+    if not (args.out / "adapter").is_dir():
+        raise FileNotFoundError(
+            f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
+            "`--weights base`."
+        )
+    notes = report.notes_of(args.out)
+    begun, now = notes.get("settings", {}), settings(args)
+    # PiSSA and its relatives change the base, each rank and seed in another way; LoftQ's A and B
+    # make up for a quantization.
+    over_others = begun.get("init") in (*RESIDUAL, "loftq")
+    names = ("smoke", *ADAPTER, "seed", "quantize") if over_others else ("smoke",)
+    other = [f"{x}={begun[x]} (now {now[x]})" for x in names if begun.get(x, now[x]) != now[x]]
+    if other:
+        raise ValueError(
+            f"`--generate`: the adapter in {args.out} was trained with {', '.join(other)}. Give "
+            "the same flags."
+        )
+    of_base = report.files_fingerprint(weights.path_of(args.model))
+    if notes.get("base_sha256", of_base) != of_base:
+        raise ValueError(
+            f"`--generate`: the adapter in {args.out} was trained over other files than those of "
+            f"`--model {args.model}`, from {begun.get('model')}. Give that model."
         )
 
 

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("steps", "batch", "length", "accumulate", "lr", "lora_plus", "dtype", "seed")
+SETTINGS += ("quantize",)
 ADAPTER = ("rank", "alpha", "targets", "form", "init", "dora", "rslora")
+CARD = "README.md"
 DEFAULT = "SmolLM2-135M-Instruct"  # the model without --model, whose licence is known
 UNKNOWN = "Its licence is not known: its files do not state one. See where it was published."
 
 
 def write_card(folder: Path, model: Path, found: dict[str, Any]) -> None:
     """Write the card. `found` is the report of the run; `model` is the base on disk."""
-    (folder / "README.md").write_text(card(model, found), encoding="utf-8")
+    (folder / CARD).write_text(card(model, found), encoding="utf-8")
 
 
 def card(model: Path, found: dict[str, Any]) -> str:
@@ -41,6 +43,7 @@ files). {f"Its licence is {license}, as its files state." if license else UNKNOW
 ## Data
 
 {data}; SHA-256 `{found["data_sha256"]}` (of its tokens).
+
 {rows(found["data"])}
 
 This card makes no statement about the licence of the data.
@@ -68,7 +71,7 @@ def license_of(model: Path) -> str | None:
 
         said = open_gguf(model)[0].get("general.license")
         return str(said) if said else None
-    card = model / "README.md"
+    card = model / CARD
     lines = (
         card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
     )

@@ -4,7 +4,6 @@ A chat template is a program that comes with the model. It runs in Jinja's immut
 the options and the functions that transformers gives it.
 """
 
-import contextlib
 import datetime
 import json
 import secrets
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_directory import read_json
 from tokenizers import Tokenizer
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -110,15 +110,18 @@ def environment(marks: tuple[str, str]) -> Any:
 
 def chat_of(path: Path, tokenizer: Tokenizer) -> Chat | None:
     """The chat template of a Hugging Face directory or a GGUF file, if it has one."""
-    template, special = of_directory(path) if path.is_dir() else of_gguf(path)
-    if not isinstance(template, str):
-        return None
-    ends = [str(t) for t in tokenizer.get_added_tokens_decoder().values() if t.special]
     try:
+        template, special = of_directory(path) if path.is_dir() else of_gguf(path)
+        if not isinstance(template, str):
+            return None
+        ends = [str(t) for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         return Chat(template, special, [*special.values(), *ends])
     except Exception as error:  # as in `weights.load`: a file of someone else
+        if isinstance(error, ValueError | OSError) and str(path) in str(error):
+            raise
         raise ValueError(
-            f"`--model {path}`: its chat template is not a template of Jinja ({error})."
+            f"`--model {path}`: its chat template is not a template of Jinja, or an entry for it "
+            f"has the wrong type ({type(error).__name__}: {str(error)[:200]}). Download it again."
         ) from error
 
 
@@ -126,8 +129,8 @@ def of_directory(path: Path) -> tuple[Any, dict[str, str]]:
     """The template and the special tokens, as transformers finds them."""
     entries: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        with contextlib.suppress(FileNotFoundError):
-            entries |= json.loads((path / name).read_text(encoding="utf-8"))
+        if (path / name).is_file():
+            entries |= read_json(path / name)
     template = entries.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t.get("name"): t.get("template") for t in template}.get("default")

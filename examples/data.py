@@ -301,7 +301,9 @@ def truncated(dataset: Dataset, length: int) -> Dataset:
         for part in (dataset.train, dataset.held_out)
     )
     if not train or not held_out:
-        raise ValueError(f"`--length {length}`: no example is left to train or to hold out.")
+        raise ValueError(
+            f"`--length {length}`: no example is left to train or to hold out. Give a larger one."
+        )
     return dataset._replace(train=train, held_out=held_out)
 
 

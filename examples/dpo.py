@@ -31,7 +31,7 @@ import numpy as np
 from data import Example
 from evaluation import SHOWN, Apply, Job
 from llama import cross_entropy
-from records import check_file
+from records import check_file, decoded
 from training import Batch
 
 import jlora
@@ -67,7 +67,8 @@ def read(paths: Sequence[str]) -> list[tuple[str, str, str]]:
     found = []
     for path in map(Path, paths):
         check_file(path)
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+            line = decoded(path, raw)
             if not line.strip():
                 continue
             try:
@@ -163,10 +164,6 @@ def pairs_of(args: argparse.Namespace, tokenizer: Any, stop: int, context: int) 
 def prepare(args: argparse.Namespace) -> Job:
     """Load, attach, and make batches of pairs."""
     config, base, tokenizer, stop = begin.load_model(args)
-    if args.length is not None and args.length > config.context:
-        raise ValueError(
-            f"`--length {args.length}`: the model's context has {config.context} tokens."
-        )
     params = begin.adapt(args, base)
     pairs = pairs_of(args, tokenizer, stop, config.context)
     order = np.random.default_rng(0).permutation(len(pairs))  # whatever the seed

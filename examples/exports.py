@@ -1,6 +1,8 @@
 """What leaves a run for other programs: PEFT files with a card, a GGUF adapter, a merged model."""
 
 import argparse
+import contextlib
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -17,17 +19,11 @@ from jlora import peft
 
 
 def check_export(args: argparse.Namespace, job: Job) -> None:
-    """Raise before training if llama.cpp's format has no place for adapters of this model."""
+    """Raise before training if llama.cpp's format has no place for this adapter."""
     if args.export_gguf is None:
         return
-    from jlora import gguf
-
-    source = weights.path_of(args.model)
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            gguf.save(Path(scratch) / "adapter.gguf", [], config_of(job, source))
-        except ValueError as error:
-            raise ValueError(f"`--export-gguf {args.export_gguf}`: {error}") from error
+        save_gguf(args, job, job.params, Path(scratch) / "adapter.gguf")
 
 
 def export(args: argparse.Namespace, job: Job, params: Any, found: dict[str, Any]) -> None:
@@ -39,7 +35,8 @@ def export(args: argparse.Namespace, job: Job, params: Any, found: dict[str, Any
             write_card(args.export_peft, source, found)
         print(f"exported to {args.export_peft}")
     if args.export_gguf is not None:
-        save_gguf(args, job, source, params)
+        save_gguf(args, job, params, args.export_gguf)
+        print(f"exported to {args.export_gguf}")
     if args.merge is not None:
         write_merged(args.merge, source, job.config, params)
         print(f"merged into {args.merge}")
@@ -50,17 +47,22 @@ def save_peft(args: argparse.Namespace, folder: Path, params: Any) -> None:
     peft.save(folder, params, names=peft.llama_names, **entries)
 
 
-def save_gguf(args: argparse.Namespace, job: Job, source: Path, params: Any) -> None:
+def save_gguf(args: argparse.Namespace, job: Job, params: Any, file: Path) -> None:
     """Write the adapter for llama.cpp, by `jlora convert --to gguf`, which uses jlora.gguf.save."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, config = Path(scratch) / "adapter", Path(scratch) / "config.json"
         save_peft(args, folder, params)
         if not placing.is_first():
             return
-        config.write_text(json.dumps(config_of(job, source)))
-        command = ["convert", str(folder), str(args.export_gguf), "--to", "gguf", "--overwrite"]
-        if jlora.cli.main([*command, "--base", str(config)]):
-            raise OSError(f"the adapter could not be exported to {args.export_gguf}")
+        config.write_text(json.dumps(config_of(job, weights.path_of(args.model))))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        command = ["convert", str(folder), str(file), "--to", "gguf", "--overwrite"]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            status = jlora.cli.main([*command, "--base", str(config)])
+        if status:
+            why = said.getvalue().removeprefix("error: ").strip()
+            raise OSError(f"`--export-gguf {args.export_gguf}`: {why}")
 
 
 def config_of(job: Job, source: Path) -> dict[str, Any]:

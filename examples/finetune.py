@@ -42,7 +42,7 @@ import watch
 from begin import (
     Start,
     adapt,
-    check_folders,
+    check_generation,
     check_run,
     load_model,
     prepare,
@@ -53,6 +53,7 @@ from begin import (
 from evaluation import Apply, Job, Programs, compile_all, evaluate, make_apply, show
 from exports import check_export, export
 from flags import parse
+from outputs import check_outputs
 from plan import show_plan
 from states import write_beside
 from stopping import Stopping, stoppable
@@ -72,11 +73,11 @@ def train(
     state: State,
     saver: states.Saver,
     asked: Stopping,
+    logs: Sequence[watch.Log] = (),
 ) -> State:
     """Train until the run is finished or a signal asks to stop; evaluate and save when due."""
     flops = watch.flops_of_token(state.trainable, frozen, job.config.tied)
     record = functools.partial(report.record, make_schedule(args.lr, args.steps), flops)
-    logs = watch.loggers(args) if placing.is_first() else []
     log = args.out / "metrics.jsonl"
     write_beside(log, report.lines(report.records(state, record)))
     bar = tqdm(total=args.steps, initial=state.step, desc="train", unit="step")
@@ -103,8 +104,8 @@ def train(
                 bar.update()
             metrics.write(report.lines([line]))
             metrics.flush()
-            for log in logs:
-                log(state.step, line)
+            for send in logs:
+                send(state.step, line)
             if saver.due(state):
                 saver.save(state)
     saver.save(state)
@@ -135,14 +136,16 @@ def run(args: argparse.Namespace, job: Job, begun: Start, asked: Stopping) -> in
     placing.say_undivided(job.params)
     _, frozen = jlora.partition(job.params)
     programs = compile_all(job, tx, state, frozen)
-    with states.Saver(args.out / "state", notes, args.save_every) as saver:
-        state = train(args, job, programs, frozen, state, saver, asked)
+    saving = states.Saver(args.out / "state", notes, args.save_every)
+    with watch.loggers(args) as logs, saving as saver:
+        state = train(args, job, programs, frozen, state, saver, asked, logs)
     if not finished(args, state):
         print(f"stopped after step {state.step} of {args.steps}; continue with --resume")
         return asked.status
     params = jlora.combine(state.trainable if state.best is None else state.best, frozen)
     found = {**report.results(state), **save_and_check(args, job, params)}
-    found |= {**notes, "data": report.counts(job.dataset), "versions": report.versions()}
+    found |= {**notes, "settings": report.settings(args)}
+    found |= {"data": report.counts(job.dataset), "versions": report.versions()}
     export(args, job, params, found)
     report.plot(args.out / "loss.png", state)
     text = json.dumps(found, indent=2) + "\n"
@@ -199,11 +202,7 @@ def continue_text(args: argparse.Namespace) -> int:
     if args.weights != "base" and args.adapter is not None:
         params, apply = adapt(args, params), jlora.lora(apply)
     elif args.weights != "base":
-        if not (args.out / "adapter").is_dir():
-            raise FileNotFoundError(
-                f"`--out {args.out}`: there is no adapter in it yet. Train one first, or give "
-                "`--weights base`."
-            )
+        check_generation(args)
         params = restore(args, params)
         apply = jlora.lora(apply)
     if args.weights == "merged":
@@ -235,7 +234,7 @@ def main(
                 show_plan(args)
                 return 0
             placing.join_processes(args)
-            check_folders(args)
+            check_outputs(args)
             watch.check(args.log)
             with states.only_run(args.out) as left:
                 check_run(args, left)
@@ -253,8 +252,10 @@ def main(
         except (ValueError, OSError, FloatingPointError) as error:
             if running and isinstance(error, ValueError):
                 raise
-            text = f"finetune.py: error: {error}"
-            print(textwrap.fill(text, 100, break_long_words=False), file=sys.stderr)
+            program = "finetune.py" if make_job is None else "dpo.py"
+            text = f"{program}: error: {error}"
+            wrap = {"break_long_words": False, "break_on_hyphens": False}  # those of paths
+            print(textwrap.fill(text, 100, **wrap), file=sys.stderr)
             return placing.end_alone(1 if running else 2)
 
 

@@ -88,11 +88,14 @@ def open_gguf(path: Path) -> tuple[dict, dict]:
     """The metadata and the tensors, by name; their data are mapped, not read."""
     try:
         jlora.gguf.check(path)  # the reader believes the lengths of a damaged file
+    except ValueError as error:
+        raise ValueError(f"`--model {path}`: {error}") from error
+    try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(
-            f"`--model {path}`: this is not a complete GGUF file ({error}); it may be truncated. "
-            "Download it again."
+            f"`--model {path}`: this is not a complete GGUF file ({error}). It may be truncated; "
+            "copy it again."
         ) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return fields, {tensor.name: tensor for tensor in reader.tensors}

@@ -146,11 +146,12 @@ def shards(path: Path) -> list[Path]:
             raise FileNotFoundError(f"`--model {path}`: there are no *.safetensors files in it.")
         return files
     listed = read_json(index).get("weight_map")
-    files = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    if not files or any(Path(name).name != name for name in files):
+    named = [*listed.values()] if isinstance(listed, dict) else []
+    if not named or not all(isinstance(x, str) and Path(x).name == x for x in named):
         raise ValueError(f"`--model {path}`: {index.name} does not map weights to files in it.")
+    files = sorted({*named})
     for name in files:
-        if not (path / name).is_file():
+        if len(name) > 255 or not (path / name).is_file():
             raise FileNotFoundError(
                 f"`--model {path}`: there is no {reprlib.repr(name)}, which {index.name} lists."
             )
@@ -171,7 +172,10 @@ def open_shard(file: Path) -> Any:
 def read_json(file: Path) -> dict[str, Any]:
     """Read one JSON object."""
     if not file.is_file():
-        raise FileNotFoundError(f"`--model {file.parent}`: there is no {file.name} in it.")
+        raise FileNotFoundError(
+            f"`--model {file.parent}`: there is no {file.name} in it. Give a directory with "
+            "config.json, *.safetensors and tokenizer.json."
+        )
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -187,7 +191,9 @@ def read_tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(f"`--model {file.parent}`: {file.name}: {error}.") from error
+        why = str(error)
+        why = why if len(why) < 300 else f"{why[:100]}...{why[-200:]}"
+        raise ValueError(f"`--model {file.parent}`: {file.name}: {why}.") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

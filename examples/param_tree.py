@@ -1,6 +1,7 @@
 """The parameters of `llama.Llama`, and the names of its leaves in other formats."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def build(
         if found != shape:
             raise ValueError(
                 f"`--model {source}`: {name} gives {path} the shape {found}, but its own "
-                f"configuration asks for {shape}."
+                f"configuration asks for {reprlib.repr(shape)[:200]}."
             )
     weights = tqdm(expected(config), desc="load weights", unit="array", leave=False, total=count)
     for path, _, *aliases in weights:

@@ -77,7 +77,10 @@ def abstract_step(
         base = jax.tree.map(lambda x: x.astype(config.dtype), base)
         if args.quantize is not None:
             layouts = stacked_layouts(base) if args.scan else None
-            base = jlora.quantize(base, RULES[args.quantize], layouts=layouts)
+            try:
+                base = jlora.quantize(base, RULES[args.quantize], layouts=layouts)
+            except ValueError as error:
+                raise ValueError(f"`--plan --quantize {args.quantize}`: {error}") from error
         return base
 
     base = placing.place_all(placing.mesh_of(args), jax.eval_shape(make))

@@ -223,7 +223,7 @@ def decoded(path: Path, raw: bytes) -> str:
 
 
 def not_text(path: Path, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"`--data {path}`: this is not UTF-8 text ({error}).")
+    return ValueError(f"`--data {path}`: this is not UTF-8 text ({error}). Save it as UTF-8.")
 
 
 def check_file(path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a run leaves for people: metrics.jsonl, the plot, report.json."""
 
+import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 from data import Dataset
 from matplotlib.figure import Figure
-from states import write_beside
+from states import load_notes, write_beside
 from training import State, best
 from watch import utilization
 
@@ -110,6 +112,22 @@ def peak_memory() -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return None if found is None else 1024 * int(found[1])
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Every flag of the run, also those that results do not depend on."""
+    plain = str | int | float | list | dict | None
+    return {k: x if isinstance(x, plain) else str(x) for k, x in vars(args).items()}
+
+
+def notes_of(out: Path) -> dict[str, Any]:
+    """The settings and fingerprints of the run in a directory, as far as they can be read."""
+    with contextlib.suppress(ValueError):
+        if (notes := load_notes(out / "state")) is not None:
+            return notes
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((out / "sweep.json").read_text())
+    return {}
 
 
 def versions() -> dict[str, str]:

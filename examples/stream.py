@@ -85,10 +85,13 @@ class Stream:
         if n < 2:
             if self.limit is not None and dropped:
                 raise ValueError(
-                    f"`--length {self.limit}`: no example is left to train or to hold out."
+                    f"`--length {self.limit}`: no example is left to train or to hold out. Give a "
+                    "larger one."
                 )
             names = " ".join(map(str, self.reader.paths))
-            raise ValueError(f"`--data {names}`: two examples are needed, one of them to hold out.")
+            raise ValueError(
+                f"`--data {names}`: two examples are needed, one of them to hold out. Give more."
+            )
         held = sorted(chosen, reverse=True)[: min(HELD_OUT, max(1, n // 10))]
         counts = Counts(n, len(held), tokens, targets, longest, most, truncated, dropped)
         return [e for *_, e in held], {i for _, i, _ in held}, counts, code.hexdigest()

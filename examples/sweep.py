@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 import training
-from begin import prepare, remove_run
+import weights
+from begin import remove_run
 from evaluation import Job, make_apply
-from flags import above_zero, parse, positive
+from flags import above_zero, positive
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -80,8 +82,10 @@ def sweep(args: argparse.Namespace, job: Job) -> int:
     best = int(np.nanargmin(held_out))  # a rate that diverged may give NaN
     print(f"best: --lr {args.sweep[best]:g}, held-out loss {held_out[best]:.3f}")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = {"rates": [*args.sweep], "losses": history.tolist(), "held_out": held_out.tolist()}
-    rows["best"] = args.sweep[best]
+    rows: dict[str, Any] = {"rates": [*args.sweep], "losses": history.tolist()}
+    rows["held_out"] = held_out.tolist()
+    rows |= {"best": args.sweep[best], "settings": report.settings(args)}
+    rows["base_sha256"] = report.files_fingerprint(weights.path_of(args.model))
     (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     plot(args.out / "sweep.png", args.sweep, held_out)
     base, _ = jlora.detach(job.params)
@@ -99,20 +103,24 @@ def plot(path: Path, rates: Sequence[float], held_out: np.ndarray) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `finetune.py --smoke --sweep`. Returns its exit status."""
+    from finetune import main as run  # which imports this file
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=above_zero, nargs="+", default=RATES)
-    parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--rates", type=above_zero, nargs="+", default=RATES, help=f"{RATES}")
+    parser.add_argument("--steps", type=positive, default=60, help="%(default)s")
     parser.add_argument("--model", help="as in finetune.py")
     parser.add_argument("--data", nargs="+", help="as in finetune.py")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="%(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
-    flags = ["--smoke", "--steps", str(args.steps), "--out", str(args.out), "--overwrite"]
+    flags = ["--smoke", "--steps", str(args.steps), "--out", str(args.out)]
+    flags += ["--sweep", f"lr={','.join(map(str, args.rates))}"]
     flags += ["--model", args.model] if args.model else []
     flags += ["--data", *args.data] if args.data else []
-    job = parse(flags)
-    job.sweep = args.rates
-    sweep(job, prepare(job))
+    flags += ["--overwrite"] if args.overwrite else []
+    return run(flags)
 
 
 if __name__ == "__main__":

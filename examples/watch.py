@@ -4,13 +4,15 @@ Both packages are optional and imported where they are asked for.
 """
 
 import argparse
+import contextlib
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import placing
 
 # Peak dense bfloat16 FLOP/s of one device, by the beginning of its `device_kind`; the longest one
 # that fits counts. JAX reports a TPU v2 or v3 core, and a v4 or later chip, as one device.
@@ -88,32 +90,42 @@ def check(names: Sequence[str]) -> None:
             ) from error
 
 
-def loggers(args: argparse.Namespace) -> list[Log]:
-    """The functions that log the numbers of a step or of an evaluation."""
+@contextlib.contextmanager
+def loggers(args: argparse.Namespace) -> Iterator[list[Log]]:
+    """Yield the functions that log the numbers of a step or of an evaluation.
+
+    Of several processes, the first one logs.
+    """
     settings = {name: str(value) for name, value in vars(args).items() if value is not None}
-    return [{"tensorboard": tensorboard, "wandb": wandb}[n](args.out, settings) for n in args.log]
+    opening = {"tensorboard": tensorboard, "wandb": wandb}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(opening[name](args.out, settings))
+            for name in (args.log if placing.is_first() else ())
+        ]
 
 
-def tensorboard(out: Path, settings: dict[str, Any]) -> Log:
+@contextlib.contextmanager
+def tensorboard(out: Path, settings: dict[str, Any]) -> Iterator[Log]:
     """Write event files into OUT/tensorboard."""
     from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(out / "tensorboard"))
-    writer.add_text("settings", "\n\n".join(f"{k}: {v}" for k, v in settings.items()))
 
     def log(step: int, numbers: dict[str, float]) -> None:
         for name, value in named_numbers(numbers).items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return log
+    with SummaryWriter(str(out / "tensorboard")) as writer:
+        writer.add_text("settings", "\n\n".join(f"{k}: {v}" for k, v in settings.items()))
+        yield log
 
 
-def wandb(out: Path, settings: dict[str, Any]) -> Log:
+@contextlib.contextmanager
+def wandb(out: Path, settings: dict[str, Any]) -> Iterator[Log]:
     """Log to Weights & Biases, as its environment variables say."""
     module = importlib.import_module("wandb")
-    run = module.init(project="jlora", name=out.name, dir=str(out), config=settings)
-    return lambda step, numbers: run.log(named_numbers(numbers), step=step)
+    with module.init(project="jlora", name=out.name, dir=str(out), config=settings) as run:
+        yield lambda step, numbers: run.log(named_numbers(numbers), step=step)
 
 
 def named_numbers(line: dict[str, float]) -> dict[str, float]:

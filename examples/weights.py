@@ -71,7 +71,8 @@ def path_of(model: str | None) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"`--model {path}`: there is no such file or directory. Give a directory with "
-            "config.json, *.safetensors and tokenizer.json, or a .gguf file."
+            "config.json, *.safetensors and tokenizer.json, or a .gguf file. `hf download NAME "
+            "--local-dir DIR` makes such a directory of a model of the Hugging Face Hub."
         )
     return path
 
@@ -93,11 +94,12 @@ def check_sizes(path: Path, model: Model) -> None:
             f"`--model {path}`: {config.heads} query heads of {config.head_dim} do not divide into "
             f"{config.kv_heads} groups of even width."
         )
-    for name in ("rope_theta", "norm_eps"):
+    for name, most in (("rope_theta", math.inf), ("norm_eps", 1.0)):
         value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or not 0 < value < most:
             raise ValueError(
-                f"`--model {path}`: its {name} is {reprlib.repr(value)}, not a number above 0."
+                f"`--model {path}`: its {name} is {reprlib.repr(value)}, not a number above 0 and "
+                f"below {most}."
             )
     check_attention(path, config)
     last = max([*tokenizer.get_vocab().values(), -1])

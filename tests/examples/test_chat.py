@@ -119,6 +119,15 @@ def test_where_a_template_is_found(tiny_path: Path, tmp_path: Path, tokenizer: A
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ValueError, match="its chat template is not a template of Jinja"):
         chat.chat_of(tmp_path, tokenizer)
+    for wrong, match in (
+        (b"{", "tokenizer_config.json is not JSON"),
+        (b"\xff", "tokenizer_config.json is not JSON"),
+        (b"[1]", "tokenizer_config.json is not a JSON object"),
+        (b'{"chat_template": [1]}', "an entry for it has the wrong type"),
+    ):
+        file.write_bytes(wrong)
+        with pytest.raises(ValueError, match=f"`--model .*{match}"):
+            chat.chat_of(tmp_path, tokenizer)
 
 
 def test_the_template_of_a_gguf_file(tmp_path: Path, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -153,26 +154,38 @@ GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
         ([GOOD, '{"prompt": "a", "chosen": [], "rejected": "c"}'], "line 2 lacks a string"),
         ([GOOD.replace("c", "b")], "lacks a string"),
         ([GOOD, GOOD.replace('"c"', '"b"')], "answers of line 2 are the same, or one is empty"),
+        ([GOOD, GOOD.replace("c", "é")], "this is not UTF-8 text"),
         ([GOOD] * 7, "there are 7 pairs, and two batches of 4 are needed"),
     ],
 )
 def test_complaints(
     tiny_path: Path, tmp_path: Path, capsys: Any, lines: list[str], match: str
 ) -> None:
-    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="latin-1")
     flags = flags_of(tiny_path, tmp_path / "d.jsonl", tmp_path / "out")
     assert finetune.main(flags, "", dpo.prepare) == 2
-    assert match in " ".join(capsys.readouterr().err.split())
+    error = " ".join(capsys.readouterr().err.split())
+    assert "dpo.py: error: `--data" in error and match in error
     assert not (tmp_path / "out").exists()
 
 
 def test_flags_of_preferences(capsys: Any) -> None:
     args = parse(["--smoke"], preferences=True)
     assert (args.batch, args.beta, args.out) == (4, 0.1, Path("runs/dpo-smoke"))
-    for wrong in ("--accumulate=2", "--chunk=4", "--plan"):
+    unfit = ("--accumulate=2", "--chunk=4", "--plan", "--sweep=lr=1,2", "--window=8")
+    for wrong in unfit:
         with pytest.raises(SystemExit, match="2"):
             parse([wrong], preferences=True)
-        assert "not implemented for preferences" in capsys.readouterr().err
+        name = wrong.partition("=")[0]
+        assert f"{name} is not implemented for preferences" in capsys.readouterr().err
+    for preferences in (True, False):
+        with pytest.raises(SystemExit, match="0"):
+            parse(["--help"], preferences=preferences)
+        said, usual = " ".join(capsys.readouterr().out.split()), parse([], preferences=preferences)
+        for name in ("steps", "batch", "lr", "out", "seed"):
+            assert re.search(rf"--{name} [^-]*default: {getattr(usual, name)}\b", said), name
+        for name in unfit:
+            assert (name.partition("=")[0] in said) != preferences
     with pytest.raises(SystemExit, match="2"):
         parse(["--beta", "1"])
     assert "unrecognized arguments" in capsys.readouterr().err

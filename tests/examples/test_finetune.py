@@ -1,6 +1,7 @@
 """The whole job on a tiny model, its errors, and (slow) on the real one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_the_job(finished: Any, capsys: Any) -> None:
     assert report["restored_max_abs_diff"] == 0 and report["merged_max_abs_diff"] < 1e-3
     assert report["steps"] == 6 and report["adapter_bytes"] > 4 * report["trainable"]
     assert report["settings"]["lr"] == 0.02 and report["versions"]["jax"] == jax.__version__
+    assert report["settings"]["out"] == str(finished.out) and report["settings"]["log"] == []
     assert (finished.out / "loss.png").read_bytes().startswith(b"\x89PNG")
     said = {}
     for kind in ("base", "adapted", "merged"):
@@ -78,6 +80,33 @@ def test_an_adapter_over_a_residual_is_restored(finished: Any, tmp_path: Path) -
     restored = begin.restore(args, begin.load_model(args)[1])
     for a, b in zip(*map(jax.tree.leaves, (params, restored)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_text_is_generated_with_the_base_of_the_adapter(
+    finished: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Another one would give other text, without an error."""
+    model = shutil.copytree(finished.flags[1], tmp_path / "model")
+    raw = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    more = [*finished.flags, "--generate", "x", "--out", str(finished.out)]
+    for wrong, match in (
+        (["--smoke"], "was trained with smoke=False (now True). Give the same flags"),
+        (["--model", str(model)], f"was trained over other files than those of `--model {model}`"),
+    ):
+        assert finetune.main([*more, *wrong]) == 2
+        assert match in " ".join(capsys.readouterr().err.split())
+    args = finetune.parse(more)
+    monkeypatch.setattr(begin.report, "load_notes", lambda _: None)
+    for begun, match in (
+        ({"init": "pissa", "rank": 8, "seed": 0}, r"rank=8 \(now 4\), init=pissa \(now None\)"),
+        ({"init": "loftq", "quantize": "nf4"}, r"init=loftq \(.*, quantize=nf4 \(now None\)"),
+    ):
+        (finished.out / "sweep.json").write_text(json.dumps({"settings": begun}))
+        with pytest.raises(ValueError, match=f"was trained with {match}"):
+            begin.check_generation(args)
+    (finished.out / "sweep.json").unlink()
+    begin.check_generation(args)
 
 
 def test_metrics_have_every_step_and_every_evaluation(finished: Any) -> None:
@@ -199,6 +228,9 @@ def test_loss_and_gradient_are_those_of_the_whole_logits(start: int) -> None:
         (["--data", "nowhere.jsonl"], "`--data nowhere.jsonl`: there is no such file"),
         (["--model", "nowhere"], "`--model nowhere`: there is no such file or directory"),
         (["--rank", "17"], "`--rank 17 --alpha 16.0`: "),
+        (["--rank", "17", "--plan"], "`--rank 17 --alpha 16.0`: "),
+        (["--length", "97", "--plan"], "`--length 97`: the model's context has 96 tokens"),
+        (["--quantize", "nf4", "--plan"], "`--plan --quantize nf4`: `jlora.quantize`: "),
         (["--resume"], "`--resume`: there is no saved state"),
         (["--generate", "x" * 96], "the prompt has 96 tokens; the model takes 1 to 95"),
         (["--generate", ""], "the prompt has 0 tokens"),
@@ -219,7 +251,7 @@ def test_errors_are_one_paragraph(
 
 def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, tmp_path: Path, capsys: Any) -> None:
     assert finetune.main(flags(tiny_dir, pairs, pairs)) == 2
-    assert "this is a file. Name a directory" in capsys.readouterr().err
+    assert "this is a file. Name a directory" in " ".join(capsys.readouterr().err.split())
     more = ("--export-peft", str(pairs))
     assert finetune.main(flags(tiny_dir, pairs, tmp_path / "out", *more)) == 2
     assert "--export-peft" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -234,7 +266,13 @@ def test_out_must_not_be_a_file(tiny_dir: Path, pairs: Path, tmp_path: Path, cap
         (["--lr", "nan"], "--lr: nan is not a finite number above 0"),
         (["--lr", "inf"], "--lr: inf is not"),
         (["--alpha", "-1"], "--alpha: -1 is not"),
-        (["--seed", "-1"], "--seed: -1 is below 0"),
+        (["--seed", "-1"], "--seed: -1 is not in 0 to 4294967295"),
+        (["--seed", str(2**32)], "--seed: 4294967296 is not in 0 to 4294967295"),
+        (
+            ["--lora-plus", "4", "--form", "mica"],
+            "raises the rate of B, which --form mica does not",
+        ),
+        (["--adapter", "a", "--plan"], "instead of --adapter, give its --rank and --targets"),
         (["--adapter", "a", "--rank", "4"], "the one of --adapter has its own"),
         (["--generate", "x", "--export-peft", "a"], "--generate trains nothing"),
         (["--resume", "--overwrite"], "--resume continues the run that --overwrite removes"),

@@ -27,6 +27,7 @@ from flags import parse
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
+from tiny_gguf import write_gguf
 from tiny_llama import TINY, write_model
 
 import jlora
@@ -274,6 +275,8 @@ OPTIONS = {
     "int8": "--quantize int8",
     "nf4": "--quantize nf4",
     "scan of nf4": "--quantize nf4 --scan --accumulate 2 --chunk 64 --remat",
+    "keep": "--quantize keep",
+    "scan of keep": "--quantize keep --scan --remat --chunk 64",
     "loftq": "--quantize nf4 --init loftq",
     "pissa": "--init pissa",
     "dora": "--dora --rslora --lora-plus 4",
@@ -286,15 +289,18 @@ EVERY += [("fsdp=4,tp=2", name) for name in OPTIONS] + [("fsdp=2,tp=4", "scan of
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose inputs have blocks of 64."""
+    """A model whose inputs have blocks of 64; the GGUF file with it has Q4_1 and Q8_0."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
-    return write_model(tmp_path_factory.mktemp("wide") / "model", TINY | sizes)
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    write_gguf(folder.with_suffix(".gguf"), TINY | sizes)
+    return write_model(folder, TINY | sizes)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("mesh", "name"), EVERY)
 def test_as_on_one_device(job: Any, wide: Path, tmp_path: Path, mesh: str, name: str) -> None:
-    flags = ["--model", str(wide), "--batch", "8", "--steps", "4", "--lr", "0.005"]
+    model = wide.with_suffix(".gguf") if "keep" in name else wide
+    flags = ["--model", str(model), "--batch", "8", "--steps", "4", "--lr", "0.005"]
     flags += OPTIONS.get(name, "").split()
     outs = [tmp_path / "one", tmp_path / "mesh"]
     assert job(outs[0], *flags) == 0 and job(outs[1], *flags, "--mesh", mesh) == 0

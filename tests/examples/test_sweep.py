@@ -27,12 +27,13 @@ def test_every_rate_trains_as_in_a_run_of_its_own(
 ) -> None:
     flags = ["--model", str(tiny_dir), "--data", str(pairs), "--steps", "3"]
     rates = [str(rate) for rate in RATES]
-    sweep.main([*flags, "--rates", *rates, "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().out.count("held-out loss") == 2
+    assert sweep.main([*flags, "--rates", *rates, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("held-out loss") == 3  # of each rate, and of the best
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     history = np.array(found["losses"])
     assert history.shape == (3, 2) and found["rates"] == [*RATES]
+    assert found["settings"]["steps"] == 3 and len(found["base_sha256"]) == 64
     assert history[-1, 0] != pytest.approx(history[-1, 1], rel=1e-3)
 
     job = finetune.prepare(finetune.parse([*flags, "--smoke"]))
@@ -47,6 +48,15 @@ def test_every_rate_trains_as_in_a_run_of_its_own(
     losses = [float(evaluate(params, batch)) for batch in job.held_out]
     weights = [batch["weight"].sum() for batch in job.held_out]
     np.testing.assert_allclose(found["held_out"][1], np.average(losses, weights=weights), rtol=1e-5)
+
+
+def test_complaints_and_replacing(tiny_path: Path, tmp_path: Path, capsys: Any) -> None:
+    """They are those of the main job, and nothing that is there is replaced unasked."""
+    assert sweep.main(["--model", "nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "`--model nowhere`: there is no such file" in capsys.readouterr().err
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    assert sweep.main(["--model", str(tiny_path), "--out", str(tmp_path / "out")]) == 2
+    assert "remove it with --overwrite" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.nightly

@@ -27,6 +27,12 @@ class Calls:
 
         return call
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seen.append(("close", (), {}))
+
 
 def test_loggers_get_every_step_and_evaluation(
     job: Any, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -44,10 +50,59 @@ def test_loggers_get_every_step_and_evaluation(
     assert board.seen[0] == ("SummaryWriter", (str(tmp_path / "tensorboard"),), {})
 
     args = types.SimpleNamespace(log=["wandb"], out=tmp_path, lr=0.1, data=None)
-    (log,) = watch.loggers(args)
-    log(3, {"step": 3, "loss": 0.5})
+    with watch.loggers(args) as (log,):
+        log(3, {"step": 3, "loss": 0.5})
     assert wandb.seen[0][2]["config"]["lr"] == "0.1" and "data" not in wandb.seen[0][2]["config"]
     assert wandb.seen[1] == ("log", ({"loss": 0.5},), {"step": 3})
+    assert board.seen[-1][0] == wandb.seen[-1][0] == "close"
+
+
+def scalars(data: bytes) -> dict[tuple[str, int], float]:
+    """The scalars of an event file: a length, its checksum, an event, its checksum; and so on."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, at = {}, 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        given = (x for x in event.summary.value if x.HasField("simple_value"))
+        found |= {(x.tag, event.step): x.simple_value for x in given}
+        at += size + 16
+    return found
+
+
+def history(data: bytes) -> dict[tuple[str, int], float]:
+    """The numbers of wandb's file: LevelDB's log of records, after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found, at, record = {}, 7, b""
+    while at < len(data):
+        if (left := -at % 32768) < 7:  # no record begins in the last bytes of a block
+            at += left
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record = (record if kind in (3, 4) else b"") + data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # complete, or the last part of one
+            items = Record.FromString(record).history.item
+            row = {"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in items}
+            found |= {(name, row["_step"]): x for name, x in row.items() if name[0] != "_"}
+    return found
+
+
+@pytest.mark.live
+def test_the_packages_get_the_numbers(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Every number of metrics.jsonl is in their files; TensorBoard rounds to float32."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert job(tmp_path, "--log", "tensorboard", "wandb", "--eval-every", "3") == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    want = {
+        (name, x["step"]): value for x in lines for name, value in watch.named_numbers(x).items()
+    }
+    (events,), (run,) = (
+        [*tmp_path.glob(pattern)] for pattern in ("tensorboard/*", "wandb/offline-*/*.wandb")
+    )
+    assert scalars(events.read_bytes()) == pytest.approx(want, rel=1e-6)
+    assert history(run.read_bytes()) == want
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_written(
