@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import quoted
 from jlora.cli._ahead import Memory, in_order
-from jlora.cli._safetensors import DTYPES, WEIGHTS, Entry, Span, as_bytes, blocks
+from jlora.cli._safetensors import DTYPES, Entry, Span, as_bytes, blocks
 
 _ITEM = 32  # bytes an element counts for, so that a block's float64 product fits into a cache
 _ALONE = 2**18  # multiplications that BLAS does not divide among threads of its own
@@ -69,7 +68,7 @@ def seen(shape: tuple[int, ...], layout: str | None) -> tuple[int, int, int]:
     return math.prod(shape[:lead]), shape[lead], math.prod(shape[lead + 1 :])
 
 
-def plain(entry: Entry, dtype: str) -> Callable[[], Iterator[memoryview | Span]]:
+def plain(name: str, entry: Entry, dtype: str) -> Callable[[], Iterator[memoryview | Span]]:
     """Return the pieces of an unchanged tensor, cast if it has another dtype."""
 
     def pieces() -> Iterator[memoryview | Span]:
@@ -78,7 +77,7 @@ def plain(entry: Entry, dtype: str) -> Callable[[], Iterator[memoryview | Span]]
             if entry.dtype == dtype:
                 yield Span(entry.file, entry.start + first * size, (last - first) * size)
             else:
-                yield as_bytes(rounded(entry.read(first, last - first), dtype, str(entry.file)))
+                yield as_bytes(rounded(entry.read(first, last - first), dtype, name))
 
     return pieces
 
@@ -202,10 +201,7 @@ def rounded(x: np.ndarray, dtype: str, name: str, out: np.ndarray | None = None)
     y = np.empty(x.shape, DTYPES[dtype]) if out is None else out
     with np.errstate(over="ignore"):
         y[...] = x
-    if dtype in WEIGHTS and x.dtype.kind == "f" and dtype in ("F16", "BF16", "F32"):
-        most = float(jnp.finfo(y.dtype).max)
-        if x.size == 0 or (-most <= x.min() and x.max() <= most):  # false where there is a NaN
-            return y
+    if dtype in ("F16", "BF16", "F32") and not _is_finite(y):
         lost = ~np.isfinite(y.astype(np.float32)) & np.isfinite(x)
         if lost.any():
             raise ValueError(
@@ -213,6 +209,13 @@ def rounded(x: np.ndarray, dtype: str, name: str, out: np.ndarray | None = None)
                 f"{float(x[lost][0]):.3g}. Pass `--dtype bfloat16`, which has float32's."
             )
     return y
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    """Compare bits as integers: infinities and NaNs of a sign are beyond all others of it."""
+    signed, unsigned = (x.view(f"{kind}{x.itemsize}") for kind in "iu")
+    inf = np.array([np.inf, -np.inf], x.dtype).view(unsigned.dtype)
+    return x.size == 0 or bool(signed.max() < inf[0] and unsigned.max() < inf[1])
 
 
 def describe(changes: dict[str, Change]) -> dict[str, int]:

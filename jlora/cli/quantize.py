@@ -124,7 +124,7 @@ def _folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
             if name in chosen:
                 targets |= parts(name, entry)
             else:
-                targets[name] = Target(entry.dtype, entry.shape, plain(entry, entry.dtype))
+                targets[name] = Target(entry.dtype, entry.shape, plain(name, entry, entry.dtype))
         files[file] = (targets, checkpoint.metadata[file])
     dtypes = {DTYPES[checkpoint.entries[name].dtype].name for name in chosen}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"

@@ -646,6 +646,9 @@ def broken(tmp_path, case):
         case "overflow":
             base = tensors_of(dtype=np.float16)
             lora = {k: x * np.float32(1e4) for k, x in lora.items()}
+        case "overflow_unchanged":
+            base["model.norm.weight"] = drawn(D, BFLOAT16) * BFLOAT16.type(1e6)
+            words = ["--dtype", "float16"]
         case "same_folder":
             out = tmp_path / "base"
         case "inside":
@@ -689,6 +692,7 @@ SAID = {
     "dora": "uses DoRA, whose update is not A B alone",
     "residual": "began with init_lora_weights='pissa'",
     "overflow": "has values beyond the range of F16",
+    "overflow_unchanged": '"model.norm.weight" has values beyond the range of F16',
     "same_folder": "is or contains",
     "inside": "is or contains",
     "file": "is a file. Give a folder",
