@@ -92,11 +92,11 @@ def changed(
         if change.is_replaced:
             yield as_bytes(rounded(change.values[0][1], dtype, name))
             return
-        wide = _in_float64(change)
-        gains = _column_gains(entry, wide, sides)
+        ready = _with_products(change, np.float64 if dtype in ("F64", "F32") else np.float32)
+        gains = _column_gains(entry, ready, sides)
 
         def job(e: int, first: int, last: int, memory: Memory) -> memoryview:
-            w = _gained(_summed(entry, wide, sides, e, first, last, memory), change, gains, first)
+            w = _gained(_summed(entry, ready, sides, e, first, last, memory), change, gains, first)
             out = memory.array("out", w.shape, DTYPES[dtype])
             return as_bytes(rounded(w, dtype, name, out))
 
@@ -106,13 +106,17 @@ def changed(
     return pieces
 
 
-def _in_float64(change: Change) -> Change:
-    """Multiply in float64, so that the result does not depend on how many rows a block has."""
+def _with_products(change: Change, dtype: type[np.floating]) -> Change:
+    """Choose the dtype that is multiplied in.
+
+    In float64, the sum in float32 does not depend on how many rows a block has. What is rounded to
+    16 bits is multiplied in float32, in half the time: of the rounded values, one in some tens of
+    thousands is another neighbor of the sum.
+    """
     return dataclasses.replace(
         change,
         products=[
-            Product(*(x.astype(np.float64, order="C") for x in product))
-            for product in change.products
+            Product(*(x.astype(dtype, order="C") for x in product)) for product in change.products
         ],
     )
 
@@ -149,11 +153,13 @@ def _summed(
     w[...] = found
     total = w.copy() if change.values or change.rows else w
     for p, q in change.products:
-        product = memory.array("product", shape, np.float64)
-        added = memory.array("added", shape, w.dtype)
+        product = memory.array("product", shape, p.dtype)
         _multiply(p[e, first:last], q[e], product)
-        added[...] = product
-        total += added
+        if p.dtype != w.dtype:
+            added = memory.array("added", shape, w.dtype)
+            added[...] = product
+            product = added
+        total += product
     for by, value in change.values:
         v = value.reshape(*sides)[e, first:last].astype(w.dtype)
         total += w.dtype.type(by) * (v - w)
