@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jlora._disk import replacing_files
 
+_BOX = {"boxstyle": "round", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
 _LAYER = re.compile(r"\.(\d+)(?=\.)")
 
 
@@ -34,6 +36,8 @@ def plot(file: str | os.PathLike[str], rows: Mapping[str, Mapping[str, Any]]) ->
         if s.size and s[0] > 0:
             right.plot(np.arange(1, s.size + 1), s / s[0], color="C0", alpha=0.3, label=name)
     right.set(yscale="log", xlabel="rank", ylabel="singular value / the largest")
+    for axis in (left.xaxis, right.xaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     with replacing_files(Path(file).parent) as new:
         FigureCanvasAgg(figure).print_png(new / Path(file).name)
@@ -49,7 +53,7 @@ def _map(figure: Figure, axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> No
         values[at] = np.linalg.norm(np.asarray(row.get(key, np.nan), np.float64))
         if np.any(row.get("intruders", 0)):
             text = f"{np.sum(row['intruders'])}"
-            axes.text(at[1], at[0], text, ha="center", va="center", color="white", fontsize=6)
+            axes.text(at[1], at[0], text, ha="center", va="center", fontsize=6, bbox=_BOX)
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="norm / weight's" if key == "relative" else "norm")
     axes.set_yticks(range(len(kinds)), kinds, fontsize=7)

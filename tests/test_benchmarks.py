@@ -8,6 +8,7 @@ import sys
 import bank
 import blocks
 import compare
+import compress
 import decode
 import factored
 import finetune
@@ -120,6 +121,15 @@ def test_bank_writes_what_it_promises(tmp_path, monkeypatch, capsys):
         assert set(rows) == ({"base", "peft"} if "PEFT" in case else kinds)
         assert all(row["ratio"] > 0 for row in rows.values())
     assert found["training 2, 8 tokens each"]["map"]["memory over one"] > 0
+
+
+def test_compress_writes_what_it_promises(tmp_path):
+    words = ["--size", "40", "--rank", "6", "--to", "2", "--rounds", "1"]
+    compress.main([*words, "--json", str(tmp_path / "c.json")])
+    found = json.loads((tmp_path / "c.json").read_text())
+    errors = found["errors"]
+    assert abs(errors["factored"] - errors["dense"]) < 1e-6 < errors["dense"] < 1
+    assert all(len(seconds) == 1 for seconds in found["seconds"].values())
 
 
 @pytest.mark.nightly

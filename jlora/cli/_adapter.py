@@ -18,7 +18,9 @@ from jlora._paths import quoted
 from jlora._tensor_file import read
 from jlora.cli._changes import Change, Gain, Product, seen
 from jlora.cli._checkpoint import Checkpoint, read_json
+from jlora.cli._conv1d import Conv1D
 from jlora.cli._experts import Experts, check_single
+from jlora.cli._renames import renaming
 from jlora.cli._safetensors import WEIGHTS
 from jlora.peft._assign import Assignment, Plan, assign
 from jlora.peft._config import CONFIG, PICKLE, TENSORS, Config, check_init, parse
@@ -130,13 +132,14 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     names = names_of(adapter.tensors, checkpoint.entries, call)
     modules = {module_of(name): key for key, name in names.items()}
     check_single(modules, checkpoint, call)
-    rename = _renaming(adapter, list(modules), checkpoint)
+    rename = renaming(modules, checkpoint, call)
+    stored = {rename(key) for key in checkpoint.entries}
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     added: dict[str, str | None] = {}
     for name, key in {name: key for key, name in names.items()}.items():
         module = module_of(name)
         full = name if not is_lora(name) else f"{module}.weight"
-        if full in checkpoint.entries or full in map(rename, checkpoint.entries):
+        if full in checkpoint.entries or full in stored:
             continue
         source = checkpoint.tied_to(full)
         saved = is_saved(adapter.config.modules_to_save, module)
@@ -149,11 +152,12 @@ def places_of(adapter: Adapter, checkpoint: Checkpoint, call: str) -> Places:
     for key, name in names.items():
         by_module.setdefault(module_of(name), {})[name] = adapter.tensors[key]
     named = {key: key if key in added else rename(key) for key in shapes}
-    experts = Experts({named[key]: shape for key, shape in shapes.items()}, by_module, call)
+    by_name = {named[key]: shape for key, shape in shapes.items()}
+    experts, conv1d = Experts(by_name, by_module, call), Conv1D(by_name, by_module, call)
     for key, shape in shapes.items():
         name = named[key]
         found[name] = Place(key, (), name, tuple(shape))
-        layout, kind = _layout(adapter, name, shape, by_module, experts)
+        layout, kind = _layout(adapter, name, shape, by_module, experts, conv1d)
         layouts |= {key: layout} if layout else {}
         kinds |= {key: kind} if kind else {}
     return Places(Found(found, layouts, kinds), added)
@@ -179,36 +183,13 @@ def _is_head(adapter: Adapter, module: str) -> bool:
     return task.endswith("_CLS") and any(part in _HEADS for part in module.split("."))
 
 
-def _renaming(adapter: Adapter, modules: list[str], checkpoint: Checkpoint) -> Any:
-    """Return a function from the checkpoint's names to the adapter's: a prefix more or less.
-
-    transformers adds "model." or "transformer." to the names of some checkpoints when it loads
-    them, and the adapter was trained on the loaded model.
-    """
-    own = {key.rpartition(".")[0] for key in checkpoint.entries}
-    known = own | {m.rpartition(".")[0] for m in own}
-    wanted = [m for m in modules if m]
-    first = next((m for m in wanted if m not in known), None)
-    if first is None:
-        return lambda key: key
-    parts = first.split(".")
-    drops = [".".join(parts[:k]) + "." for k in range(1, len(parts))]
-    adds = [m.removesuffix(first) for m in known if m.endswith(f".{first}")]
-    for prefix in drops:
-        if all(m in known or m.removeprefix(prefix) in known for m in wanted):
-            return lambda key: key if key.rpartition(".")[0] in wanted else prefix + key
-    for prefix in adds:
-        if all(m in known or prefix + m in known for m in wanted):
-            return lambda key: key.removeprefix(prefix)
-    return lambda key: key
-
-
 def _layout(
     adapter: Adapter,
     name: str,
     shape: tuple[int, ...],
     by_module: Mapping[str, Any],
     experts: Experts,
+    conv1d: Conv1D,
 ) -> tuple[str | None, str | None]:
     """Return a tensor's layout and kind: outputs come first but in embeddings and Conv1D."""
     if len(shape) < 2:
@@ -222,10 +203,10 @@ def _layout(
     a, b = (tensors.get(f"{module}.lora_{x}.weight") for x in "AB")
     if a is None or b is None or len(shape) > 2:
         return "o" + "i" * (len(shape) - 1), None if a is not None else "parameter"
-    turned = (b.shape[0], a.shape[-1]) == shape[::-1] and shape[0] != shape[1]
-    if turned or (shape[0] == shape[1] and adapter.said.get("fan_in_fan_out") is True):
-        return "io", "Conv1D"
-    return "oi", None
+    turned = (b.shape[0], a.shape[-1]) == shape[::-1]
+    if turned and shape[0] == shape[1]:
+        turned = adapter.said.get("fan_in_fan_out") is True and conv1d.has(module, shape[0])
+    return ("io", "Conv1D") if turned else ("oi", None)
 
 
 def changes_of(

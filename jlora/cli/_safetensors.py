@@ -42,6 +42,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # what can be added to
 CHUNK = 2**23  # bytes in memory at a time
+_AHEAD = 2**25  # bytes that the disk reads while others are computed
 _SYNC = 2**27  # bytes after which the disk is told to begin, while others are computed
 _LONGEST = 10**8  # of a header, as in safetensors
 
@@ -80,6 +81,8 @@ class Span(NamedTuple):
     def read_into(self, rest: memoryview) -> None:
         """Read them into memory."""
         with self.file.open("rb", buffering=0) as f:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(f.fileno(), self.start + _AHEAD, self.size, os.POSIX_FADV_WILLNEED)
             f.seek(self.start)
             while len(rest):
                 rest = rest[self._checked(f.readinto(rest)) :]

@@ -146,7 +146,7 @@ def targets_of(
     targets = {}
     for name, entry in checkpoint.entries.items():
         own = entry.dtype if dtype is None or entry.dtype not in WEIGHTS else dtype
-        pieces = plain(entry, own)
+        pieces = plain(name, entry, own)
         if name in changes:
             pieces = changed(name, entry, changes[name], places.found.layouts.get(name), own)
         targets[name] = Target(own, entry.shape, pieces)

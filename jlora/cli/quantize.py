@@ -124,7 +124,7 @@ def _folder(args: argparse.Namespace, call: str) -> dict[str, Any]:
             if name in chosen:
                 targets |= parts(name, entry)
             else:
-                targets[name] = Target(entry.dtype, entry.shape, plain(entry, entry.dtype))
+                targets[name] = Target(entry.dtype, entry.shape, plain(name, entry, entry.dtype))
         files[file] = (targets, checkpoint.metadata[file])
     dtypes = {DTYPES[checkpoint.entries[name].dtype].name for name in chosen}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -176,9 +176,10 @@ def _chosen(
     step = _BLOCK if args.format == "nf4" else 1
     chosen = {name for name in wanted if checkpoint.entries[name].shape[1] % step == 0}
     if not chosen:
+        what = f"matrix of {', '.join(WEIGHTS)}"
+        what += f" whose number of columns is a multiple of {step}" * bool(wanted)
         raise ValueError(
-            f"`{call}`: there is no matrix of {', '.join(WEIGHTS)} to quantize. "
-            f"{near_misses(args.targets or '', matrices)}"
+            f"`{call}`: there is no {what} to quantize. {near_misses(args.targets or '', matrices)}"
         )
     return chosen, [name for name in matrices if name not in chosen]
 

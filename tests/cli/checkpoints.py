@@ -98,10 +98,10 @@ def pair(module, out, ins, rank=2, seed=0):
     }
 
 
-def update(tensors, module, s=3.0):
-    """`s · B A` in float64, and then float32 as it is added."""
-    a, b = (tensors[f"{module}.lora_{x}.weight"].astype(np.float64) for x in "AB")
-    return np.float32((np.float32(b) * np.float32(s)).astype(np.float64) @ a)
+def update(tensors, module, s=3.0, dtype=np.float64):
+    """`s · B A` in this dtype, and then float32 as it is added."""
+    a, b = (tensors[f"{module}.lora_{x}.weight"] for x in "AB")
+    return np.float32((np.float32(b) * np.float32(s)).astype(dtype) @ a.astype(dtype))
 
 
 def q_and_up():

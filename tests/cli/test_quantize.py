@@ -163,7 +163,10 @@ def broken(tmp_path, case):
             words = ["--targets", "("]
         case "nothing":
             words = ["--targets", "x"]
-    checkpoint(base, tensors_of(SHAPES), config=config)
+        case "narrow":
+            words = ["--targets", "narrow.weight"]
+    shapes = {**SHAPES, "narrow.weight": (64, 48)} if case == "narrow" else SHAPES
+    checkpoint(base, tensors_of(shapes), config=config)
     files = ("gguf_of_codes", "weights", "absent", "folder")
     if case in (*files, "targets", "cut", "type", "same", "version"):
         words = ["--targets", "x"] if case == "targets" else []
@@ -199,6 +202,7 @@ SAID = {
     "bare": "is without a config.json",
     "pattern": "is no regular expression",
     "nothing": "there is no matrix of F64, F32, F16, BF16 to quantize",
+    "narrow": "whose number of columns is a multiple of 64 to quantize",
     "folder": "is none of llama, qwen2, qwen3. Convert the folder",
     "absent": "there is no",
     "gguf_of_codes": "BASE is quantized already",
