@@ -21,7 +21,7 @@ RANK = 2
 
 
 def examples(strategy):
-    """Check the law for 20 random programs, and for 2,000 under the marker `nightly`.
+    """Check the law for ten random programs, and for 2,000 under the marker `nightly`.
 
     There 200 are of DoRA too, whose weights are built where a gain has no place.
     `make(*example)` gives a function, its LoraArray and its other arguments. Ten at a time are
@@ -31,7 +31,7 @@ def examples(strategy):
     def decorate(make):
         night = pytest.mark.nightly
         counts = [
-            pytest.param(20, False, id="20"),
+            pytest.param(10, False, id="10"),
             pytest.param(2000, False, marks=night, id="2000"),
             pytest.param(200, True, marks=night, id="dora"),
         ]

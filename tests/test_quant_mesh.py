@@ -85,8 +85,10 @@ def nightly(*values: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "shape", "least"),
     [
-        ("nf4", (4, 2), _product.LEAST),
-        *(nightly(name, (4, 2), _product.LEAST) for name in ("int8", "q4_1", "q8_0", "int4")),
+        *(
+            nightly(name, (4, 2), _product.LEAST)
+            for name in ("nf4", "int8", "q4_1", "q8_0", "int4")
+        ),
         *(nightly(name, (4, 2), 1) for name in ("int8", "nf4", "q4_1")),
         *(nightly(name, (2, 4), _product.LEAST) for name in ("int8", "nf4", "q4_1")),
     ],
