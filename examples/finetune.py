@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, job: Job, begun: Start, asked: Stopping) -> in
         return asked.status
     params = jlora.combine(state.trainable if state.best is None else state.best, frozen)
     found = {**report.results(state), **save_and_check(args, job, params)}
-    found |= {**notes, "settings": report.settings(args)}
+    found |= {**notes, "settings": report.every_flag(args)}
     found |= {"data": report.counts(job.dataset), "versions": report.versions()}
     export(args, job, params, found)
     report.plot(args.out / "loss.png", state)

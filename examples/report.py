@@ -114,7 +114,7 @@ def peak_memory() -> int | None:
     return None if found is None else 1024 * int(found[1])
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def every_flag(args: argparse.Namespace) -> dict[str, Any]:
     """Every flag of the run, also those that results do not depend on."""
     plain = str | int | float | list | dict | None
     return {k: x if isinstance(x, plain) else str(x) for k, x in vars(args).items()}

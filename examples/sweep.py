@@ -84,7 +84,7 @@ def sweep(args: argparse.Namespace, job: Job) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {"rates": [*args.sweep], "losses": history.tolist()}
     rows["held_out"] = held_out.tolist()
-    rows |= {"best": args.sweep[best], "settings": report.settings(args)}
+    rows |= {"best": args.sweep[best], "settings": report.every_flag(args)}
     rows["base_sha256"] = report.files_fingerprint(weights.path_of(args.model))
     (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     plot(args.out / "sweep.png", args.sweep, held_out)

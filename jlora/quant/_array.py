@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -158,24 +157,18 @@ _serialization.register(QuantArray, ("format", "layout", "dims", "kind"), _decod
 def pack(weight: Array, format: Format, layout: str) -> QuantArray:
     """Store a weight, `(*stack, *dims)`, in a format."""
     geometry = Geometry.of(weight.shape, layout)
-    if getattr(format, "on_host", False):
-        parts = format.pack(_rows(np.asarray(weight), layout))
-    else:
-        run = functools.partial(_packed, format=format, layout=layout)
-        at = _axes.explicit_parts(run, weight, layout)
-        parts = _compat.without_shardings(run, at, weight)
+    on_host = getattr(format, "on_host", False)
+    run = functools.partial(_packed, format=None if on_host else format, layout=layout)
+    parts = _compat.without_shardings(run, _axes.explicit_parts(run, weight, layout), weight)
+    parts = format.pack(parts["rows"]) if on_host else parts
     parts = _axes.placed(parts, weight, layout)
     dims = tuple(weight.shape[len(geometry.stack) :])
     return QuantArray(parts, format, layout, dims, jnp.dtype(weight.dtype).name)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _rows(weight: Array, layout: str) -> Array:
-    """Arrange a weight as float32 rows, `(*stack, out, in)`."""
-    matrix = Geometry.of(weight.shape, layout).to_matrix(weight)
-    return jnp.swapaxes(matrix, -1, -2).astype(jnp.float32)
-
-
 @functools.partial(jax.jit, static_argnames=("format", "layout"))
-def _packed(weight: Array, format: Format, layout: str) -> dict[str, Array]:
-    return format.pack(_rows(weight, layout))
+def _packed(weight: Array, format: Format | None, layout: str) -> dict[str, Array]:
+    """Pack a weight's float32 rows, `(*stack, out, in)`; without a format, return these."""
+    matrix = Geometry.of(weight.shape, layout).to_matrix(weight)
+    rows = jnp.swapaxes(matrix, -1, -2).astype(jnp.float32)
+    return {"rows": rows} if format is None else format.pack(rows)

@@ -13,7 +13,16 @@ from jax.typing import DTypeLike
 
 from jlora import _compat
 from jlora._arrays import accumulator
-from jlora.transform._labeled import AnyArray, Labels, Places, contract, einsum, expanded, flops
+from jlora.transform._labeled import (
+    AnyArray,
+    Labels,
+    Places,
+    contract,
+    derived,
+    einsum,
+    expanded,
+    flops,
+)
 from jlora.transform._view import RANK, narrowed, plus, scaled
 
 TOKENS = "tokens"
@@ -118,7 +127,6 @@ def places(base: AnyArray, x: AnyArray, form: Form) -> tuple[Places | None, Plac
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 3, 4, 5))
 def in_terms(
     z: AnyArray,
     z_labels: Labels,
@@ -130,38 +138,23 @@ def in_terms(
     """Sum over the rank as `contract` does, but term by term, so that XLA can fuse the terms.
 
     A step then keeps one residual instead of the base product and the update. The derivative is
-    that of the product, so a gradient is still one matmul.
+    that of the product, so a gradient is still one matmul. The terms are exact: the precision is
+    that of the derivative.
     """
-    del precision  # the terms are exact
-    wide = accumulator(z.dtype)
-    z, factor = narrowed(z, wide), narrowed(narrowed(factor, z.dtype), wide)
 
-    def row(n: int, x: Array, names: Labels) -> Any:
-        x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
-        return expanded(x, [k for k in names if k != RANK], out_labels)
+    def run(z: AnyArray, factor: AnyArray) -> Array:
+        wide = accumulator(z.dtype)
+        z, factor = narrowed(z, wide), narrowed(narrowed(factor, z.dtype), wide)
 
-    ranks = range(z.shape[z_labels.index(RANK)])
-    return functools.reduce(lax.add, [row(n, z, z_labels) * row(n, factor, labels) for n in ranks])
+        def row(n: int, x: Array, names: Labels) -> Any:
+            x = lax.index_in_dim(x, n, names.index(RANK), keepdims=False)
+            return expanded(x, [k for k in names if k != RANK], out_labels)
 
+        ranks = range(z.shape[z_labels.index(RANK)])
+        terms = [row(n, z, z_labels) * row(n, factor, labels) for n in ranks]
+        return functools.reduce(lax.add, terms)
 
-@functools.partial(in_terms.defjvp, symbolic_zeros=True)
-def _(
-    z_labels: Labels,
-    labels: Labels,
-    out_labels: Labels,
-    precision: lax.PrecisionLike,
-    at: tuple[Any, ...],
-    along: tuple[Any, ...],
-) -> tuple[Array, Array]:
-    (z, factor), (dz, dfactor) = at, along
-    out = in_terms(z, z_labels, factor, labels, out_labels, precision)
-    moved = [(contract, dz, factor), (einsum, z, dfactor)]
-    terms = [
-        product(x, z_labels, y, labels, out_labels, precision)
-        for product, x, y in moved
-        if not isinstance(x, SymbolicZero) and not isinstance(y, SymbolicZero)
-    ]
-    return out, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)
+    return derived(run, einsum(z_labels, labels, out_labels, precision), z, factor)
 
 
 def _turned(s: AnyArray, factor: AnyArray, form: Form) -> tuple[Array, Labels]:

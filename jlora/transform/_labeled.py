@@ -19,6 +19,7 @@ from jlora._arrays import accumulator
 AnyArray = Array | np.ndarray | np.number | np.bool_
 Label = Hashable  # the name of an axis
 Labels = tuple[Label, ...]
+Product = Callable[[Any, Any], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +56,11 @@ def contract(
     The product is that of y in the dtype of x: see `in_dtype_of_first`. On a mesh with explicit
     axes, `places` says along which of them each label is sharded.
     """
-
-    def product(x: AnyArray, y: AnyArray) -> Array:
-        return einsum(x, x_labels, y, y_labels, out_labels, precision, places)
-
+    product = einsum(x_labels, y_labels, out_labels, precision, places)
     return in_dtype_of_first(product, x, y)
 
 
-def in_dtype_of_first(product: Callable[[Any, Any], Array], x: AnyArray, y: AnyArray) -> Array:
+def in_dtype_of_first(product: Product, x: AnyArray, y: AnyArray) -> Array:
     """Return `product(x, y)`, a bilinear map, of y cast to the dtype of x.
 
     The derivative is that of the product alone. That of the cast would round the gradient for y,
@@ -71,34 +69,35 @@ def in_dtype_of_first(product: Callable[[Any, Any], Array], x: AnyArray, y: AnyA
     """
     if x.dtype == y.dtype:
         return product(x, y)
+    rounded: Product = lambda x, y: product(x, lax.convert_element_type(y, x.dtype))
+    return derived(rounded, product, x, y)
 
-    @jax.custom_jvp
-    def rounded(x: AnyArray, y: AnyArray) -> Array:
-        return product(x, lax.convert_element_type(y, x.dtype))
 
-    @functools.partial(rounded.defjvp, symbolic_zeros=True)
+def derived(run: Product, product: Product, x: AnyArray, y: AnyArray) -> Array:
+    """Return `run(x, y)`, but differentiate `product`, of which it is another form."""
+    called = jax.custom_jvp(run)
+
+    @functools.partial(called.defjvp, symbolic_zeros=True)
     def _(at: tuple[Any, Any], along: tuple[Any, Any]) -> tuple[Array, Array]:
         (x, y), (dx, dy) = at, along
-        out, terms = rounded(x, y), []
+        out, terms = called(x, y), []
         if not isinstance(dx, SymbolicZero):
             terms.append(in_dtype_of_first(product, dx, y))
         if not isinstance(dy, SymbolicZero):
             terms.append(product(x, dy))
         return out, functools.reduce(lax.add, terms) if terms else jnp.zeros_like(out)
 
-    return rounded(x, y)
+    return called(x, y)
 
 
 def einsum(
-    x: AnyArray,
     x_labels: Sequence[Label],
-    y: AnyArray,
     y_labels: Sequence[Label],
     out_labels: Sequence[Label],
     precision: lax.PrecisionLike = None,
     places: Places | None = None,
-) -> Array:
-    """Multiply as `contract`, but two dtypes as they are."""
+) -> Product:
+    """Return the product of two arrays with these labels, of two dtypes as they are."""
     batch = [k for k in x_labels if k in y_labels and k in out_labels]
     summed = [k for k in x_labels if k in y_labels and k not in out_labels]
     made = batch + [k for k in (*x_labels, *y_labels) if (k in x_labels) != (k in y_labels)]
@@ -106,17 +105,20 @@ def einsum(
     def at(group: list[Label]) -> tuple[list[int], list[int]]:
         return [list(x_labels).index(k) for k in group], [list(y_labels).index(k) for k in group]
 
-    out = lax.dot_general(
-        x,
-        y,
-        (at(summed), at(batch)),
-        precision=precision,
-        preferred_element_type=accumulator(x.dtype),
-        out_sharding=None if places is None else places.of(made),
-    )
-    if made != list(out_labels):
-        out = lax.transpose(out, [made.index(k) for k in out_labels])
-    return out
+    def product(x: AnyArray, y: AnyArray) -> Array:
+        out = lax.dot_general(
+            x,
+            y,
+            (at(summed), at(batch)),
+            precision=precision,
+            preferred_element_type=accumulator(x.dtype),
+            out_sharding=None if places is None else places.of(made),
+        )
+        if made != list(out_labels):
+            out = lax.transpose(out, [made.index(k) for k in out_labels])
+        return out
+
+    return product
 
 
 def flops(sizes: dict[Any, Any], *label_sets: Sequence[Label]) -> Any:
