@@ -6,12 +6,15 @@ element at a time is gathered where a function cannot work on shards.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
+
+T = TypeVar("T")
 
 
 def layer_by_layer(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
@@ -22,8 +25,8 @@ def layer_by_layer(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
 
 
 def _mapped(fn: Callable[..., Any], *operands: PyTree) -> PyTree:
-    codes, back = _coded(operands)
-    return lax.map(lambda each: fn(*back(each)), codes)
+    count = len(jax.tree.leaves(operands)[0])
+    return lax.map(lambda n: fn(*_element(operands, n)), jnp.arange(count))
 
 
 def at_once(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
@@ -44,21 +47,15 @@ def in_place(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
     def run(weights: Array, *operands: PyTree) -> tuple[Any, ...]:
         stack = weights.shape[:depth]
         flat = lambda x: x.reshape(-1, *x.shape[depth:])
-        bits = _bits(weights.dtype)
+        weights, *others = jax.tree.map(flat, (weights, *operands))
 
-        def step(codes: Array, at: Any) -> tuple[Array, Any]:
-            n, each = at[0], others(at[1])
-            weight = lax.dynamic_index_in_dim(codes, n, keepdims=False)
-            *made, weight = fn(lax.bitcast_convert_type(weight, weights.dtype), *each)
-            weight = lax.bitcast_convert_type(weight.astype(weights.dtype), bits)
-            return lax.dynamic_update_index_in_dim(codes, weight, n, 0), tuple(made)
+        def step(weights: Array, n: Array) -> tuple[Array, Any]:
+            *made, weight = fn(*_element((weights, *others), n))
+            weight = weight.astype(weights.dtype)
+            return lax.dynamic_update_index_in_dim(weights, weight, n, 0), tuple(made)
 
-        codes = flat(lax.bitcast_convert_type(weights, bits))
-        rest, others = _coded(jax.tree.map(flat, operands))
-        each = jnp.arange(len(codes)), rest
-        codes, made = lax.scan(step, codes, each)
-        back = lambda x: x.reshape(*stack, *x.shape[1:])
-        return *map(back, made), lax.bitcast_convert_type(back(codes), weights.dtype)
+        weights, made = lax.scan(step, weights, jnp.arange(len(weights)))
+        return tuple(x.reshape(*stack, *x.shape[1:]) for x in (*made, weights))
 
     return run
 
@@ -68,26 +65,16 @@ def is_split(sharding: Any, depth: int) -> bool:
     return any(names is not None for names in getattr(sharding, "spec", ())[:depth])
 
 
-def _coded(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Return narrow floating-point leaves as integers, and the function back, of any shape."""
-    dtypes = jax.tree.map(lambda x: x.dtype, tree)
+def in_a_branch(read: Callable[[ArrayLike], T], n: Array) -> T:
+    """Return `read(n)` of arrays that do not change in the loop over n, read in it and not before.
 
-    def narrow(dtype: Any) -> bool:
-        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize in (1, 2)
-
-    def there(x: Array) -> Array:
-        return lax.bitcast_convert_type(x, _bits(x.dtype)) if narrow(x.dtype) else x
-
-    def back(x: Array, dtype: Any) -> Array:
-        return lax.bitcast_convert_type(x, dtype) if narrow(dtype) else x
-
-    return jax.tree.map(there, tree), lambda tree: jax.tree.map(back, tree, dtypes)
-
-
-def _bits(dtype: Any) -> Any:
-    """Return the integers of a dtype's size.
-
-    XLA's CPU compiler widens arithmetic on narrow floating-point numbers, and with it the stack
-    that they are written into.
+    Most CPUs have no arithmetic on 16 bits. XLA's compiler for them makes a slice of a bfloat16
+    array one of this array in float32, and this array before the loop: all of it, twice as large.
+    What a branch computes stays in the branch.
     """
-    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+    return lax.cond(n >= 0, lambda: read(n), lambda: read(0))
+
+
+def _element(stacks: T, n: Array) -> T:
+    at = lambda n: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, n, keepdims=False), stacks)
+    return in_a_branch(at, n)

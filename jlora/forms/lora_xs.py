@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora._arrays import Geometry, LoraArray, accumulator
+from jlora._arrays import Geometry, LoraArray
 from jlora.forms._factors import changed_b
 from jlora.forms._form import Factors, Form, Part
 from jlora.forms._initial import initializer
@@ -46,7 +46,7 @@ def lora_xs(
     Reference: Bałazy et al. 2024, arXiv:2405.17604, section 3.2, where W is (out, in), so its A
     is `Uᵣ Sᵣ` and on the output side. The paper initializes R to `N(0, 1e-5²)`.
     """
-    u, s, vt = singular(weight.astype(accumulator(weight.dtype)), slice(rank))
+    u, s, vt = singular(weight, slice(rank))
     return u.astype(dtype), (s[:, None] * vt).astype(dtype)
 
 

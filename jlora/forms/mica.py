@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jlora._arrays import accumulator
 from jlora.forms._form import Factors, Form
 from jlora.forms._initial import initializer
 from jlora.forms._singular import singular
@@ -45,7 +44,7 @@ def mica(
 
     Reference: arXiv:2604.01694. PEFT's `init_lora_weights="mica"`.
     """
-    vt = singular(weight.astype(accumulator(weight.dtype)), slice(-rank, None))[2]
+    vt = singular(weight, slice(-rank, None))[2]
     return jnp.zeros((weight.shape[0], rank), dtype), vt.astype(dtype)
 
 

@@ -153,7 +153,7 @@ def split(
         for start, stop in node.slices or ((0, geometry.out_dims[0]),):
             some = slice(start * per, stop * per)
             *pair, rest = init(matrix[:, some], data[:, some] if by_output else data, scaling)
-            matrix = matrix.at[:, some].set(rest)
+            matrix = matrix.at[:, some].set(rest) if node.slices else rest
             pairs.append(pair)
         a, b = (jnp.concatenate(factors, axis=1) for factors in zip(*pairs, strict=True))
         return a, b, one.from_matrix(matrix)

@@ -83,11 +83,10 @@ def pissa(
     Reference: Meng et al. 2024, arXiv:2404.02948, section 3; Halko et al. 2009, arXiv:0909.4061,
     algorithm 4.4. PEFT's `init_lora_weights="pissa"` and `"pissa_niter_16"`.
     """
-    wide = _wide(weight)
     if niter is None:
-        u, s, vt = singular(wide, slice(rank))
+        u, s, vt = singular(weight, slice(rank))
     else:
-        u, s, vt = svd_of_a_range(key, wide, rank, niter)
+        u, s, vt = svd_of_a_range(key, _wide(weight), rank, niter)
     return share(weight, u, s, vt, scaling, dtype)
 
 
@@ -144,7 +143,7 @@ def milora(
 
     Reference: Wang et al. 2024, arXiv:2406.09044, section 3.
     """
-    return share(weight, *singular(_wide(weight), slice(-rank, None)), scaling, dtype)
+    return share(weight, *singular(weight, slice(-rank, None)), scaling, dtype)
 
 
 @initializer

@@ -1,6 +1,7 @@
 """EVA: A spans the directions along which a weight's inputs vary most."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +78,10 @@ def eva(
         )
     nodes = lora_nodes(params, call)
     seen = moments_of(nodes, moments, call, least=1)
-    spectra = {path: layer_by_layer(_spectrum, m.count.ndim)(m) for path, m in seen.items()}
+    spectra = {}
+    for path, m in seen.items():
+        spectrum = functools.partial(_spectrum, most=round(nodes[path].rank * rho))
+        spectra[path] = layer_by_layer(spectrum, m.count.ndim)(m)
     if rho == 1.0:
         ranks = {path: np.full(m.count.shape, nodes[path].rank) for path, m in seen.items()}
     else:
@@ -97,14 +101,15 @@ def eva(
     )
 
 
-def _spectrum(moments: Moments) -> tuple[Array, Array]:
-    """Return the shares of variance in decreasing order, and their directions as columns."""
+def _spectrum(moments: Moments, most: int) -> tuple[Array, Array]:
+    """Return the largest shares of variance in decreasing order, and their directions, columns."""
     mean = moments.total / moments.count[..., None]
     scatter = moments.second - moments.total[..., None] * mean[..., None, :]
     values, vectors = jnp.linalg.eigh((scatter + jnp.swapaxes(scatter, -1, -2)) / 2)
     values = jnp.maximum(values[..., ::-1], 0.0)
     total = values.sum(-1, keepdims=True)  # zero for constant inputs, whose shares are zero
-    return values / jnp.where(total > 0, total, 1.0), vectors[..., ::-1]
+    shares = values / jnp.where(total > 0, total, 1.0)
+    return shares[..., :most], vectors[..., ::-1][..., :most]
 
 
 def _ranks(

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jlora._arrays import Geometry, accumulator
+from jlora._arrays import Geometry
 from jlora._check_values import check_number
 from jlora._paths import brief, describe
 from jlora.forms import Split
@@ -106,8 +106,7 @@ def _along_gradient(
     scale: str,
     gamma: float,
 ) -> Split:
-    wide = accumulator(weight.dtype)
-    u, s, vt = singular(gradient.astype(wide), slice(2 * rank))
+    u, s, vt = singular(gradient, slice(2 * rank))
     first, second = slice(rank), slice(rank, 2 * rank)
     of_a, of_b = {
         "ArB2r": (first, second),
