@@ -149,7 +149,9 @@ def test_the_products_are_those_of_float32(name):
     assert products(HALF) == products(jnp.float32)
 
 
-@pytest.mark.parametrize(("name", "rank"), [("dense", 2), ("dense", 12), ("experts", 12)])
+@pytest.mark.parametrize(
+    ("name", "rank"), [("dense", 2), ("dense", 12), ("experts", 12), ("conv", 2)]
+)
 def test_gradients_of_a_bfloat16_model_are_not_rounded(name, rank):
     """They are summed over devices where they are computed: in float32 from the products on."""
     fn, (shape, layout), _, x = MODELS[name]
@@ -158,3 +160,13 @@ def test_gradients_of_a_bfloat16_model_are_not_rounded(name, rank):
     found = jax.jit(jax.grad(run))(params, jnp.asarray(normal(3, *x.shape), jnp.bfloat16))
     for g in (found.lora_a, found.lora_b):
         assert (g != g.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "conv"])
+def test_inputs_are_kept_in_bfloat16(name):
+    """What the backward pass needs of a bfloat16 model is not widened before."""
+    fn, (shape, layout), _, x = MODELS[name]
+    params = node(shape, layout, jnp.float32, w=1, dtype=jnp.bfloat16)
+    run = lambda p: jlora.lora(fn)(p, jnp.asarray(x, jnp.bfloat16))
+    kept = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(run, p)[1], params))
+    assert {k.dtype.name for k in kept if k.size >= x.size} == {"bfloat16"}

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import JaxprEqn
@@ -11,7 +12,7 @@ from jax.extend.core import JaxprEqn
 from jlora._arrays import accumulator
 from jlora.transform._gain import Gain, multiplied, placed
 from jlora.transform._inputs import EXACT, Sums, pulled, wide
-from jlora.transform._labeled import AnyArray, contract
+from jlora.transform._labeled import AnyArray, contract, in_dtype_of_first
 from jlora.transform._registry import rule
 from jlora.transform._view import RANK, View, plus
 from jlora.transform._walk import Walk
@@ -102,7 +103,7 @@ def _narrow_conv(
     # The rank replaces the output channels of the narrow kernel or, if the inputs are projected
     # first (as for a transposed kernel), its input channels.
     replaced = out_axis if window == inward else in_axis
-    kernel = with_rank_at(view, window, replaced).astype(dtype)
+    kernel = with_rank_at(view, window, replaced)
     other = view.factors[1 - window]
     other = other.reshape(-1, other.shape[-1])  # (channels, rank): drops spatial axes of size 1
     if replaced == in_axis:
@@ -142,17 +143,28 @@ def convolve(
     groups: int,
     precision: lax.PrecisionLike = None,
 ) -> Array:
-    """Convolve as `eqn` does, with a kernel that has a different number of channels."""
+    """Convolve as `eqn` does, with a kernel that has a different number of channels.
+
+    A kernel of another dtype is cast to that of x, and its gradient is not rounded to it. Operands
+    of a convolution must have one dtype, so for the gradient x is widened: then, not kept so.
+    """
     p = eqn.params
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        p["window_strides"],
-        p["padding"],
-        p["lhs_dilation"],
-        p["rhs_dilation"],
-        p["dimension_numbers"],
-        feature_group_count=groups,
-        precision=precision or p["precision"],
-        preferred_element_type=accumulator(x.dtype),
-    )
+
+    def product(x: Any, kernel: Array) -> Array:
+        dtype = x.dtype if x.dtype == kernel.dtype else accumulator(x.dtype)
+        return lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            p["window_strides"],
+            p["padding"],
+            p["lhs_dilation"],
+            p["rhs_dilation"],
+            p["dimension_numbers"],
+            feature_group_count=groups,
+            precision=precision or p["precision"],
+            preferred_element_type=accumulator(x.dtype),
+        )
+
+    if x.dtype == kernel.dtype:
+        return product(x, kernel)
+    return in_dtype_of_first(jax.checkpoint(product, prevent_cse=False), x, kernel)
