@@ -6,8 +6,8 @@ A small Llama, unrolled, is compiled for 8 virtual CPU devices, fsdp x tp: colum
 row-parallel over tp, weights and batch sharded over fsdp. Counted in the compiled program, for one
 step and device: the limit (forward pass and gradient of the activations, W frozen), rank 3 on all
 weights with A and B sharded as W ("inherit") or replicated over fsdp ("replicate"), and full
-fine-tuning. Bytes are those of the results. Expected: "replicate" adds no gather of A or B, only
-the all-reduce of their gradients; "inherit" adds three small gathers a weight.
+fine-tuning. Bytes are those of the results. Expected: "replicate" adds no gather of A or B, and
+their gradients are results of one all-reduce; "inherit" adds three small gathers a weight.
 """
 
 import argparse
@@ -31,14 +31,19 @@ BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s64": 8,
 RANK = 3  # no other axis has this size
 
 
-def collectives(text: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """The kind, shape and bytes of each result of each collective in a compiled program."""
+def collectives(text: str) -> list[tuple[str, list[tuple[int, ...]], int]]:
+    """The kind of each collective in a compiled program, its results' shapes, and their bytes."""
     found = []
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1]) if match else ():
-            shape = tuple(int(n) for n in dims.split(",") if n)
-            found.append((match[2], shape, BYTES[dtype] * math.prod(shape)))
+        if match is None:
+            continue
+        results = [
+            (dtype, tuple(int(n) for n in dims.split(",") if n))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+        ]
+        size = sum(BYTES[dtype] * math.prod(shape) for dtype, shape in results)
+        found.append((match[2], [shape for _, shape in results], size))
     return found
 
 

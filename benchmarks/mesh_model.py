@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import LoraSpec
 
-D, HEADS, HEAD, WIDE, VOCAB, LAYERS, BATCH, LENGTH = 16, 4, 4, 24, 32, 2, 8, 4
+D, HEADS, HEAD, WIDE, VOCAB, LAYERS, BATCH, LENGTH = 16, 4, 4, 24, 32, 4, 8, 4
 WEIGHTS = {
     "q": ((D, HEADS, HEAD), P("fsdp", "tp"), "ioo"),
     "k": ((D, HEADS, HEAD), P("fsdp", "tp"), "ioo"),

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from jlora import _compat, forms
-from jlora._arrays import Geometry, accumulator
+from jlora._arrays import Geometry
 from jlora._base import is_stored
 from jlora._paths import describe
 from jlora._placed import sharding_of
@@ -51,23 +51,28 @@ def changes(spec: LoraSpec, geometry: Geometry, dtype: Any) -> bool:
     return len(body.outvars) > 2
 
 
-def decomposes(spec: LoraSpec, geometry: Geometry, dtype: Any) -> bool:
-    """Whether the initializer decomposes a matrix as large as the weight."""
-    size = geometry.fan_in * geometry.fan_out
+def _decomposed(spec: LoraSpec, geometry: Geometry, dtype: Any) -> int:
+    """Count the bytes of the matrices that the initializer decomposes.
+
+    Those of r rows or columns, as of a randomized decomposition, do not count.
+    """
     body = _program(spec, geometry.fan_in, geometry.fan_out, jnp.dtype(dtype))
-    return any(
-        eqn.primitive.name in _DECOMPOSITIONS
-        and any(math.prod(getattr(x.aval, "shape", ())) >= size for x in eqn.invars)
-        for eqn in _equations(body)
-    )
+    found: list[tuple[int, Any]] = [
+        (times, eqn.invars[0].aval)
+        for times, eqn in _equations(body)
+        if eqn.primitive.name in _DECOMPOSITIONS
+    ]
+    return sum(times * x.size * x.dtype.itemsize for times, x in found if min(x.shape) > spec.rank)
 
 
-def _equations(body: _compat.Body) -> Iterator[JaxprEqn]:
+def _equations(body: _compat.Body, times: int = 1) -> Iterator[tuple[int, JaxprEqn]]:
+    """Yield all equations, inner ones too, and how often each runs."""
     for eqn in body.eqns:
-        yield eqn
+        yield times, eqn
+        inner = times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from _equations(_compat.body(value))
+                yield from _equations(_compat.body(value), inner)
 
 
 def warn_of_gathers(leaves: Mapping[str, PyTree], plan: Mapping[str, Any]) -> None:
@@ -94,7 +99,7 @@ def warn_of_gathers(leaves: Mapping[str, PyTree], plan: Mapping[str, Any]) -> No
 
 
 def _gathered(weight: PyTree, spec: LoraSpec, layout: str) -> int:
-    """Return the bytes of one matrix of a weight if a device has to gather it, otherwise 0."""
+    """Return the bytes that a device has to gather to decompose one matrix of a weight."""
     sharding = sharding_of(weight)
     if is_stored(weight) or not isinstance(sharding, NamedSharding):
         return 0
@@ -102,11 +107,7 @@ def _gathered(weight: PyTree, spec: LoraSpec, layout: str) -> int:
     flat = [name for x in names for name in (x if isinstance(x, tuple) else (x,))]
     if math.prod(sharding.mesh.shape[name] for name in flat) == 1:
         return 0
-    geometry = Geometry.of(weight.shape, layout)
-    if not decomposes(spec, geometry, weight.dtype):
-        return 0
-    size = jnp.dtype(accumulator(weight.dtype)).itemsize
-    return geometry.fan_in * geometry.fan_out * size
+    return _decomposed(spec, Geometry.of(weight.shape, layout), weight.dtype)
 
 
 def _depth(weight: PyTree, layout: str) -> int:

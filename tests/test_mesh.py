@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,9 +154,13 @@ def test_layouts_outside_of_the_mesh(kind):
 
 
 @functools.cache
-def counted(mode, replicate=()):
-    found = collectives(compiled(mode, (4, 2), replicate))
-    return collections.Counter((kind, shape) for kind, shape, _ in found)
+def collectives_of(mode, replicate=()):
+    return collectives(compiled(mode, (4, 2), replicate))
+
+
+def counted(*of):
+    """How many results of collectives have a kind and a shape."""
+    return collections.Counter((kind, s) for kind, shapes, _ in collectives_of(*of) for s in shapes)
 
 
 @pytest.mark.nightly
@@ -167,3 +172,35 @@ def test_no_collective_of_the_adapter_but_its_gradient():
     assert not [key for key in more if key[1] in wide], more
     inherited = counted("jlora") - counted("limit")
     assert [key for key in inherited if key[0] == "all-gather" and RANK in key[1]]
+
+
+@pytest.mark.nightly
+def test_no_copy_of_a_weight():
+    """None of its size, whole or a device's part, that the step without an adapter has not."""
+    whole = jax.tree.map(lambda x, at: (x, at), base(False), specs(False))
+    sizes = set()
+    for x, at in jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, tuple)):
+        part = NamedSharding(mesh((4, 2), AxisType.Auto), at).shard_shape(x.shape)
+        sizes |= {x.size, int(np.prod(part)), x.size // 2}  # of all, of one, along "tp" alone
+
+    def copied(*of):
+        found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled(*of))
+        shapes = [tuple(map(int, dims.split(","))) for dims in found]
+        return collections.Counter(s for s in shapes if RANK not in s and np.prod(s) in sizes)
+
+    assert not copied("jlora", (4, 2), ("fsdp",)) - copied("limit")
+
+
+@pytest.mark.nightly
+def test_gradients_are_reduced_together():
+    """At most one all-reduce of gradients a layer: here one for all of them."""
+    trained = jlora.partition(
+        placed(params(False, rank=RANK), mesh((4, 2), AxisType.Auto), False, ("fsdp",))
+    )[0]
+    of_a_device = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(trained)}
+    reduced = [
+        [shape for shape in shapes if shape in of_a_device]
+        for kind, shapes, _ in collectives_of("jlora", ("fsdp",))
+        if kind == "all-reduce"
+    ]
+    assert [len(x) for x in reduced if x] == [len(jax.tree.leaves(trained))]

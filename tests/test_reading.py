@@ -28,7 +28,9 @@ def struct(shape, *names, dtype=jnp.bfloat16):
 def test_exact_initializers_say_the_bytes_that_they_gather(init):
     tree = {"a": struct((3, 16, 8), None, "x"), "b": struct((8, 8), "x", "y"), "c": struct((8, 8))}
     rules = {".*": LoraSpec(2, layout="io", init=init)}
-    words = rf"`{init.__name__}` decomposes \"a\" bfloat16\[3,16,8\].*512 bytes for each layer"
+    # By blocks: R of four matrices [R; block] (12, 8), and the singular values of R (8, 8).
+    size = f"{4 * (4 * 12 * 8 + 8 * 8):,}"
+    words = rf"`{init.__name__}` decomposes \"a\" bfloat16\[3,16,8\].*{size} bytes for each layer"
     with pytest.warns(UserWarning, match=rf"{words}.*also for 1 more leaves.*niter=16"):
         jlora.attach(tree, rules, key=KEY)
     jlora.attach({"c": tree["c"]}, rules, key=KEY)  # on every device already

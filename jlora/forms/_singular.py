@@ -77,7 +77,7 @@ def _of_a_tall_one(matrix: Array, some: slice, axis: int) -> tuple[Array, Array,
     rest = tall(lax.slice_in_dim(matrix, many, long, axis=axis))
     r = jnp.zeros((short, short), wide)
     r = lax.fori_loop(0, blocks, lambda n, r: triangle(r, in_a_branch(read, n)), r)
-    _, s, vt = jnp.linalg.svd(triangle(r, rest))
+    _, s, vt = jnp.linalg.svd(triangle(r, rest) if many < long else r)
     u, start = _orthonormal(times(vt[some].T)), some.indices(short)[0]
     if start:
         before = (jnp.arange(short) < start) & (s > jnp.finfo(wide).eps ** 0.5 * s[0])
