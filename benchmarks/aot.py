@@ -12,8 +12,9 @@ alone: no weight exists and no device is needed. A step is one of
     full       float32 weights and Adam
 
 The peak is what the compiler plans for one device. `copies` are the transposes and copies in the
-compiled program that have the size of a weight, and that the limit's program does not have. The
-compilers come in optional packages; README.md has the recipe.
+compiled program that have the size of a weight, and `sums` the all-reduces of activations, of which
+the limit's program has so many fewer. The compilers come in optional packages; README.md has the
+recipe.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from measure import surroundings, write_json
+from mesh import collectives
 
 import jlora
 
@@ -140,19 +142,27 @@ def copies(text: str, model: models.Model, mesh: Mesh) -> collections.Counter[st
     return found
 
 
+def sums(text: str, model: models.Model, mesh: Mesh, rows: int) -> int:
+    """All-reduces of what a device has of the activations between layers."""
+    size = rows // mesh.shape["fsdp"] * LENGTH * model.width // mesh.shape["tp"]
+    reduced = (shapes for kind, shapes, _ in collectives(text) if kind == "all-reduce")
+    return sum(any(math.prod(shape) >= size for shape in shapes) for shapes in reduced)
+
+
 def compiled(name: str, mode: str) -> dict[str, Any]:
     platform, topology, model, shape, rows, stream = TARGETS[name]
     mesh = Mesh(np.array(devices(platform, topology)).reshape(shape), ("fsdp", "tp"))
     run, given = step(model, mesh, rows, stream, mode)
     begun = time.process_time()
     program = run.lower(*given).compile()
-    memory = program.memory_analysis()
+    memory, text = program.memory_analysis(), program.as_text()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "seconds": time.process_time() - begun,
-        "copies": copies(program.as_text(), model, mesh),
+        "copies": copies(text, model, mesh),
+        "sums": sums(text, model, mesh, rows),
     }
 
 
@@ -163,7 +173,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    columns = ("arguments", "temporary", "peak", "/ limit", "CPU-s", "copies")
+    columns = ("arguments", "temporary", "peak", "/ limit", "CPU-s", "copies", "sums")
     print(f"{'GiB a device':26}{'':10}" + "".join(f"{c:>11}" for c in columns), flush=True)
     for name in options.only:
         limit: dict[str, Any] = {}
@@ -176,13 +186,16 @@ def main() -> None:
                 continue
             limit = row if mode == "limit" else limit
             more = row["copies"] - limit.get("copies", collections.Counter())
+            more_sums = row["sums"] - limit.get("sums", 0)
             sizes = "".join(f"{row[k] / GIB:11.2f}" for k in columns[:3])
             ratio = row["peak"] / limit["peak"] if limit else math.nan
             print(
-                f"{name:26}{mode:10}{sizes}{ratio:11.3f}{row['seconds']:11.1f}{more.total():11}",
+                f"{name:26}{mode:10}{sizes}{ratio:11.3f}{row['seconds']:11.1f}{more.total():11}"
+                f"{more_sums:11}",
                 flush=True,
             )
-            rows.append({"target": name, "mode": mode, **row, "more_copies": more})
+            more = {"more_copies": more, "more_sums": more_sums}
+            rows.append({"target": name, "mode": mode, **row, **more})
     if options.json:
         write_json(options.json, {**surroundings(), "length": LENGTH, "rows": rows})
 

@@ -126,8 +126,9 @@ def stored(params: Any, form: str, mesh: Mesh) -> Any:
     Over fsdp the rows are split, and not what is in them: what is gathered is then contiguous.
     """
     weights = params["layers"]
+    layouts = {name: "io" for name in weights if not name.startswith("norm")}
     made = jax.eval_shape(
-        lambda tree: jlora.quantize(tree, {"norm.*": None, ".*": form}, layouts=LAYOUTS), weights
+        lambda tree: jlora.quantize(tree, {"norm.*": None, ".*": form}, layouts=layouts), weights
     )
 
     def place(path: Any, x: Any) -> Any:
@@ -142,6 +143,3 @@ def stored(params: Any, form: str, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return {**params, "layers": jax.tree_util.tree_map_with_path(place, made)}
-
-
-LAYOUTS = dict.fromkeys(("q", "k", "v", "o", "up", "gate", "down"), "io")

@@ -28,6 +28,7 @@ import jlora
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s64": 8, "u64": 8}
+BYTES |= {"s8": 1, "u8": 1}
 RANK = 3  # no other axis has this size
 
 

@@ -122,6 +122,13 @@ def is_explicit(sharding: Any) -> bool:
     return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
 
 
+def is_distributed(x: ArrayLike) -> bool:
+    """Whether the compiler places an array on several devices."""
+    mesh = jax.typeof(x).sharding.mesh
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
 def sharded_like(x: Any, like: ArrayLike) -> Any:
     """Give an array the sharding of another that it has the shape of, or is broadcast to.
 

@@ -45,12 +45,12 @@ def plans(tmp_path_factory):
     [("8B, 8 x H100", 1.13), ("70B, 16 x H100", 1.15), ("175B, 64 x H100", 1.03)],
 )
 def test_peak_on_gpus(plans, target, most):
-    """Of LoRA over the limit's, and without a copy of a weight that the limit has not."""
+    """Of LoRA over the limit's; no weight is copied, and no activation reduced, more often."""
     rows = plans(target, "limit", "lora", "full")
     limit, lora, full = (rows[mode]["peak"] for mode in ("limit", "lora", "full"))
     assert 1 < lora / limit <= most
     assert full >= 3.3 * lora
-    assert not rows["lora"]["more_copies"]
+    assert not rows["lora"]["more_copies"] and rows["lora"]["more_sums"] == 0
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])

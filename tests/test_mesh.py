@@ -204,3 +204,27 @@ def test_gradients_are_reduced_together():
         if kind == "all-reduce"
     ]
     assert [len(x) for x in reduced if x] == [len(jax.tree.leaves(trained))]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_of_updates_are_added_after_those_of_the_base(dora):
+    """Then XLA adds what each device has of those for q, k and v, and reduces one sum."""
+    where = NamedSharding(mesh((4, 2), AxisType.Auto), P(None, "tp"))
+    weights = {name: jax.device_put(jnp.ones((8, 6)), where) for name in "qkv"}
+    p = jlora.attach(weights, {".*": jlora.LoraSpec(2, dora=dora)}, key=jax.random.key(0))
+
+    def total(p, x):
+        return sum((x @ p[name]).sum() for name in "qkv")
+
+    program = jax.make_jaxpr(jax.grad(jlora.lora(total), argnums=1))(p, jnp.ones((4, 8)))
+    of_base, sums = set(), 0
+    for eqn in program.eqns:
+        if eqn.primitive.name == "dot_general":
+            of_base |= {*eqn.outvars}
+        elif eqn.primitive.name == "add_any" and of_base >= {*eqn.invars}:
+            of_base, sums = of_base | {*eqn.outvars}, sums + 1
+    assert sums == 2
+    assert (
+        "copy"
+        not in jax.jit(jax.grad(jlora.lora(total), argnums=1)).lower(p, jnp.ones((4, 8))).as_text()
+    )

@@ -275,10 +275,10 @@ def test_products_on_a_tpu(monkeypatch):
     shapes = {"inputs": (2, 3, 256), "outputs": (2, 3, 12)}
     x, g = (jax.random.normal(KEY, shape) for shape in shapes.values())
     rows = one("q4_1").dequantize()
-    blocks = functools.partial(_product._times_blocks, block=32)
+    blocks = lambda x, rows, *how: _product._times_blocks(x, rows, 32, *how)
     pairs = jax.jit(
         lambda x, g: [
-            (fn(x, rows, transposed=False), fn(g, rows, transposed=True))
+            (fn(x, rows, False, jnp.float32), fn(g, rows, True, jnp.float32))
             for fn in (blocks, _product._times_rows)
         ]
     )

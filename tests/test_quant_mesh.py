@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import mesh_model
 import numpy as np
 import pytest
-from helpers import bits
+from helpers import bits, equations
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -117,6 +117,27 @@ def test_as_on_one_device(name: str, shape: Any, least: int, monkeypatch: Any) -
         strict=True,
     ):
         near(got, want)
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_devices_add_in_the_dtype_of_the_model(monkeypatch: Any, name: str, dtype: Any) -> None:
+    """As for a dense weight; on one device a product is rounded once, from float32."""
+    monkeypatch.setattr(_product, "LEAST", 1)
+    run = lambda p, x: jlora.lora(lambda p, x: x @ p)(p, x)
+
+    def dtypes_of(p: Any, x: Any, y: Any) -> set[Any]:
+        programs = jax.make_jaxpr(run)(p, x), jax.make_jaxpr(jax.vjp(lambda x: run(p, x), x)[1])(y)
+        products = [e for f in programs for e in equations(f) if e.primitive.name == "dot_general"]
+        assert len(products) >= 2
+        return {e.outvars[0].aval.dtype for e in products}
+
+    weight = {"w": base()["down"].astype(dtype)}
+    stored = jlora.quantize(weight, {"w": name}, layouts={"w": "io"})["w"]
+    given = stored, jnp.ones((8, 128), dtype), jnp.ones((8, 64), dtype)
+    assert dtypes_of(*given) == {jnp.dtype(jnp.float32)}
+    at = NamedSharding(mesh_model.mesh((4, 2), AxisType.Auto), P())
+    assert dtypes_of(*jax.device_put(given, at)) == {jnp.dtype(dtype)}
 
 
 EXPLICIT = {"int8": quant.Int8(), "int4": quant.Int4(8), "nf4": quant.NF4(8), "q8_0": quant.Q8_0}

@@ -49,8 +49,9 @@ def product(
         if own is not None:
             return own(parts, x, dtype)
         rows = format.unpack(parts).astype(kind).astype(x.dtype)
-        multiply = functools.partial(_times_rows, transposed=transposed)
-        blocks = functools.partial(_times_blocks, block=format.block, transposed=transposed)
+        how = {"transposed": transposed, "wide": sum_dtype(x, dtype)}
+        multiply = functools.partial(_times_rows, **how)
+        blocks = functools.partial(_times_blocks, block=format.block, **how)
         return lax.platform_dependent(x, rows, tpu=blocks, default=multiply).astype(dtype)
 
     small = sides[0] * sides[1] < LEAST or x.size == 0
@@ -68,12 +69,23 @@ def product(
     return _linear(forward, backward, x, dtype)
 
 
-def _times_rows(x: Array, rows: Array, transposed: bool) -> Array:
+def sum_dtype(x: Array, dtype: DTypeLike) -> Any:
+    """Return the dtype of a product with x that is then rounded to `dtype`.
+
+    If several devices have parts of it, they are added in this dtype. For a bfloat16 model it is
+    bfloat16, as for dense weights: float32 takes twice the bytes, and XLA would not add the
+    gradients of several products before it reduces their sum.
+    """
+    same = x.dtype == dtype == jnp.bfloat16
+    return dtype if same and _compat.is_distributed(x) else accumulator(x.dtype)
+
+
+def _times_rows(x: Array, rows: Array, transposed: bool, wide: DTypeLike) -> Array:
     contract = (((x.ndim - 1,), (0 if transposed else 1,)), ((), ()))
-    return lax.dot_general(x, rows, contract, preferred_element_type=accumulator(x.dtype))
+    return lax.dot_general(x, rows, contract, preferred_element_type=wide)
 
 
-def _times_blocks(x: Array, rows: Array, block: int, transposed: bool) -> Array:
+def _times_blocks(x: Array, rows: Array, block: int, transposed: bool, wide: DTypeLike) -> Array:
     """Multiply as `_times_rows`, summing over the place in a block before the block.
 
     A TPU reads a weight into its matrix unit from tiles of the last two axes. With the axes (place,
@@ -81,7 +93,6 @@ def _times_blocks(x: Array, rows: Array, block: int, transposed: bool) -> Array:
     each scale to memory as often as its block has weights.
     """
     w = rows.reshape(rows.shape[0], -1, block)
-    wide = accumulator(x.dtype)
     if transposed:
         out = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=wide)
         return out.reshape(*out.shape[:-2], -1)

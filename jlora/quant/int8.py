@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jlora._arrays import accumulator
+from jlora.quant._product import sum_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Int8:
 
     def dot(self, parts: Mapping[str, Array], rows: Array, dtype: DTypeLike) -> Array:
         """Return `(x · codes) · scale`, accumulated in float32 or wider."""
-        wide = _product(rows, parts["codes"], 1)
+        wide = _product(rows, parts["codes"], 1, dtype).astype(accumulator(rows.dtype))
         scale = parts["scale"].astype(wide.dtype).reshape(*(1,) * (wide.ndim - 1), -1)
         return (wide * scale).astype(dtype)
 
@@ -59,11 +60,11 @@ class Int8:
         scaled = outs.astype(wide) * scale
         if outs.dtype != jnp.float16:  # whose smallest numbers are above a gradient's, scaled
             scaled = scaled.astype(outs.dtype)
-        return _product(scaled, parts["codes"], 0).astype(dtype)
+        return _product(scaled, parts["codes"], 0, dtype).astype(dtype)
 
 
-def _product(x: Array, codes: Array, axis: int) -> Any:
+def _product(x: Array, codes: Array, axis: int, dtype: DTypeLike) -> Any:
     """Contract the last axis of x with an axis of the codes, which every float dtype represents."""
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    wide = accumulator(x.dtype)
+    wide = sum_dtype(x, dtype)
     return lax.dot_general(x, codes.astype(x.dtype), contract, preferred_element_type=wide)

@@ -7,9 +7,10 @@ tied head. The weight itself is never scaled.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Var
 from jax.typing import DTypeLike
 
 from jlora import _compat
@@ -55,6 +56,31 @@ def _before(x: AnyArray, gain: Gain) -> tuple[Any, Any]:
     return times(x, gain.before / most), most
 
 
+def _read_apart(walk: Walk, atom: Any, x: AnyArray) -> AnyArray:
+    """Return x, the value of `atom`, as all updates read it: their gradients for it are one sum.
+
+    With the outputs of q, k and v over an axis of a mesh, each device has a part of the sum that
+    dq Wqᵀ is. XLA adds the parts of q, k and v and reduces the sum over devices once, but only if
+    nothing complete is added between them. That of an update, (dq Bqᵀ) Aqᵀ, is complete: what is
+    reduced there is dq Bqᵀ, with r columns.
+    """
+    if not (isinstance(atom, Var) and jnp.issubdtype(x.dtype, jnp.inexact)):
+        return x
+    if atom not in walk.apart or walk.apart[atom][0] is not x:
+        walk.apart[atom] = x, _apart(x)
+    return walk.apart[atom][1]
+
+
+@jax.custom_jvp
+def _apart(x: AnyArray) -> Any:
+    return x
+
+
+@_apart.defjvp
+def _(at: tuple[AnyArray], along: tuple[Array]) -> tuple[AnyArray, Array]:
+    return at[0], jnp.copy(along[0])  # an equation, after which the transposed program adds
+
+
 def placed(
     weight: Weight,
     w_labels: Sequence[Label],
@@ -97,20 +123,22 @@ def multiplied(
         return product(x)
     view, atom = weight, eqn.invars[at]
     result: Any = eqn.outvars[0].aval
+    on_mesh = any(map(_compat.is_distributed, (x, view.parts[0])))
+    of_update = _read_apart(walk, atom, x) if on_mesh else x
     if gain is NONE:
         out = product(x)
-        dropped = x if walk.key is None else walk.drop(narrowed(x, dtype), atom)
+        dropped = of_update if walk.key is None else walk.drop(narrowed(of_update, dtype), atom)
         return narrowed(updated(view, out, dropped), result.dtype)
 
-    def scaled_product(x: AnyArray) -> Any:
+    def scaled_product(x: AnyArray, of_update: AnyArray) -> Any:
         x, after = _before(x, gain)
         out = product(x)
         wide = out if after is None else narrowed(out, accumulator(out.dtype))
-        return times(updated(view, wide, x), after)
+        return times(updated(view, wide, of_update if gain.before is None else x), after)
 
     if walk.key is None:
-        return narrowed(scaled_product(x), result.dtype)
+        return narrowed(scaled_product(x, of_update), result.dtype)
     out, dropped = product(x), walk.drop(_inexact(x, dtype), atom)
     wide = accumulator(out.dtype)
-    full, base = (y.astype(wide) for y in (scaled_product(dropped), product(dropped)))
+    full, base = (y.astype(wide) for y in (scaled_product(dropped, dropped), product(dropped)))
     return narrowed(out.astype(wide) + (full - base), result.dtype)

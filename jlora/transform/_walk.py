@@ -70,6 +70,8 @@ class Walk:
     tangents: set[Any] = dataclasses.field(default_factory=set)
     # For each variable made by a broadcast, over axes or over shards: its equation and operand.
     sources: dict[Any, tuple[JaxprEqn, Any]] = dataclasses.field(default_factory=dict)
+    # For each variable that updates read: its value, and what they read for it: see `_gain`.
+    apart: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def next_key(self) -> Key:
         """Return a key unique to this site and level; None without dropout."""
