@@ -58,6 +58,16 @@ def test_bfloat16_is_computed_in_float32(shape):
         np.testing.assert_allclose(abs(got), abs(want), atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e15])
+@pytest.mark.parametrize("some", [slice(3), slice(-3, None)], ids=["largest", "smallest"])
+def test_of_any_scale(scale, some):
+    """Squares of what is small or large are not numbers in float32."""
+    matrix = conditioned(64, 16, 1)
+    for got, want in zip(singular(scale * matrix, some), singular(matrix, some), strict=True):
+        power = 1.0 if got.ndim == 2 else scale
+        np.testing.assert_allclose(abs(got / power), abs(want), atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(40, 8), (8, 40)], ids=str)
 @pytest.mark.parametrize("some", [slice(2), slice(-2, None)], ids=["largest", "smallest"])
 def test_of_zeros_they_are_orthonormal(shape, some):

@@ -81,9 +81,9 @@ def _of_a_tall_one(matrix: Array, some: slice, axis: int) -> tuple[Array, Array,
     u, start = _orthonormal(times(vt[some].T)), some.indices(short)[0]
     if start:
         before = (jnp.arange(short) < start) & (s > jnp.finfo(wide).eps ** 0.5 * s[0])
-        scale = jnp.where(before, s, jnp.inf)[:, None] ** -2
-        along = _matmul(vt.T, scale * _matmul(vt, transposed_times(u)))
-        u = _orthonormal(u - times(along))
+        over_s = (1 / jnp.where(before, s, jnp.inf))[:, None]  # whose square may overflow
+        along = over_s * _matmul(vt, transposed_times(u))
+        u = _orthonormal(u - times(_matmul(vt.T, over_s * along)))
     return u, s[some], vt[some].T
 
 
