@@ -37,8 +37,30 @@ def conditioned(rows, columns, decades):
     "shape", [(64, 32), (131, 32), (32, 131), (32, 64), (9, 4), (40, 30), (3, 50)], ids=str
 )
 def test_equal_to_numpy(shape, decades, some):
+    check(conditioned(*shape, decades), some)
+
+
+DEFICIENT = {
+    "ones": np.ones((50, 12)),
+    "a column": np.eye(12)[[3] * 50],
+    "a number": np.eye(50, 12) * (np.arange(12) == 0),
+    "a diagonal": np.eye(50, 12) * (np.arange(12) < 5),
+    "two": np.outer(np.sin(range(50)), np.arange(12)) + np.outer(np.cos(range(50)), np.ones(12)),
+    "gaps": np.asarray(conditioned(50, 12, 0)) * np.repeat([1, 1e-4, 1e-6, 0], 3),
+}
+
+
+@pytest.mark.parametrize("some", [slice(3), slice(-3, None)], ids=["largest", "smallest"])
+@pytest.mark.parametrize("name", DEFICIENT)
+@pytest.mark.parametrize("wide", [False, True])
+def test_of_lower_rank(name, wide, some):
+    """Vectors for which s is 0 are orthogonal to all others, on both sides."""
+    matrix = DEFICIENT[name].T if wide else DEFICIENT[name]
+    check(jnp.asarray(matrix / np.linalg.norm(matrix, 2), jnp.float32), some)
+
+
+def check(matrix, some):
     """Both `M v = s u` and `Mᵀ u = s v`: to the rounding of the largest, whatever s is."""
-    matrix = conditioned(*shape, decades)
     u, s, vt = (np.asarray(x, np.float64) for x in singular(matrix, some))
     exact = np.asarray(matrix, np.float64)
     np.testing.assert_allclose(s, np.linalg.svd(exact)[1][some], rtol=0, atol=2e-6)

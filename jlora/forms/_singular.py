@@ -1,5 +1,6 @@
 """Some of the singular values and vectors of a matrix, in little more memory than the matrix."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
@@ -38,8 +39,10 @@ def _of_a_tall_one(matrix: Array, some: slice, axis: int) -> tuple[Array, Array,
     `M V = U S`: the columns of U are those of M V made orthonormal.
 
     Where S is small, M V is rounded by eps S₀, of which a part is along the columns of U before
-    those that are wanted. This part of a column u is `M V S⁻² Vᵀ Mᵀ u` over these, and is taken
-    out, but for columns that are as inaccurate, with S below √eps S₀.
+    those that are wanted: all of it where S is 0, so there any other vector is taken in its place.
+    This part of a column u is `M V S⁻² Vᵀ Mᵀ u` over these, accurate to eps S₀ / S. So it is taken
+    out of the large ones, for which one step suffices, of the small ones, and of the large ones,
+    which what was taken out of the small ones is along.
 
     A block is every so many-th row, since the order of the rows changes neither R nor V: on a mesh
     each device has a share of every block, and no more than one block is gathered at a time.
@@ -78,12 +81,20 @@ def _of_a_tall_one(matrix: Array, some: slice, axis: int) -> tuple[Array, Array,
     r = jnp.zeros((short, short), wide)
     r = lax.fori_loop(0, blocks, lambda n, r: triangle(r, in_a_branch(read, n)), r)
     _, s, vt = jnp.linalg.svd(triangle(r, rest) if many < long else r)
-    u, start = _orthonormal(times(vt[some].T)), some.indices(short)[0]
-    if start:
-        before = (jnp.arange(short) < start) & (s > jnp.finfo(wide).eps ** 0.5 * s[0])
+    mv, start = times(vt[some].T), some.indices(short)[0]
+    if not start:
+        return _orthonormal(mv), s[some], vt[some].T
+    eps = jnp.finfo(wide).eps
+    other = jax.random.normal(jax.random.key(0), mv.shape, wide)
+    u = _orthonormal(jnp.where(s[None, some] > 30 * eps * s[0], mv / s[None, some], other))
+
+    def cleared(u: Array, least: Array) -> tuple[Array, None]:
+        before = (jnp.arange(short) < start) & (s > least * s[0])
         over_s = (1 / jnp.where(before, s, jnp.inf))[:, None]  # whose square may overflow
         along = over_s * _matmul(vt, transposed_times(u))
-        u = _orthonormal(u - times(_matmul(vt.T, over_s * along)))
+        return _orthonormal(u - times(_matmul(vt.T, over_s * along))), None
+
+    u, _ = lax.scan(cleared, u, jnp.array([eps**0.5, 30 * eps, eps**0.5], wide))
     return u, s[some], vt[some].T
 
 
