@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jlora import _compat, forms
@@ -94,13 +94,17 @@ def merge(params: PyTree, *, requantize: bool = False) -> PyTree:
 def _merged(node: LoraArray, measured: bool) -> tuple[Array, Array | None]:
     """Return the merged weight and, if `measured`, the squares of `_squares`."""
     stack, sharding = Geometry.of(node.shape, node.layout).stack, sharding_of(node.base)
+    explicit = isinstance(sharding, NamedSharding) and _compat.is_explicit(sharding)
+    if explicit:
+        out = sharding, NamedSharding(sharding.mesh, PartitionSpec()) if measured else None
+        return _compat.without_shardings(lambda node: _merged(node, measured), out, node)
     traced = any(map(_compat.is_traced, jax.tree.leaves(node.base)))
-    together = _together(sharding, stack[0], traced) if stack else 0
+    together = _together(sharding, stack[0], traced) if stack and all(stack) else 0
     if not together:
         summed = forms.weight(node)
         merged = rounded(summed, node.dtype)
         return merged, _squares(node, summed, merged) if measured else None
-    named = isinstance(sharding, NamedSharding) and not _compat.is_explicit(sharding)
+    named = isinstance(sharding, NamedSharding) and not explicit
     at = sharding if named and not is_stored(node.base) else None
     merged = _stacked(node, together, _devices(sharding), at)
     if not measured:

@@ -26,6 +26,8 @@ def layer_by_layer(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
 
 def _mapped(fn: Callable[..., Any], *operands: PyTree) -> PyTree:
     count = len(jax.tree.leaves(operands)[0])
+    if not count:
+        return jax.vmap(fn)(*operands)
     return lax.map(lambda n: fn(*_element(operands, n)), jnp.arange(count))
 
 
@@ -46,6 +48,8 @@ def in_place(fn: Callable[..., Any], depth: int) -> Callable[..., Any]:
 
     def run(weights: Array, *operands: PyTree) -> tuple[Any, ...]:
         stack = weights.shape[:depth]
+        if 0 in stack:
+            return at_once(fn, depth)(weights, *operands)
         flat = lambda x: x.reshape(-1, *x.shape[depth:])
         weights, *others = jax.tree.map(flat, (weights, *operands))
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import w
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import LoraSpec, arithmetic
-from jlora.initializers import corda, eva, lora_ga, pissa
+from jlora.initializers import corda, eva, loftq, lora_ga, pissa
 
 IN, OUT, RANK = 11, 7, 2
 X = np.float32(np.random.default_rng(0).normal(size=(40, IN)) * 0.8 ** np.arange(IN) + 0.3)
@@ -310,3 +312,41 @@ def test_errors():
     none = dataclasses.replace(params["w"], scaling=jnp.zeros(()))
     with pytest.raises(ValueError, match=r"s·A·B cannot be a part of .*alpha above 0"):
         corda({"w": none}, moments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((16, 8), P("x", "y")), ((3, 16, 8), P(None, "x", "y")), ((4, 16, 8), P("x", None, "y"))],
+    ids=str,
+)
+def test_on_explicit_axes(shape, spec):
+    """What is decomposed may be sharded; the update is that of one device."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    rng, at = np.random.default_rng(0), NamedSharding(mesh, spec)
+    weight, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    x = rng.normal(size=(*shape[:-2], 99, 16))
+    moments = jlora.Moments(
+        second=jnp.asarray(np.swapaxes(x, -1, -2) @ x, jnp.float32),
+        total=jnp.asarray(x.sum(-2), jnp.float32),
+        count=jnp.full(shape[:-2], 99.0),
+    )
+    rules, layouts = {"w": LoraSpec(2, layout="io")}, {"w": "io"}
+
+    def run(w, g, moments):
+        params = jlora.attach({"w": w}, rules, key=jax.random.key(0))
+        stored = jlora.quantize({"w": w}, {"w": "int8"}, layouts=layouts)
+        stored = jlora.attach(stored, rules, key=jax.random.key(0))
+        made = [
+            lora_ga(params, {"w": g}),
+            corda(params, {"w": moments}),
+            eva(params, {"w": moments}),
+            loftq(stored, {"w": w}, steps=2),
+        ]
+        return [jlora.merge(p)["w"] for p in made], [p["w"].base for p in made[:2]]
+
+    want = run(weight, g, moments)
+    with jax.set_mesh(mesh):
+        given = jax.device_put((weight, g), at)
+        for got in (run(*given, moments), jax.jit(run)(*given, moments)):
+            for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+                np.testing.assert_allclose(a, b, atol=2e-5)

@@ -108,3 +108,38 @@ def test_no_collective_on_a_mesh(kind, spec):
         assert got.sharding.is_equivalent_to(params[name].base.sharding, 3)
         alone = jax.tree.map(np.asarray, params[name])
         close(got, at_once(alone), got.dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 8), (2, 0, 12, 8)], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"init": jlora.initializers.pissa}, {"form": "lora_xs"}, {"form": "mica"}], ids=str
+)
+def test_a_stack_without_elements(shape, how):
+    rules = {"w": LoraSpec(2, layout="io", **how)}
+    params = jlora.attach({"w": jnp.ones(shape)}, rules, key=jax.random.key(0))
+    assert params["w"].lora_a.shape == (*shape[:-1], 2)
+    assert jlora.merge(params)["w"].shape == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "layout"),
+    [
+        ((4, 5, 8), P("x", None, "y"), "ioo"),
+        ((5, 8, 3), P(None, "x"), "iio"),
+        ((2, 5, 8, 3), P(None, None, "x"), "iio"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("init", [None, jlora.initializers.olora])
+def test_axes_that_are_one_side_on_an_explicit_mesh(shape, spec, layout, init):
+    """Two axes of inputs or outputs, of which the second is sharded, are one axis of a matrix."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    w = jax.random.normal(jax.random.key(1), shape)
+    rules = {"w": LoraSpec(2, layout=layout, init=init)}
+    at = NamedSharding(mesh, spec)
+    params = jlora.attach({"w": jax.device_put(w, at)}, rules, key=jax.random.key(0))
+    for merge in (jlora.merge, jax.jit(jlora.merge)):
+        with jax.set_mesh(mesh):
+            merged = merge(params)["w"]
+        assert merged.sharding.is_equivalent_to(at, len(shape))
+        np.testing.assert_allclose(merged, w, atol=1e-5)

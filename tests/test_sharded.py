@@ -172,3 +172,36 @@ def test_what_leaves_an_explicit_mesh():
                 got, want = run(params, at), fn(jlora.merge(params), at)
                 np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
                 assert jax.typeof(got) == jax.typeof(want)
+
+
+@pytest.mark.parametrize("kind", ["matmul", "convolution"])
+def test_an_adapter_of_each_device_over_a_base_of_all(kind):
+    """A and B vary over devices and W does not: gradients of each device, averaged later."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shape = (8, 6) if kind == "matmul" else (3, 4, 6)
+    x = jax.random.normal(jax.random.key(1), (16, *((8,) if kind == "matmul" else (5, 4))))
+    w = jax.random.normal(jax.random.key(2), shape)
+    gaussian = jlora.initializers.gaussian
+    rules = {"w": LoraSpec(2, layout="i" * (len(shape) - 1) + "o", init=gaussian)}
+    params = jlora.attach({"w": w}, rules, key=jax.random.key(0))
+    trained, frozen = jlora.partition(params)
+
+    def total(trained, x):
+        y = jlora.lora(model, fallback="error")(jlora.combine(trained, frozen), x)
+        return jnp.square(y).mean()
+
+    def model(p, x):
+        if kind == "matmul":
+            return x @ p["w"]
+        return lax.conv_general_dilated(
+            x, p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+
+    def body(trained, x):
+        own = jax.tree.map(lambda a: lax.pcast(a, "data", to="varying"), trained)
+        return jax.tree.map(lambda g: lax.pmean(g, "data"), jax.grad(total)(own, x))
+
+    run = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    want = jax.grad(total)(trained, x)
+    for a, b in zip(*map(jax.tree.leaves, (jax.jit(run)(trained, x), want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

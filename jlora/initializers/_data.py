@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -109,8 +109,22 @@ def replaced(params: PyTree, nodes: dict[str, Any]) -> PyTree:
 
 
 def sharding_of(x: Any) -> Any:
-    """Return where an array is; None if it is traced."""
-    return None if _compat.is_traced(x) else getattr(x, "sharding", None)
+    """Return where an array is; of a traced one only explicit axes of a mesh are known."""
+    if _compat.is_traced(x):
+        sharding = jax.typeof(x).sharding
+        return sharding if _compat.is_explicit(sharding) else None
+    return getattr(x, "sharding", None)
+
+
+def without_shardings(fn: Callable[..., Any], sharding: Any, factors: int, *args: PyTree) -> Any:
+    """Return `fn(*args)`: some factors, and a weight with this sharding if its axes are explicit.
+
+    Decompositions take no array that is sharded along explicit axes.
+    """
+    out = None
+    if _compat.is_explicit(sharding):
+        out = (*[NamedSharding(sharding.mesh, PartitionSpec())] * factors, sharding)
+    return _compat.without_shardings(fn, out, *args)
 
 
 def _placed(new: Any, old: LoraArray) -> Any:
@@ -158,9 +172,10 @@ def split(
         a, b = (jnp.concatenate(factors, axis=1) for factors in zip(*pairs, strict=True))
         return a, b, one.from_matrix(matrix)
 
-    over = at_once if is_split(sharding_of(node.base), depth) else in_place
+    sharding = sharding_of(node.base)
+    over = at_once if is_split(sharding, depth) else in_place
     scaling = jnp.broadcast_to(jnp.asarray(node.scaling), geometry.stack)
-    a, b, rest = over(run, depth)(node.base, data, scaling)
+    a, b, rest = without_shardings(over(run, depth), sharding, 2, node.base, data, scaling)
     return dataclasses.replace(
         node,
         base=rest,

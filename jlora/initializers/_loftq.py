@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jlora._boxes import leaves_with_paths
 from jlora._paths import brief, describe, near_misses
 from jlora._stacks import at_once, is_split, layer_by_layer
 from jlora.forms._singular import singular
-from jlora.initializers._data import concrete, lora_nodes, replaced, sharding_of
+from jlora.initializers._data import concrete, lora_nodes, replaced, sharding_of, without_shardings
 from jlora.initializers._decomposed import share
 from jlora.quant import QuantArray
 from jlora.quant._quantize import quantized
@@ -104,13 +105,19 @@ def _of(path: str, node: LoraArray, weight: Array, steps: int, call: str) -> Lor
     """Initialize one node."""
     base = node.base
     depth = len(node.shape) - len(node.layout)
-    how = node.layout, node.rank, is_split(sharding_of(weight), depth)
-    a, b, update = _split(weight, base, node.scaling, *how, steps > 1)
+    sharding = sharding_of(weight)
+    how = node.layout, node.rank, is_split(sharding, depth)
+
+    def split(base: PyTree, more: bool) -> Any:
+        run = lambda *args: _split(*args, *how, more)
+        return without_shardings(run, sharding, 2, weight, base, node.scaling)
+
+    a, b, update = split(base, steps > 1)
     for k in range(steps - 1):
         rest = weight.astype(jnp.float32) - update
         base = quantized(path, rest, base.format, base.layout, call)
         base = dataclasses.replace(base, kind=node.base.kind)
-        a, b, update = _split(weight, base, node.scaling, *how, k < steps - 2)
+        a, b, update = split(base, k < steps - 2)
     made = dataclasses.replace(
         node,
         base=base,

@@ -51,7 +51,9 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, *operands: Value) -> Any:
 @rule("pvary", kind="rearrange")
 def _pvary(walk: Walk, eqn: JaxprEqn, view: Weight) -> Any:
     def move(f: Array, axes: list[int]) -> Array:
-        return _compat.bind(eqn, f)[0]
+        # A and B of each device may vary already, as when their gradients are averaged later.
+        left = tuple(name for name in eqn.params["axes"] if name not in _compat.varying_axes(f))
+        return _compat.apply(eqn.primitive, {**eqn.params, "axes": left}, f)[0] if left else f
 
     return [view.moved(walk.bind(eqn, view)[0], view.roles, move)]
 
