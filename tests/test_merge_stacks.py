@@ -112,7 +112,9 @@ def test_no_collective_on_a_mesh(kind, spec):
 
 @pytest.mark.parametrize("shape", [(0, 12, 8), (2, 0, 12, 8)], ids=str)
 @pytest.mark.parametrize(
-    "how", [{}, {"init": jlora.initializers.pissa}, {"form": "lora_xs"}, {"form": "mica"}], ids=str
+    "how",
+    [{}, {"init": jlora.initializers.pissa}, {"form": "lora_xs"}, {"form": "mica"}],
+    ids=["lora", "pissa", "lora_xs", "mica"],
 )
 def test_a_stack_without_elements(shape, how):
     rules = {"w": LoraSpec(2, layout="io", **how)}
