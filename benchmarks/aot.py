@@ -185,16 +185,16 @@ def main() -> None:
                 rows.append({"target": name, "mode": mode, "error": str(error).splitlines()[0]})
                 continue
             limit = row if mode == "limit" else limit
-            more = row["copies"] - limit.get("copies", collections.Counter())
+            more_copies = row["copies"] - limit.get("copies", collections.Counter())
             more_sums = row["sums"] - limit.get("sums", 0)
             sizes = "".join(f"{row[k] / GIB:11.2f}" for k in columns[:3])
             ratio = row["peak"] / limit["peak"] if limit else math.nan
             print(
-                f"{name:26}{mode:10}{sizes}{ratio:11.3f}{row['seconds']:11.1f}{more.total():11}"
+                f"{name:26}{mode:10}{sizes}{ratio:11.3f}{row['seconds']:11.1f}{more_copies.total():11}"
                 f"{more_sums:11}",
                 flush=True,
             )
-            more = {"more_copies": more, "more_sums": more_sums}
+            more = {"more_copies": more_copies, "more_sums": more_sums}
             rows.append({"target": name, "mode": mode, **row, **more})
     if options.json:
         write_json(options.json, {**surroundings(), "length": LENGTH, "rows": rows})

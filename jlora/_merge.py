@@ -95,7 +95,7 @@ def _merged(node: LoraArray, measured: bool) -> tuple[Array, Array | None]:
     """Return the merged weight and, if `measured`, the squares of `_squares`."""
     stack, sharding = Geometry.of(node.shape, node.layout).stack, sharding_of(node.base)
     explicit = isinstance(sharding, NamedSharding) and _compat.is_explicit(sharding)
-    if explicit:
+    if explicit:  # where axes of one side cannot be joined if one but the first is sharded
         out = sharding, NamedSharding(sharding.mesh, PartitionSpec()) if measured else None
         return _compat.without_shardings(lambda node: _merged(node, measured), out, node)
     traced = any(map(_compat.is_traced, jax.tree.leaves(node.base)))

@@ -1,6 +1,6 @@
-"""What an initializer reads of a weight: its shape, its entries, or all of it in one decomposition.
+"""What an initializer reads of a weight: its shape, its entries, or matrices that it decomposes.
 
-On a mesh only the last needs a weight that is sharded in one place, which `attach` warns of.
+On a mesh only the last are gathered, which `attach` warns of.
 """
 
 import functools
